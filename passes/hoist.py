@@ -1,0 +1,106 @@
+"""Move all latents-independent work out of the step programs, into one prologue."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from torch import fx
+
+from recache_compile.passes.base import Pass, call
+from recache_compile.passes.binding_times import binding_times
+from recache_compile.passes.ops import aten, is_cheap
+from recache_compile.passes.specialise import add_input, remove_dead_inputs
+from recache_compile.program import Binding, Kind, Value
+
+ALIGNMENT = 64
+"""Elements; every value starts at a multiple of it, so that vectorised loads stay aligned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One value inside a packed input."""
+
+    node: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hoist(Pass):
+    """Let a step program read its latents-independent values from packed inputs.
+
+    The values that cross are packed into one flat input per dtype and frequency: `row_*`
+    (depends on the timestep: one row per step) and `fixed_*` (once per generation).  Views
+    and arithmetic on one tensor stay where they are used, which keeps the number of
+    crossing values small.  The layout is kept in `meta["layout"]` of the new inputs, for
+    `build_prologue`.
+    """
+
+    name: ClassVar[str] = "hoist"
+    requires: ClassVar[tuple[str, ...]] = ("specialise",)
+
+    def rewrite(self, module: fx.GraphModule) -> bool:
+        """See the class."""
+        graph = module.graph
+        times = binding_times(graph)
+        crossing = boundary(graph)
+        for kind, prefix in ((Kind.TABLE_ROW, "row"), (Kind.FIXED, "fixed")):
+            timely = [node for node in crossing if (Binding.TIMESTEP in times[node]) == (kind is Kind.TABLE_ROW)]
+            for dtype in dict.fromkeys(node.meta["val"].dtype for node in timely):
+                members = [node for node in timely if node.meta["val"].dtype == dtype]
+                read_packed(graph, members, kind, f"{prefix}_{str(dtype).removeprefix('torch.')}")
+        remove_dead_inputs(graph)
+        return bool(crossing)
+
+
+def boundary(graph: fx.Graph) -> list[fx.Node]:
+    """The latents-independent values that a step must be given, in graph order."""
+    times = binding_times(graph)
+    crossing: set[fx.Node] = set()
+    visited: set[fx.Node] = set()
+    readers = [node for node in graph.nodes if node.op == "output" or Binding.LATENTS in times[node]]
+    pending = [source for node in readers for source in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        stays = Binding.LATENTS in times[node] or node.op == "get_attr" or _is_coefficients(node)
+        if node in visited or stays:
+            continue
+        visited.add(node)
+        if is_cheap(node):
+            pending.extend(node.all_input_nodes)
+        else:
+            crossing.add(node)
+    return [node for node in graph.nodes if node in crossing]
+
+
+def layout(nodes: Iterable[fx.Node]) -> tuple[tuple[Entry, ...], int]:
+    """Places of the nodes' values in one flat tensor, and its size, in elements."""
+    entries, offset = [], 0
+    for node in nodes:
+        shape = tuple(node.meta["val"].shape)
+        entries.append(Entry(node.name, offset, shape))
+        offset += padded(prod(shape))
+    return tuple(entries), offset
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def read_packed(graph: fx.Graph, nodes: Sequence[fx.Node], kind: Kind, name: str) -> None:
+    """Replace nodes by views into one new flat input."""
+    entries, size = layout(nodes)
+    packed = add_input(graph, Value(name, kind, (size,), nodes[0].meta["val"].dtype), nodes[0])
+    packed.meta["layout"] = entries
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    for node, entry in zip(nodes, entries, strict=True):
+        with graph.inserting_before(start):
+            part = call(graph, aten.slice.Tensor, packed, 0, entry.offset, entry.offset + prod(entry.shape))
+            value = call(graph, aten.view.default, part, list(entry.shape))
+        node.replace_all_uses_with(value)
+
+
+def _is_coefficients(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["value"].kind is Kind.COEFFICIENTS

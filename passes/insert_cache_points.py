@@ -1,0 +1,26 @@
+"""Put a `recache.cache_point` behind every cache site."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from recache_compile.passes.base import Pass, call
+from recache_compile.passes.ops import CACHE_POINT
+
+
+@dataclass(frozen=True, slots=True)
+class InsertCachePoints(Pass):
+    """Make the graph read each site through `recache.cache_point(value, site)`."""
+
+    name: ClassVar[str] = "insert-cache-points"
+    requires: ClassVar[tuple[str, ...]] = ("find-cache-sites",)
+
+    def rewrite(self, module: fx.GraphModule) -> bool:
+        """See the class."""
+        sites = [node for node in module.graph.nodes if "site" in node.meta]
+        for node in sites:
+            with module.graph.inserting_after(node):
+                point = call(module.graph, CACHE_POINT, node, node.meta["site"])
+            node.replace_all_uses_with(point, delete_user_cb=lambda user, point=point: user is not point)
+        return bool(sites)

@@ -1,0 +1,99 @@
+"""The `recache` operators and the operator classes that passes reason about."""
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("recache::cache_point", mutates_args=())
+def cache_point(value: Tensor, site: int) -> Tensor:
+    """Mark `value` as the feature of a cache site; specialisation replaces the mark."""
+    return value.clone()
+
+
+@cache_point.register_fake
+def _(value: Tensor, site: int) -> Tensor:
+    return torch.empty_like(value)
+
+
+CACHE_POINT = torch.ops.recache.cache_point.default
+
+MATMULS = {
+    aten.linear,
+    aten.matmul,
+    aten.mm,
+    aten.bmm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.einsum,
+    aten.convolution,
+    aten.conv1d,
+    aten.conv2d,
+    aten.conv3d,
+    aten.scaled_dot_product_attention,
+}
+"""Operators that carry a model's multiply-accumulates."""
+
+VIEWS = {
+    aten.view,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.slice,
+    aten.select,
+    aten.narrow,
+    aten.chunk,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.transpose,
+    aten.permute,
+    aten.t,
+    aten.expand,
+    aten.expand_as,
+    aten.flatten,
+    aten.unflatten,
+    aten.movedim,
+}
+"""Operators that move no data (or at most copy what they are given)."""
+
+SCALAR_MATH = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.to, aten._to_copy, aten.clone}
+"""Arithmetic that compilers fuse into its reader, when only one operand is a tensor."""
+
+
+def packet(node: fx.Node) -> object:
+    """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), else the target itself."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether a call is a view or arithmetic on one tensor: repeating it costs less than storing its result."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        return False
+    if node.target is operator.getitem:
+        return packet(node.all_input_nodes[0]) in VIEWS
+    return packet(node) in VIEWS or packet(node) in SCALAR_MATH
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; attention and dropout do so only with a probability."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if packet(node) is aten.scaled_dot_product_attention:
+        probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return probability != 0.0
+    return True
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Remove calls whose result is not used, unless they write to an argument."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,82 @@
+"""Remove what an exported graph carries but inference does not need."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from recache_compile.passes.base import Pass
+from recache_compile.passes.ops import aten, is_random, packet, remove_dead_code
+
+_IDENTITIES = {aten.detach, aten.alias, aten.lift_fresh_copy, aten.detach_}
+_CASTS = {aten.to, aten._to_copy, aten.contiguous, aten.type_as}
+_CHECKS = {aten._assert_tensor_metadata, aten._assert_async, aten._assert_scalar, aten.sym_constrain_range_for_size}
+
+
+@dataclass(frozen=True, slots=True)
+class Simplify(Pass):
+    """Drop identities, no-op casts, inference-time dropout and checks; merge equal calls; remove dead code."""
+
+    name: ClassVar[str] = "simplify"
+
+    def rewrite(self, module: fx.GraphModule) -> bool:
+        """See the class."""
+        before = len(module.graph.nodes)
+        remove_identities(module.graph)
+        merge_equal_calls(module.graph)
+        remove_dead_code(module.graph)
+        return len(module.graph.nodes) != before
+
+
+def remove_identities(graph: fx.Graph) -> None:
+    """Replace calls that return their first argument unchanged by that argument; erase checks."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if packet(node) in _CHECKS and not node.users:
+            graph.erase_node(node)
+        elif _returns_its_argument(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def merge_equal_calls(graph: fx.Graph) -> None:
+    """Common subexpressions: the second of two equal calls reads the result of the first.
+
+    Positions that a model computes in every block become one value.
+    """
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr") or is_random(node):
+            continue
+        key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _returns_its_argument(node: fx.Node) -> bool:
+    if packet(node) in _IDENTITIES:
+        return True
+    if packet(node) is aten.dropout:
+        return node.args[2] is False or node.args[1] == 0.0
+    if packet(node) not in _CASTS:
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return _layout(before) == _layout(after) and node.kwargs.get("copy") is not True
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.device, value.shape, value.stride()
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, torch.Tensor):
+        return id(value)
+    return (type(value), value)

@@ -1,0 +1,59 @@
+"""Check that a prologue and the step programs which read it fit together."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from recache_compile.errors import PassError
+from recache_compile.passes.binding_times import binding_times
+from recache_compile.passes.ops import MATMULS, packet
+from recache_compile.program import Binding, Kind, Program
+
+
+def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequence[Program]]) -> None:
+    """Raise unless the split is sound.
+
+    Every table that a step reads is made by the prologue in the same layout size and type;
+    no weight is read on both sides, unless the model itself ties it; no matrix product
+    that does not depend on the latents is left in a step program.
+
+    Args:
+        annotated: the program before the split.
+        prologue: what `build_prologue` made.
+        steps: the step programs, by the table that they read.
+
+    Raises:
+        PassError: naming the program and what is wrong with it.
+    """
+    made = {value.name: value for value in prologue.outputs}
+    for table, programs in steps.items():
+        for program in programs:
+            for value in program.inputs:
+                if value.kind not in (Kind.TABLE_ROW, Kind.FIXED):
+                    continue
+                match = made.get(f"{table}.{value.name}")
+                if match is None or (match.shape[-1], match.dtype) != (value.shape[-1], value.dtype):
+                    raise PassError(f"split of {program.name}: it reads {value}, the prologue makes {match}")
+            left = independent_matmuls(program)
+            if left:
+                raise PassError(f"split of {program.name}: {left} do not depend on the latents")
+            torn = sorted(set(program.weights) & set(prologue.weights) - tied_weights(annotated))
+            if torn:
+                raise PassError(f"split of {program.name}: the prologue reads the same weights {torn}")
+
+
+def independent_matmuls(program: Program) -> list[str]:
+    """Names of the matrix products that depend on neither latents nor history."""
+    times = binding_times(program.module.graph)
+    return [node.name for node, time in times.items() if packet(node) in MATMULS and Binding.LATENTS not in time]
+
+
+def tied_weights(program: Program) -> set[str]:
+    """Weights that a program itself uses both with and without the latents."""
+    times = binding_times(program.module.graph)
+
+    def is_tied(weight: fx.Node) -> bool:
+        dependent = [Binding.LATENTS in times[user] for user in weight.users]
+        return any(dependent) and not all(dependent)
+
+    return {str(node.target) for node in program.module.graph.find_nodes(op="get_attr") if is_tied(node)}

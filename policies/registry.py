@@ -1,0 +1,49 @@
+"""Find a policy by what a user writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from recache_compile.errors import ScheduleError
+from recache_compile.policies.base import Policy
+from recache_compile.policies.explicit import from_mapping, read_file, read_schedules
+from recache_compile.policies.front_loaded import FrontLoaded
+from recache_compile.policies.uniform import Uniform
+
+POLICIES: dict[str, Callable[..., Policy]] = {"uniform": Uniform, "front-loaded": FrontLoaded}
+
+
+def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: int) -> Policy:
+    """A policy from a name ("uniform", "uniform:warmup=3"), a file, steps, a mask or a mapping.
+
+    Raises:
+        ScheduleError: nothing of that name, or an option that the policy does not have.
+    """
+    if isinstance(choice, Mapping):
+        return from_mapping(choice, num_steps)
+    if not isinstance(choice, str):
+        return choice
+    name, _, options = choice.partition(":")
+    if name in POLICIES:
+        return POLICIES[name](**_options(name, options))
+    if Path(choice).is_file():
+        return read_file(Path(choice), num_steps)
+    if choice[:1].isdigit():
+        return read_schedules(choice, num_steps, f"policy {choice!r}")
+    raise ScheduleError(
+        f"policy {choice!r} is neither a policy ({', '.join(POLICIES)}), a file, steps such as 0,4,9 nor a 0/1 mask"
+    )
+
+
+def _options(name: str, text: str) -> dict[str, int | float]:
+    known = [field.name for field in fields(POLICIES[name])]  # type: ignore[arg-type]
+    options: dict[str, int | float] = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            options[key] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise ScheduleError(f"policy {name}: option {part!r} is no KEY=NUMBER") from None
+        if key not in known:
+            raise ScheduleError(f"policy {name}: no option {key!r}; it has {', '.join(known)}")
+    return options

@@ -1,0 +1,11 @@
+"""A compiler for diffusion transformers: budgets in, engines of exactly that cost out."""
+
+from recache_compile._version import __version__
+from recache_compile.api import compile
+from recache_compile.artifact import load
+from recache_compile.compiled import Compiled
+from recache_compile.errors import RecacheError
+from recache_compile.pipelines import accelerate
+from recache_compile.schedule import Schedule
+
+__all__ = ["Compiled", "RecacheError", "Schedule", "__version__", "accelerate", "compile", "load"]

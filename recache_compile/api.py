@@ -1,0 +1,116 @@
+"""The public functions: compile a module or pipeline."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from recache_compile.compiled import Compiled, Description
+from recache_compile.compiler import Example, Options, compile_module
+from recache_compile.errors import ModelError, ScheduleError
+from recache_compile.forecasters import get_forecaster
+from recache_compile.policies.base import Policy
+from recache_compile.policies.registry import get_policy
+from recache_compile.program import Granularity, Role
+from recache_compile.runtimes.registry import get_runtime
+from recache_compile.schedule import check_budgets
+
+
+def compile(
+    model: Any,
+    example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    budgets: Sequence[int] = (5, 10, 15),
+    num_steps: int = 50,
+    forecaster: str = "taylor",
+    order: int = 1,
+    policy: str | Mapping[int, Sequence[int]] | Policy = "uniform",
+    granularity: str = "stack",
+    runtime: str = "auto",
+    *,
+    roles: Mapping[str, Role | str] | None = None,
+    timesteps: Mapping[str, Tensor] | None = None,
+    hoist: bool = True,
+    call: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = lambda stage: None,
+) -> Compiled:
+    """Compile a diffusion transformer for fixed compute.
+
+    Args:
+        model: a module, or a `diffusers` pipeline, whose transformer is then compiled.
+        example_inputs: arguments of one model call, or of several that differ in shape.
+            None for a pipeline: it is run once with a recording stand-in, which also tells
+            the timesteps.
+        budgets: numbers of recompute steps k.
+        num_steps: length T of the denoising loop.
+        forecaster: "reuse", "taylor", "hicache" or "newton".
+        order: the forecaster's polynomial order m.
+        policy: name, file, steps, mask or {budget: recompute steps}; see `get_policy`.
+        granularity: "stack" or "output".
+        runtime: "eager", "inductor", or "auto": inductor where it can be used.
+        roles: role of inputs by name, where their names do not tell.
+        timesteps: per timestep input, its value at every step (num_steps, *shape).  Without
+            them, the first generation learns them.
+        hoist: move latents-independent work out of the steps.
+        call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`.
+        report: told the name of each stage as it begins.
+
+    Raises:
+        RecacheError: naming what cannot be done and the remedy.
+    """
+    options = Options(
+        budgets=check_budgets(budgets, num_steps),
+        num_steps=num_steps,
+        forecaster=get_forecaster(forecaster, order),
+        granularity=_granularity(granularity),
+        hoist=hoist,
+        roles=roles or {},
+    )
+    chosen = get_policy(policy, num_steps)
+    backend = get_runtime(runtime, explain=report)
+    module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call)
+    description = Description(
+        model=type(module).__name__,
+        model_class=f"{type(module).__module__}.{type(module).__qualname__}",
+        config=json.loads(json.dumps(dict(getattr(module, "config", {})), default=str)),
+        num_steps=num_steps,
+        forecaster=options.forecaster.name,
+        order=options.forecaster.order,
+        policy=policy if isinstance(policy, str) else str(chosen),
+        granularity=granularity,
+        runtime=backend.name,
+        hoist=hoist,
+    )
+    return compile_module(module, examples, options, chosen, backend, description, report)
+
+
+def _granularity(name: str) -> Granularity:
+    try:
+        return Granularity(name)
+    except ValueError:
+        known = ", ".join(granularity.value for granularity in Granularity)
+        raise ScheduleError(f"granularity {name!r} is unknown; choose {known}") from None
+
+
+def _examples(
+    model: Any,
+    example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    timesteps: Mapping[str, Tensor],
+    num_steps: int,
+    call: Mapping[str, Any] | None,
+) -> tuple[nn.Module, list[Example]]:
+    if not isinstance(model, nn.Module):
+        from recache_compile.pipelines import record_examples, transformer_of
+
+        module = transformer_of(model)
+        if example_inputs is None:
+            return module, record_examples(model, num_steps, call or {})
+    else:
+        module = model
+    if example_inputs is None:
+        raise ModelError(f"{type(module).__name__}: a module needs example_inputs, the arguments of one call")
+    each = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
+    for name, column in timesteps.items():
+        if len(column) != num_steps:
+            raise ScheduleError(f"timesteps {name!r}: {len(column)} rows for {num_steps} steps")
+    return module, [Example(inputs, timesteps) for inputs in each]

@@ -1,0 +1,139 @@
+"""The compiler: from a model to engines and plans.  `compile_module` reads as the design's picture."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from recache_compile.capture import Signature, capture
+from recache_compile.compiled import Compiled, Description
+from recache_compile.cost import count_macs
+from recache_compile.errors import ScheduleError
+from recache_compile.forecasters import Forecaster
+from recache_compile.passes.base import run_passes
+from recache_compile.passes.find_cache_sites import FindCacheSites
+from recache_compile.passes.hoist import Hoist
+from recache_compile.passes.insert_cache_points import InsertCachePoints
+from recache_compile.passes.ops import CACHE_POINT
+from recache_compile.passes.prologue import build_prologue
+from recache_compile.passes.simplify import Simplify
+from recache_compile.passes.specialise import Specialise
+from recache_compile.passes.verify_split import verify_split
+from recache_compile.plan import Plan, make_plan
+from recache_compile.policies.base import Policy, Problem
+from recache_compile.program import Granularity, Program, Role, row_name, table_name
+from recache_compile.runtimes.base import Engine, Runtime, Variant
+from recache_compile.schedule import Schedule, check_budgets
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One call of the model, at the shapes to compile for.
+
+    Args:
+        inputs: arguments of the call.
+        timesteps: per timestep input, its value at every step (num_steps, *shape); empty
+            when unknown, and then learned at run time.
+    """
+
+    inputs: Mapping[str, Any]
+    timesteps: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to compile; see `recache_compile.compile`."""
+
+    budgets: tuple[int, ...]
+    num_steps: int
+    forecaster: Forecaster
+    granularity: Granularity
+    hoist: bool
+    roles: Mapping[str, Role | str]
+
+
+def compile_module(
+    module: nn.Module,
+    examples: Sequence[Example],
+    options: Options,
+    policy: Policy,
+    runtime: Runtime,
+    description: Description,
+    report: Report,
+) -> Compiled:
+    """Capture, annotate, plan, specialise (and hoist, and verify), lower."""
+    keep = tempfile.TemporaryDirectory(prefix="recache-")
+    variants: list[Variant] = []
+    macs: list[int] = []
+    weights: dict[str, Tensor] = {}
+    for number, example in enumerate(examples):
+        report("capturing")
+        captured, signature = capture(module, example.inputs, options.roles, label=str(number))
+        annotated = annotate(captured, options.granularity, signature)
+        plans = make_plans(options, policy, num_sites=count_sites(annotated))
+        programs = specialise(annotated, plans.values(), options.hoist, report)
+        for program in programs.values():
+            weights.update(program.weights)
+        engines = lower(programs, runtime, weights, Path(keep.name) / str(number), report)
+        device = next(iter(weights.values())).device
+        variants.append(Variant(captured.inputs, device, programs, engines, example.timesteps))
+        macs.append(count_macs(captured))
+    return Compiled(description, signature, plans, tuple(variants), tuple(macs), weights, Path(keep.name), keep)
+
+
+def annotate(captured: Program, granularity: Granularity, signature: Signature) -> Program:
+    """The captured program with its cache points."""
+    passes = (Simplify(), FindCacheSites(granularity, signature.containers), InsertCachePoints())
+    return run_passes(captured, passes)
+
+
+def count_sites(annotated: Program) -> int:
+    """Number of cache points."""
+    return len(annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT))
+
+
+def make_plans(options: Options, policy: Policy, num_sites: int) -> dict[int, Plan]:
+    """One plan a budget, each checked to cost exactly what was asked."""
+    plans = {}
+    for budget in check_budgets(options.budgets, options.num_steps):
+        schedule = policy.schedule(Problem(options.num_steps), budget)
+        if schedule.budget != budget or schedule.num_steps != options.num_steps:
+            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {options.num_steps} steps")
+        plans[budget] = make_plan(schedule, options.forecaster, num_sites)
+    return plans
+
+
+def specialise(annotated: Program, plans: Iterable[Plan], hoist: bool, report: Report) -> dict[str, Program]:
+    """One program for each distinct row of the plans, and the prologue that they share."""
+    rows = sorted({step.row for plan in plans for step in plan.steps})
+    programs, tables = {}, {}
+    for row in rows:
+        report(f"specialising {row_name(row)}")
+        passes = (Specialise(row), Hoist(), Simplify()) if hoist else (Specialise(row), Simplify())
+        programs[row_name(row)] = run_passes(annotated, passes).renamed(row_name(row))
+        tables.setdefault(table_name(row), []).append(programs[row_name(row)])
+    if not hoist:
+        return programs
+    report("building the prologue")
+    prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})
+    verify_split(annotated, prologue, tables)
+    return {"prologue": prologue, **programs}
+
+
+def lower(
+    programs: Mapping[str, Program], runtime: Runtime, weights: Mapping[str, Tensor], folder: Path, report: Report
+) -> dict[str, Engine]:
+    """One engine for every program; engine files go to `folder`."""
+    folder.mkdir(parents=True)
+    engines = {}
+    for name, program in programs.items():
+        report(f"lowering {name} to {runtime.name}")
+        file = folder / f"{name}{runtime.suffix or ''}"
+        runtime.lower(program, file)
+        engines[name] = runtime.load(program, file, weights)
+    return engines

@@ -1,0 +1,82 @@
+"""Exact costs, known before anything runs: multiply-accumulates, parameters, bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from recache_compile.plan import Plan
+from recache_compile.program import MIN_ROWS, Kind, Program, table_name
+
+
+def count_macs(program: Program, rows: Mapping[str, int] | None = None) -> int:
+    """Multiply-accumulates of one call, counted by PyTorch's `FlopCounterMode` on fake tensors.
+
+    Args:
+        program: any program.
+        rows: for the prologue, the number of rows of each table.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = []
+        for value in program.inputs:
+            free = max((rows or {}).get(value.name.rpartition("@")[2], 0), MIN_ROWS)
+            inputs.append(torch.empty([free if size is None else size for size in value.shape], dtype=value.dtype))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            program.module(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one generation costs under a plan.
+
+    Args:
+        macs: multiply-accumulates of the whole generation.
+        full_macs: those of the uncached, unhoisted model.
+        step_macs: per step.
+        prologue_macs: of the prologue, its rows included.
+        history_bytes: features held by one guidance branch.
+        table_bytes: prologue outputs held by one guidance branch.
+    """
+
+    macs: int
+    full_macs: int
+    step_macs: tuple[int, ...]
+    prologue_macs: int
+    history_bytes: int
+    table_bytes: int
+
+    @property
+    def macs_reduction(self) -> float:
+        """How many times fewer multiply-accumulates than the uncached model."""
+        return self.full_macs / self.macs
+
+
+def cost_of(plan: Plan, programs: Mapping[str, Program], capture_macs: int) -> Cost:
+    """The cost of a plan that runs these programs.
+
+    Args:
+        plan: what each step runs.
+        programs: by name, "prologue" among them where something was hoisted.
+        capture_macs: multiply-accumulates of one call of the captured model.
+    """
+    each = {name: count_macs(program) for name, program in programs.items() if name != "prologue"}
+    rows: dict[str, int] = {}
+    slots: dict[tuple[int | None, int | None], int] = {}
+    for step in plan.steps:
+        rows[table_name(step.row)] = rows.get(table_name(step.row), 0) + 1
+        for value in programs[step.program].outputs:
+            if value.kind is Kind.FEATURE:
+                slots[value.site, step.slot] = value.nbytes
+    prologue = programs.get("prologue")
+    tables = 0
+    for value in prologue.outputs if prologue else ():
+        tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if None in value.shape else 1)
+    steps = tuple(each[step.program] for step in plan.steps)
+    prologue_macs = count_macs(prologue, rows) if prologue else 0
+    full = capture_macs * len(plan.steps)
+    return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)
+

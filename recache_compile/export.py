@@ -1,0 +1,67 @@
+"""The one door to `torch.export`: a module in, a flat graph module out."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import CodeGen
+
+from recache_compile.program import get_attribute
+
+
+def export_module(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """`torch.export` in non-strict mode, without gradients and without its log lines."""
+    with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.export", "torch.fx", "torch._export"):
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str) -> fx.GraphModule:
+    """A graph module that takes and returns flat tensors, and shares the program's weights.
+
+    Args:
+        exported: what `export_module` made.
+        names: name of a weight by the `id` of its tensor, so that a tied weight has one name.
+        prefix: other tensors, constants of the code, are named after it and numbered.
+    """
+    module = exported.module()
+    graph = copy.deepcopy(module.graph)
+    graph.set_codegen(CodeGen())
+    known = dict(names)
+    weights: dict[str, Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module":  # the guards on the inputs, which have no result
+            graph.erase_node(node)
+        elif node.op == "get_attr":
+            weight = get_attribute(module, str(node.target))
+            node.target = known.setdefault(id(weight), f"{prefix}_{len(known)}")
+            weights[node.target] = weight
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="placeholder"):
+        if node is not first:
+            first.prepend(node)
+    output = graph.output_node()
+    output.args = (list(output.args[0]),)  # type: ignore[arg-type]
+    return fx.GraphModule(weights, graph)
+
+
+class _quiet:
+    """Raise the level of some loggers for a while."""
+
+    def __init__(self, *names: str) -> None:
+        self.loggers = [logging.getLogger(name) for name in names]
+
+    def __enter__(self) -> None:
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""What a runtime is: a backend that lowers programs to engines and runs them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recache_compile.program import Program, Value
+
+Engine = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A lowered program: flat tensors in the order of its inputs to flat tensors in the order of its outputs."""
+
+EXAMPLE_ROWS = 3
+"""Rows that stand for a free number of rows while a program is lowered."""
+
+
+class Runtime(Protocol):
+    """A backend."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+        ...
+
+    @property
+    def suffix(self) -> str | None:
+        """Ending of its engine files; None when it needs none."""
+        ...
+
+    def require(self) -> None:
+        """Raise `RuntimeUnavailableError` where this machine cannot lower or run."""
+        ...
+
+    def lower(self, program: Program, file: Path) -> None:
+        """Write the engine of a program, without its weights."""
+        ...
+
+    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
+        """Make an engine that uses `weights` in place, without a copy."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """The programs and engines of one set of input shapes.
+
+    Args:
+        inputs: the model's tensor inputs, in call order.
+        device: where the engines and their weights are.
+        programs: by name; "prologue" is absent when nothing was hoisted.
+        engines: one for every program.
+        timesteps: per timestep input, its value at every step (num_steps, *shape), where known.
+    """
+
+    inputs: tuple[Value, ...]
+    device: torch.device
+    programs: Mapping[str, Program]
+    engines: Mapping[str, Engine]
+    timesteps: Mapping[str, Tensor]
+
+
+def example_inputs(program: Program, device: torch.device) -> tuple[Tensor, ...]:
+    """Zeros of every input's shape."""
+    return tuple(
+        torch.zeros([EXAMPLE_ROWS if size is None else size for size in value.shape], dtype=value.dtype, device=device)
+        for value in program.inputs
+    )

@@ -1,0 +1,58 @@
+"""Ahead-of-time compilation with AOTInductor: one `.pt2` package per program, no weights inside."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.export import export_module
+from recache_compile.program import Program
+from recache_compile.runtimes.base import Engine, example_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Inductor:
+    """AOTInductor on the CPU or a GPU."""
+
+    name: str = "inductor"
+    suffix: str | None = ".pt2"
+
+    def require(self) -> None:
+        """Needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise RuntimeUnavailableError(
+                "runtime inductor: no C++ compiler found; install g++ or clang, or choose --runtime eager"
+            ) from None
+
+    def lower(self, program: Program, file: Path) -> None:
+        """Compile; weights stay outside of the package."""
+        device = next((weight.device for weight in program.weights.values()), torch.device("cpu"))
+        inputs = example_inputs(program, device)
+        free = torch.export.Dim.AUTO
+        shapes = tuple({at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs)
+        exported = export_module(program.module, inputs, {}, dynamic_shapes=shapes if any(shapes) else None)
+        torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=str(file),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
+
+    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
+        """Load a package and hand it pointers to the weights."""
+        compiled = torch._inductor.aoti_load_package(str(file))
+        own = {name: weights[name] for name in compiled.get_constant_fqns()}
+        compiled.load_constants(own, check_full_update=True, user_managed=True)
+        run = compiled.loader.run
+
+        def engine(inputs: Sequence[Tensor], own: Mapping[str, Tensor] = own) -> Sequence[Tensor]:
+            return run(list(inputs))  # type: ignore[no-any-return]
+
+        return engine

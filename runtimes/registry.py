@@ -1,0 +1,44 @@
+"""Find a runtime by name."""
+
+from collections.abc import Callable
+
+from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.runtimes.base import Runtime
+
+
+def _eager() -> Runtime:
+    from recache_compile.runtimes.eager import Eager
+
+    return Eager()
+
+
+def _inductor() -> Runtime:
+    from recache_compile.runtimes.inductor import Inductor
+
+    return Inductor()
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"eager": _eager, "inductor": _inductor}
+
+
+def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None) -> Runtime:
+    """A usable runtime.
+
+    Args:
+        name: one of `RUNTIMES`, or "auto": inductor where it can be used, else eager.
+        explain: told why "auto" did not take inductor.
+
+    Raises:
+        RuntimeUnavailableError: unknown, or not usable on this machine.
+    """
+    if name == "auto":
+        try:
+            return get_runtime("inductor")
+        except RuntimeUnavailableError as error:
+            explain(f"{error}; using runtime eager")
+            return get_runtime("eager")
+    if name not in RUNTIMES:
+        raise RuntimeUnavailableError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
+    runtime = RUNTIMES[name]()
+    runtime.require()
+    return runtime

@@ -1,0 +1,145 @@
+"""The prologue's tables of one generation: filled when needed, never stale."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recache_compile.errors import DispatchError
+from recache_compile.plan import Plan
+from recache_compile.program import MIN_ROWS, Kind, Value, table_name
+from recache_compile.runtimes.base import Variant
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A conditioning tensor as it was when the prologue read it."""
+
+    tensor: Tensor
+    version: int | None
+    values: Tensor
+
+    def still_is(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has the remembered values; looks at them only where it must."""
+        if tensor is self.tensor and self.version is not None and self.version == _version(tensor):
+            return True
+        if not torch.equal(tensor, self.values):
+            return False
+        self.tensor, self.version = tensor, _version(tensor)
+        return True
+
+
+class Tables:
+    """Prologue outputs for one guidance branch at one shape.
+
+    The prologue runs when conditioning is first seen and when its values change, for all
+    steps whose timestep is known: from compilation, or learned from the calls themselves.
+    A step with an unknown or different timestep gets its row from a run of its own.
+
+    Args:
+        variant: programs and engines; "prologue" is among them.
+        plan: which step reads which table.
+    """
+
+    def __init__(self, variant: Variant, plan: Plan) -> None:
+        self._variant = variant
+        self._tables = [table_name(step.row) for step in plan.steps]
+        self._reads = [
+            tuple(value for value in variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
+            for step in plan.steps
+        ]
+        names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
+        self._timesteps: dict[str, list[Tensor | None]] = {
+            name: list(variant.timesteps[name]) if name in variant.timesteps else [None] * len(plan.steps)
+            for name in names
+        }
+        self._conditioning: dict[str, _Seen] = {}
+        self._fixed: dict[str, Tensor] = {}
+        self._rows: dict[tuple[int, str], Tensor] = {}
+        self._differs: Tensor | None = None
+
+    def read(self, value: Value, step: int) -> Tensor:
+        """What a step program reads as its packed input `value`."""
+        if value.kind is Kind.FIXED:
+            return self._fixed[f"{self._tables[step]}.{value.name}"]
+        return self._rows[step, value.name]
+
+    def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Make sure that what `step` reads belongs to these conditioning and timestep tensors."""
+        steps: Sequence[int] = range(len(self._tables))
+        stale = self._conditioning_changed(tensors)
+        if stale:
+            self._rows.clear()
+        if not self._timesteps_match(step, tensors) and not stale:
+            steps = [step]
+        elif not stale and all((step, value.name) in self._rows for value in self._reads[step]):
+            return
+        self._run(steps, tensors)
+
+    def finish(self) -> None:
+        """Raise if timesteps that were compared on the device turned out to differ."""
+        differs, self._differs = self._differs, None
+        if differs is not None and bool(differs):
+            self._timesteps = {name: [None] * len(steps) for name, steps in self._timesteps.items()}
+            self._rows.clear()
+            raise DispatchError(
+                "the timesteps of this generation are not those it was compiled for, so its result is wrong;"
+                " run it again: the new timesteps are then learned on the way"
+            )
+
+    def _conditioning_changed(self, tensors: Mapping[str, Tensor]) -> bool:
+        changed = False
+        for value in self._variant.inputs:
+            if value.kind is not Kind.CONDITIONING:
+                continue
+            tensor, seen = tensors[value.name], self._conditioning.get(value.name)
+            if seen is None or not seen.still_is(tensor):
+                self._conditioning[value.name] = _Seen(tensor, _version(tensor), tensor.clone())
+                changed = True
+        return changed
+
+    def _timesteps_match(self, step: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Compare with the known timetable, and learn where there is none.
+
+        On a GPU the comparison is gathered there and read after the last step, so that the
+        loop never waits for it.
+        """
+        match = True
+        for name, known in self._timesteps.items():
+            expected, given = known[step], tensors[name]
+            if expected is not None and given.device.type != "cpu":
+                differs = (expected != given).any()
+                self._differs = differs if self._differs is None else self._differs | differs
+            elif expected is None or not torch.equal(expected, given):
+                known[step] = given.clone()
+                match = False
+        return match
+
+    def _run(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        program = self._variant.programs["prologue"]
+        known = [step for step in steps if all(column[step] is not None for column in self._timesteps.values())]
+        readers: dict[str, list[int]] = {}
+        for step in known:
+            readers.setdefault(self._tables[step], []).append(step)
+        arguments = []
+        for value in program.inputs:
+            if value.kind is Kind.TIMESTEP:
+                name, _, table = value.name.rpartition("@")
+                column = self._timesteps[name]
+                stack = [tensor for step in readers.get(table, known[:1]) if (tensor := column[step]) is not None]
+                arguments.append(torch.stack([*stack, *stack[:1] * (MIN_ROWS - len(stack))]))
+            else:
+                arguments.append(tensors[value.name].contiguous())
+        results = self._variant.engines["prologue"](arguments)
+        for value, result in zip(program.outputs, results, strict=True):
+            table, _, name = value.name.partition(".")
+            if len(value.shape) == 1:
+                self._fixed[value.name] = result
+                continue
+            for step, row in zip(readers.get(table, ()), result, strict=False):
+                self._rows[step, name] = row
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
