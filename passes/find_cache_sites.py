@@ -30,7 +30,9 @@ class FindCacheSites(Pass):
     def rewrite(self, module: fx.GraphModule) -> bool:
         """See the class."""
         graph = module.graph
-        found = prediction_sites(graph) if self.granularity is Granularity.OUTPUT else stack_sites(graph, self.containers)
+        found = (
+            prediction_sites(graph) if self.granularity is Granularity.OUTPUT else stack_sites(graph, self.containers)
+        )
         if not found:
             raise PassError(
                 f"no cache site at granularity {self.granularity.value!r}: no repeated block makes a value that"

@@ -85,7 +85,7 @@ def is_random(node: fx.Node) -> bool:
         return False
     if packet(node) is aten.scaled_dot_product_attention:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return probability != 0.0
+        return bool(probability != 0.0)
     return True
 
 

@@ -86,15 +86,13 @@ class _Prologue(nn.Module):
             self.shared.extend(node for node in (*fixed, *frontier) if node not in self.shared)
         self.row_tables = [table for table, members in rows.items() if members]
         self.fixed_part = _extract(module, self.given_conditioning, self.shared)
-        self.row_parts = nn.ModuleDict(
-            {
-                table: _extract(module, [*self.given_timesteps, *self.shared], rows[table])
-                for table in self.row_tables
-            }
-        )
-        for part in self.row_parts.values():
+        parts = {
+            table: _extract(module, [*self.given_timesteps, *self.shared], rows[table]) for table in self.row_tables
+        }
+        for part in parts.values():
             use_free_row_rules(part.graph)
             part.recompile()
+        self.row_parts = nn.ModuleDict(parts)
         self.row_nodes = rows
 
     @property

@@ -61,7 +61,7 @@ def _returns_its_argument(node: fx.Node) -> bool:
     if packet(node) in _IDENTITIES:
         return True
     if packet(node) is aten.dropout:
-        return node.args[2] is False or node.args[1] == 0.0
+        return bool(node.args[2] is False or node.args[1] == 0.0)
     if packet(node) not in _CASTS:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]

@@ -35,9 +35,11 @@ class Specialise(Pass):
         if len(points) != len(self.row):
             raise PassError(f"the row has {len(self.row)} entries, the graph {len(points)} cache sites")
         if any(self.row):
-            coefficients = add_input(graph, Value("coefficients", Kind.COEFFICIENTS, (max(self.row),), torch.float32), points[0])
+            coefficients = add_input(
+                graph, Value("coefficients", Kind.COEFFICIENTS, (max(self.row),), torch.float32), points[0]
+            )
         for point in points:
-            site = int(point.args[1])
+            site = site_of(point)
             if self.row[site]:
                 forecast(graph, point, coefficients, self.row[site])
             else:
@@ -47,10 +49,16 @@ class Specialise(Pass):
         return True
 
 
+def site_of(point: fx.Node) -> int:
+    """Number of the site that a cache point marks."""
+    site = point.args[1]
+    assert isinstance(site, int)
+    return site
+
+
 def store(graph: fx.Graph, point: fx.Node) -> None:
     """Return the feature of a site in addition to the graph's results."""
-    feature, site = point.args
-    assert isinstance(feature, fx.Node)
+    feature, site = point.all_input_nodes[0], site_of(point)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
     if point in results:  # the caller may write to a prediction: the history keeps its own copy
@@ -60,14 +68,14 @@ def store(graph: fx.Graph, point: fx.Node) -> None:
         stored = feature
     point.replace_all_uses_with(feature)
     shape, dtype = tuple(feature.meta["val"].shape), feature.meta["val"].dtype
-    value = Value(f"feature_{site}", Kind.FEATURE, shape, dtype, site=int(site))
+    value = Value(f"feature_{site}", Kind.FEATURE, shape, dtype, site=site)
     output.args = ([feature if result is point else result for result in results] + [stored],)
     output.meta["values"] = (*output.meta["values"], value)
 
 
 def forecast(graph: fx.Graph, point: fx.Node, coefficients: fx.Node, anchors: int) -> None:
     """Replace a cache point by the weighted sum of its history."""
-    site, meta = int(point.args[1]), point.meta["val"]
+    site, meta = site_of(point), point.meta["val"]
     total = None
     for slot in range(anchors):
         value = Value(f"history_{site}_{slot}", Kind.HISTORY, tuple(meta.shape), meta.dtype, site=site, slot=slot)

@@ -1,0 +1,1 @@
+"""Schedule policies, one a file."""

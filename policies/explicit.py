@@ -81,21 +81,27 @@ def _read(data: Any, num_steps: int) -> list[Schedule]:
         return [Schedule.from_mask(data)]
     if isinstance(data, dict):
         if "cache_step" in data:
-            return [Schedule(tuple(data["cache_step"]), num_steps)]
+            return [Schedule(_steps(data["cache_step"]), num_steps)]
         return _by_budget(data, num_steps)
     if not isinstance(data, list) or not data:
         raise ScheduleError("expected a list or an object of schedules")
     if any(isinstance(item, (list, str)) for item in data):
         return [schedule for item in data for schedule in _read(item, num_steps)]
-    if len(data) == num_steps and num_steps > 2 and set(data) <= {0, 1}:
+    if len(data) == num_steps > 2 and all(item in (0, 1) for item in data):
         return [Schedule.from_mask(data)]
-    return [Schedule(tuple(data), num_steps)]
+    return [Schedule(_steps(data), num_steps)]
+
+
+def _steps(data: Any) -> tuple[Any, ...]:
+    if not isinstance(data, Sequence) or isinstance(data, str):
+        raise ScheduleError(f"expected a list of steps, found {data!r}")
+    return tuple(data)
 
 
 def _by_budget(schedules: Mapping[Any, Sequence[int]], num_steps: int) -> list[Schedule]:
     found = []
     for budget, steps in schedules.items():
-        schedule = Schedule(tuple(steps), num_steps)
+        schedule = Schedule(_steps(steps), num_steps)
         if str(schedule.budget) != str(budget):
             raise ScheduleError(f"budget {budget} has {schedule.budget} recompute steps: {list(steps)}")
         found.append(schedule)

@@ -7,14 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from recache_compile.compiled import Compiled, Description
-from recache_compile.compiler import Example, Options, compile_module
+from recache_compile.compiler import Example, Options, compile_module, make_schedules
 from recache_compile.errors import ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster
 from recache_compile.policies.base import Policy
 from recache_compile.policies.registry import get_policy
 from recache_compile.program import Granularity, Role
 from recache_compile.runtimes.registry import get_runtime
-from recache_compile.schedule import check_budgets
 
 
 def compile(
@@ -58,15 +57,14 @@ def compile(
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
+    chosen = get_policy(policy, num_steps)
     options = Options(
-        budgets=check_budgets(budgets, num_steps),
-        num_steps=num_steps,
+        schedules=make_schedules(chosen, budgets, num_steps),
         forecaster=get_forecaster(forecaster, order),
         granularity=_granularity(granularity),
         hoist=hoist,
         roles=roles or {},
     )
-    chosen = get_policy(policy, num_steps)
     backend = get_runtime(runtime, explain=report)
     module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call)
     description = Description(
@@ -81,7 +79,7 @@ def compile(
         runtime=backend.name,
         hoist=hoist,
     )
-    return compile_module(module, examples, options, chosen, backend, description, report)
+    return compile_module(module, examples, options, backend, description, report)
 
 
 def _granularity(name: str) -> Granularity:

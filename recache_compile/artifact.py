@@ -1,14 +1,13 @@
 """Artifacts: a folder with a manifest, programs, engines, plans and weights.
 
-    manifest.json          facts and the hash of every other file
-    weights.safetensors    every weight, once, and the known timesteps
-    programs/V/NAME.json   the programs of variant V
-    engines/V/NAME.pt2     their engines, for runtimes that have files
+manifest.json          facts and the hash of every other file
+weights.safetensors    every weight, once, and the known timesteps
+programs/V/NAME.json   the programs of variant V
+engines/V/NAME.pt2     their engines, for runtimes that have files
 """
 
 import contextlib
 import hashlib
-import os
 import platform
 import shutil
 import tempfile
@@ -124,8 +123,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield partial
         old = partial.with_suffix(".old")
         if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
+            folder.rename(old)
+        partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ArtifactError(f"output {folder}: cannot be written ({error})") from error
@@ -223,7 +222,9 @@ def _write(compiled: Compiled, folder: Path) -> None:
             for budget, plan in compiled.plans.items()
         },
         variants=tuple(
-            _Variant(inputs=tuple(map(value_to_json, variant.inputs)), programs=tuple(variant.programs), capture_macs=macs)
+            _Variant(
+                inputs=tuple(map(value_to_json, variant.inputs)), programs=tuple(variant.programs), capture_macs=macs
+            )
             for variant, macs in zip(compiled.variants, compiled.capture_macs, strict=True)
         ),
         files={str(file.relative_to(folder)): _hash(file) for file in sorted(folder.rglob("*")) if file.is_file()},

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -44,7 +43,10 @@ class Signature:
 
 
 def capture(
-    module: nn.Module, example_inputs: Mapping[str, Any], roles: Mapping[str, Role | str] | None = None, label: str = "0"
+    module: nn.Module,
+    example_inputs: Mapping[str, Any],
+    roles: Mapping[str, Role | str] | None = None,
+    label: str = "0",
 ) -> tuple[Program, Signature]:
     """Export a module at the shapes of its example inputs.
 
@@ -65,7 +67,9 @@ def capture(
     variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = sorted(set(arguments) - set(parameters))
     if unknown and not variadic:
-        raise CaptureError(f"capture of {type(module).__name__}: it has no input {unknown}; it takes {list(parameters)}")
+        raise CaptureError(
+            f"capture of {type(module).__name__}: it has no input {unknown}; it takes {list(parameters)}"
+        )
     if "return_dict" in parameters:
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
@@ -126,7 +130,9 @@ def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Role | str]) -
     unknown = sorted(set(overrides) - set(names))
     if unknown:
         raise CaptureError(f"roles: {unknown} are no tensor inputs; these are: {', '.join(names)}")
-    roles = {name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING) for name in names}
+    roles = {
+        name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING) for name in names
+    }
     for name, role in overrides.items():
         try:
             roles[name] = Role(role)

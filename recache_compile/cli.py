@@ -6,17 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from recache_compile._version import __version__
-from recache_compile.errors import RecacheError, ScheduleError
-
-if TYPE_CHECKING:
-    from recache_compile.compiled import Compiled
+from recache_compile.errors import ArtifactError, RecacheError, ScheduleError
 
 LOG = Console(stderr=True)
 PAGE = Console()
@@ -45,9 +42,13 @@ class _DefaultCommand(click.Group):
             return super().invoke(ctx)
         except RecacheError as error:
             raise click.ClickException(" ".join(str(error).split())) from error
+        except click.UsageError as error:
+            if not error.message:
+                raise
+            raise click.ClickException(f"{error.format_message()} (see {ctx.command_path} COMMAND --help)") from error
 
 
-class _Budgets(click.ParamType):
+class _Budgets(click.ParamType):  # type: ignore[type-arg]
     """Whole numbers, separated by commas."""
 
     name = "K,K,..."
@@ -58,7 +59,7 @@ class _Budgets(click.ParamType):
         try:
             return tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r}: expected whole numbers such as 5,10,15", param, ctx)
+            raise ScheduleError(f"budgets {value!r}: expected whole numbers such as 5,10,15") from None
 
 
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["--help", "-h"]})
@@ -72,17 +73,30 @@ def main() -> None:
 
 @main.command("compile")
 @click.argument("model")
-@click.option("--budgets", type=_Budgets(), default="5,10,15", show_default=True, help="Recompute steps k, one engine set for all.")
+@click.option(
+    "--budgets",
+    type=_Budgets(),
+    default="5,10,15",
+    show_default=True,
+    help="Recompute steps k, one engine set for all.",
+)
 @click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
 @click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache or newton.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
-@click.option("--policy", default="uniform", show_default=True, help="uniform, uniform:warmup=3, front-loaded, front-loaded:power=2, a schedule file, steps or a mask.")
+@click.option(
+    "--policy",
+    default="uniform",
+    show_default=True,
+    help="uniform, uniform:warmup=3, front-loaded, front-loaded:power=2, a schedule file, steps or a mask.",
+)
 @click.option("--granularity", default="stack", show_default=True, help="Where features are cached: stack or output.")
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
 @click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: MODEL-recache]")
 @click.option("--prompt", "prompts", multiple=True, help="Caption of the pictures that are compared; repeat for more.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
-@click.option("--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps.")
+@click.option(
+    "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def compile_command(
     model: str,
@@ -107,15 +121,14 @@ def compile_command(
 
         from recache_compile.api import compile
         from recache_compile.artifact import check_writable
+        from recache_compile.compiler import make_schedules
         from recache_compile.measure import compare
         from recache_compile.picture import save_comparison
         from recache_compile.pipelines import load_pipeline
         from recache_compile.policies.registry import get_policy
         from recache_compile.runtimes.registry import get_runtime
-        from recache_compile.schedule import check_budgets
 
-        check_budgets(budgets, steps)
-        get_policy(policy, steps)
+        make_schedules(get_policy(policy, steps), budgets, steps)
         get_runtime(runtime)
         check_writable(folder)
         report(f"loading {model}")
@@ -146,7 +159,9 @@ def compile_command(
         click.echo(json.dumps(result))
         return
     facts = compiled.description
-    table = Table(title=f"{model}: {steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}")
+    table = Table(
+        title=f"{model}: {steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}"
+    )
     for column in ("budget", "recompute steps", "MACs", "speed", "PSNR", "SSIM"):
         table.add_column(column, justify="left" if column == "recompute steps" else "right")
     for each in measured:
@@ -168,7 +183,9 @@ def compile_command(
 @click.option("--budget", type=int, help="Recompute steps k.  [default: the smallest in the artifact]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default="picture.png", show_default=True)
-@click.option("--scale", type=click.IntRange(1, 64), default=8, show_default=True, help="Enlarge small pictures by this factor.")
+@click.option(
+    "--scale", type=click.IntRange(1, 64), default=8, show_default=True, help="Enlarge small pictures by this factor."
+)
 def run_command(artifact: Path, caption: str, budget: int | None, seed: int, output: Path, scale: int) -> None:
     """Draw CAPTION with a compiled ARTIFACT."""
     with _progress() as report:
@@ -190,7 +207,9 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
         if max(picture.size) <= 128:
             picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
         _save_picture(picture, output)
-    PAGE.print(f"{output}  ({pipeline.transformer.budget} of {steps} steps recomputed)", highlight=False, soft_wrap=True)
+    PAGE.print(
+        f"{output}  ({pipeline.transformer.budget} of {steps} steps recomputed)", highlight=False, soft_wrap=True
+    )
 
 
 @main.command("inspect")
@@ -222,7 +241,7 @@ def _save_picture(picture: Any, output: Path) -> None:
         picture.save(partial, format="PNG")
         partial.replace(output)
     except OSError as error:
-        raise ScheduleError(f"output {output}: cannot be written ({error.strerror})") from None
+        raise ArtifactError(f"output {output}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -49,8 +49,7 @@ class Example:
 class Options:
     """What to compile; see `recache_compile.compile`."""
 
-    budgets: tuple[int, ...]
-    num_steps: int
+    schedules: Mapping[int, Schedule]
     forecaster: Forecaster
     granularity: Granularity
     hoist: bool
@@ -61,7 +60,6 @@ def compile_module(
     module: nn.Module,
     examples: Sequence[Example],
     options: Options,
-    policy: Policy,
     runtime: Runtime,
     description: Description,
     report: Report,
@@ -75,7 +73,8 @@ def compile_module(
         report("capturing")
         captured, signature = capture(module, example.inputs, options.roles, label=str(number))
         annotated = annotate(captured, options.granularity, signature)
-        plans = make_plans(options, policy, num_sites=count_sites(annotated))
+        sites = count_sites(annotated)
+        plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
         programs = specialise(annotated, plans.values(), options.hoist, report)
         for program in programs.values():
             weights.update(program.weights)
@@ -97,21 +96,26 @@ def count_sites(annotated: Program) -> int:
     return len(annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT))
 
 
-def make_plans(options: Options, policy: Policy, num_sites: int) -> dict[int, Plan]:
-    """One plan a budget, each checked to cost exactly what was asked."""
-    plans = {}
-    for budget in check_budgets(options.budgets, options.num_steps):
-        schedule = policy.schedule(Problem(options.num_steps), budget)
-        if schedule.budget != budget or schedule.num_steps != options.num_steps:
-            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {options.num_steps} steps")
-        plans[budget] = make_plan(schedule, options.forecaster, num_sites)
-    return plans
+def make_schedules(policy: Policy, budgets: Iterable[int], num_steps: int) -> dict[int, Schedule]:
+    """One schedule a budget, each checked to cost exactly what was asked.
+
+    Raises:
+        ScheduleError: a budget is not usable, or the policy broke its promise.
+    """
+    schedules = {}
+    for budget in check_budgets(budgets, num_steps):
+        schedule = policy.schedule(Problem(num_steps), budget)
+        if schedule.budget != budget or schedule.num_steps != num_steps:
+            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {num_steps} steps")
+        schedules[budget] = schedule
+    return schedules
 
 
 def specialise(annotated: Program, plans: Iterable[Plan], hoist: bool, report: Report) -> dict[str, Program]:
     """One program for each distinct row of the plans, and the prologue that they share."""
     rows = sorted({step.row for plan in plans for step in plan.steps})
-    programs, tables = {}, {}
+    programs: dict[str, Program] = {}
+    tables: dict[str, list[Program]] = {}
     for row in rows:
         report(f"specialising {row_name(row)}")
         passes = (Specialise(row), Hoist(), Simplify()) if hoist else (Specialise(row), Simplify())

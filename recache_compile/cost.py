@@ -79,4 +79,3 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], capture_macs: int) -> C
     prologue_macs = count_macs(prologue, rows) if prologue else 0
     full = capture_macs * len(plan.steps)
     return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)
-

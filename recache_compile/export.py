@@ -1,9 +1,10 @@
 """The one door to `torch.export`: a module in, a flat graph module out."""
 
+import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,17 +52,15 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     return fx.GraphModule(weights, graph)
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
     """Raise the level of some loggers for a while."""
-
-    def __init__(self, *names: str) -> None:
-        self.loggers = [logging.getLogger(name) for name in names]
-
-    def __enter__(self) -> None:
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in zip(self.loggers, self.levels, strict=True):
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -64,9 +64,7 @@ def facts_of(compiled: Compiled) -> dict[str, Any]:
         "parameters": total,
         "hoisted_parameters": hoisted,
         "capture_macs": compiled.capture_macs[0],
-        "shapes": [
-            {value.name: list(value.shape) for value in each.inputs} for each in compiled.variants
-        ],
+        "shapes": [{value.name: list(value.shape) for value in each.inputs} for each in compiled.variants],
         "programs": programs,
         "sites": list(sites.values()),
         "prologue_tables": tables,
@@ -90,7 +88,12 @@ def print_facts(facts: dict[str, Any], console: Console) -> None:
     for each in facts["programs"]:
         macs = "per row" if each["macs"] is None else _si(each["macs"])
         programs.add_row(
-            each["name"], f"{each['calls']:,}", f"{each['parameters']:,}", macs, " ".join(each["inputs"]), " ".join(each["outputs"])
+            each["name"],
+            f"{each['calls']:,}",
+            f"{each['parameters']:,}",
+            macs,
+            " ".join(each["inputs"]),
+            " ".join(each["outputs"]),
         )
     console.print(programs)
     budgets = Table(title="budgets", title_justify="left")
@@ -99,11 +102,18 @@ def print_facts(facts: dict[str, Any], console: Console) -> None:
     for each in facts["budgets"]:
         plan = "".join("#" if engine == "recompute" else "·" for engine in each["engines"])
         budgets.add_row(
-            str(each["budget"]), plan, _si(each["macs"]), f"{each['macs_reduction']:.2f}", _bytes(each["history_bytes"]), _bytes(each["table_bytes"])
+            str(each["budget"]),
+            plan,
+            _si(each["macs"]),
+            f"{each['macs_reduction']:.2f}",
+            _bytes(each["history_bytes"]),
+            _bytes(each["table_bytes"]),
         )
     console.print(budgets)
     for site in facts["sites"]:
-        console.print(f"site {site['site']}: {site['shape']}, {_bytes(site['bytes_per_anchor'])} per anchor", highlight=False)
+        console.print(
+            f"site {site['site']}: {site['shape']}, {_bytes(site['bytes_per_anchor'])} per anchor", highlight=False
+        )
 
 
 def print_graph(compiled: Compiled, name: str, console: Console) -> None:

@@ -1,6 +1,5 @@
 """The picture that ends a compilation: uncached beside every budget."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,10 +24,13 @@ def save_comparison(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows, columns = len(prompts), len(pictures)
     figure = Figure(figsize=(1.9 * columns, 2.0 * rows + 0.6), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr]
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(hspace=0.06)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows + 1, columns, squeeze=False, height_ratios=[1.0] * rows + [0.12])
     for column, (budget, drawn) in enumerate(pictures.items()):
@@ -46,7 +48,7 @@ def save_comparison(
         caption.set_in_layout(False)
     partial = file.with_name(f".{file.name}.partial")
     figure.savefig(partial, format="png", dpi=110)
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def _draw_schedule(axes, schedule: Schedule | None, schedules: Mapping[int, Schedule]) -> None:  # type: ignore[no-untyped-def]

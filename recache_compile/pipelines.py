@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from recache_compile.capture import ROLE_NAMES, named_leaves
 from recache_compile.compiled import Compiled
 from recache_compile.compiler import Example
-from recache_compile.errors import DispatchError, ModelError
+from recache_compile.errors import DispatchError, ModelError, RecacheError, RuntimeUnavailableError
 from recache_compile.program import Role
 from recache_compile.runtimes.dispatcher import Dispatcher
 
@@ -35,18 +36,20 @@ def load_pipeline(model: str, **components: Any) -> "DiffusionPipeline":
         ModelError: there is no such model, or it is no pipeline.
     """
     from diffusers import DiffusionPipeline
-
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     folder = EMBEDDED.get(model, Path(model))
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
+    source = str(folder) if folder.is_dir() else model
     try:
-        config = DiffusionPipeline.load_config(str(folder) if folder.is_dir() else model)
-        name = config["_class_name"]
-        cls = _embedded_class(name) or DiffusionPipeline
-        return cls.from_pretrained(str(folder) if folder.is_dir() else model, dtype=torch.float32, **components)
+        config = DiffusionPipeline.load_config(source)
+        _require_libraries(model, config)
+        cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
+        return cls.from_pretrained(source, dtype=torch.float32, **components)
+    except RecacheError:
+        raise
     except Exception as error:  # diffusers and the Hub raise many kinds, none of them ours
         known = ", ".join(EMBEDDED)
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -54,6 +57,18 @@ def load_pipeline(model: str, **components: Any) -> "DiffusionPipeline":
             f"model {model}: not an embedded model ({known}), a pipeline folder, or a Hub id that can be loaded here:"
             f" {reason[0]}"
         ) from error
+
+
+def _require_libraries(model: str, config: Mapping[str, Any]) -> None:
+    """Name the missing package before `diffusers` stumbles over it."""
+    for component, entry in config.items():
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
+            continue
+        package = entry[0].partition(".")[0]
+        if package in ("transformers", "sentencepiece") and find_spec(package) is None:
+            raise RuntimeUnavailableError(
+                f"model {model}: its {component} needs the package {package}; pip install 'recache-compile[hub]'"
+            )
 
 
 def transformer_of(pipeline: Any) -> nn.Module:
@@ -97,7 +112,9 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any]) -> l
         with _silent_progress(pipeline):
             pipeline(**arguments)
     except Exception as error:  # whatever the pipeline's own checks raise
-        raise ModelError(f"{type(pipeline).__name__}: recording a call with {sorted(arguments)} failed: {error}") from error
+        raise ModelError(
+            f"{type(pipeline).__name__}: recording a call with {sorted(arguments)} failed: {error}"
+        ) from error
     finally:
         del module.forward
     if not calls:
@@ -160,7 +177,8 @@ class CompiledTransformer(nn.Module):
         self._compiled = compiled
         self._pipeline = pipeline
         self._dispatchers: dict[int, Dispatcher] = {}
-        self._branch, self._step = "", None
+        self._branch = ""
+        self._step: int | None = None
         self.budget = budget
 
     @property

@@ -131,7 +131,7 @@ class Program:
 
 
 def row_name(row: Row) -> str:
-    """"recompute" and "forecast_h" for uniform rows; mixed rows are spelled out."""
+    """ "recompute" and "forecast_h" for uniform rows; mixed rows are spelled out."""
     kinds = set(row)
     if len(kinds) > 1:
         return "row_" + "_".join(map(str, row))

@@ -24,7 +24,8 @@ def program_to_json(program: Program) -> str:
     nodes = [_node(node) for node in program.module.graph.nodes if node.op not in ("placeholder", "output")]
     results = [_encode(result) for result in program.module.graph.output_node().args[0]]  # type: ignore[union-attr]
     inputs = [
-        {"node": node.name, **value_to_json(node.meta["value"])} for node in program.module.graph.find_nodes(op="placeholder")
+        {"node": node.name, **value_to_json(node.meta["value"])}
+        for node in program.module.graph.find_nodes(op="placeholder")
     ]
     lines = ",\n".join("  " + json.dumps(node) for node in nodes)
     head = {"name": program.name, "provenance": program.provenance, "inputs": inputs}
@@ -72,7 +73,9 @@ def _node(node: fx.Node) -> dict[str, Any]:
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target
-    call = target.name() if isinstance(target, torch._ops.OpOverload) else f"operator::{getattr(target, '__name__', '')}"
+    call = (
+        target.name() if isinstance(target, torch._ops.OpOverload) else f"operator::{getattr(target, '__name__', '')}"
+    )
     _target(call)
     return {"call": call, **described, "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
 
@@ -145,6 +148,4 @@ def read_value(entry: dict[str, Any]) -> Value:
     dtype = getattr(torch, entry["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ArtifactError(f"not a program: {entry['dtype']!r} is no dtype")
-    return Value(
-        entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, entry.get("site"), entry.get("slot")
-    )
+    return Value(entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, entry.get("site"), entry.get("slot"))

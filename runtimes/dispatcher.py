@@ -44,7 +44,9 @@ class Dispatcher:
         self._signature = signature
         self._constants = dict(signature.constants)
         self._result = pytree.treespec_loads(signature.result)
-        self._variants = {_key((value.name, value.shape, value.dtype) for value in each.inputs): each for each in variants}
+        self._variants = {
+            _key((value.name, value.shape, value.dtype) for value in each.inputs): each for each in variants
+        }
         self._device = variants[0].device
         self._coefficients = [
             torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps

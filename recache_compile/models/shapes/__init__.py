@@ -1,0 +1,1 @@
+"""A small FLUX pipeline that draws two coloured shapes from a caption."""

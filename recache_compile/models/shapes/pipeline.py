@@ -96,7 +96,7 @@ class ShapesPipeline(DiffusionPipeline):
     """Caption to 32x32 picture, in the manner of `FluxPipeline` without an autoencoder."""
 
     model_cpu_offload_seq = "text_encoder->transformer"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -135,7 +135,9 @@ class ShapesPipeline(DiffusionPipeline):
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})`.
         """
-        prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)]
+        prompts = [
+            text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images_per_prompt)
+        ]
         device, size = self._execution_device, self.default_sample_size
         dtype = self.transformer.dtype
         if latents is None:

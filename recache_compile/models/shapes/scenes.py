@@ -7,6 +7,7 @@ determines them uniquely.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,7 @@ def render(attributes: Tensor, generator: torch.Generator) -> Tensor:
     return picture * 2 - 1
 
 
-def _background(kind: Tensor, x: Tensor, y: Tensor, uniform) -> Tensor:  # type: ignore[no-untyped-def]
+def _background(kind: Tensor, x: Tensor, y: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
     """Grey level (batch, 3, 32, 32) in [0, 1] of the four kinds, chosen per picture."""
     phase = uniform(0.0, 8.0, 2)[:, :, None, None]
     stripes = torch.sin((x + y + phase[:, 0]) * (torch.pi / 4)) * 2

@@ -8,7 +8,6 @@ started again with the same folder goes on where it was and ends with the same d
 
 import copy
 import math
-import os
 import random
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from recache_compile.models.shapes.classifier import SceneClassifier
 from recache_compile.models.shapes.pipeline import ShapesPipeline, ShapesTextEncoder, pack, position_ids
 from recache_compile.models.shapes.scenes import SIZE, WORDS, render, sample_scene
 
-HELD_OUT_SEED = 2**40  # training seeds are small step numbers
 WIDTH = 128
 
 
@@ -82,7 +80,8 @@ def flow_matching_loss(pipeline: ShapesPipeline, seed: int, batch: int, device: 
 
 def optimizers(modules: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the weight matrices of the blocks, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in modules.named_parameters():
         hidden = parameter.ndim == 2 and ("blocks" in name or "layers" in name)
         (matrices if hidden else others).append(parameter)
@@ -95,7 +94,9 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (0.02 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train_pipeline(state_file: Path, steps: int, batch: int, device: torch.device, progress: Progress) -> ShapesPipeline:
+def train_pipeline(
+    state_file: Path, steps: int, batch: int, device: torch.device, progress: Progress
+) -> ShapesPipeline:
     """Train for `steps` steps and return the pipeline with averaged weights."""
     torch.manual_seed(0)
     pipeline = new_pipeline().to(device)
@@ -167,7 +168,7 @@ def train_classifier(steps: int, batch: int, device: torch.device, progress: Pro
 def _save_state(file: Path, state: dict[str, object]) -> None:
     partial = file.with_suffix(".part")
     torch.save(state, partial)
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 @click.command()

@@ -1,0 +1,108 @@
+"""Shared models and compilations: each is made once for the whole session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+import recache_compile as rc
+from recache_compile.pipelines import load_pipeline
+
+NUM_STEPS = 12
+PROMPT = "a red circle left of a blue square on a dark background"
+
+
+def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
+    """Two double and three single blocks of width 32."""
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+
+
+def flux_inputs(seed: int = 0, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Arguments of one call of `tiny_flux`."""
+    generator = torch.Generator().manual_seed(seed)
+    side = torch.arange(4.0)
+    rows, columns = torch.meshgrid(side, side, indexing="ij")
+    return {
+        "hidden_states": torch.randn(batch, 16, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 6, 24, generator=generator),
+        "pooled_projections": torch.randn(batch, 20, generator=generator),
+        "timestep": torch.full((batch,), 1.0),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3),
+        "txt_ids": torch.zeros(6, 3),
+        "guidance": torch.full((batch,), 3.5),
+    }
+
+
+def timesteps(batch: int = 1, num_steps: int = NUM_STEPS) -> torch.Tensor:
+    """A shifted flow-matching timetable (num_steps, batch)."""
+    sigma = torch.linspace(1, 1 / num_steps, num_steps)
+    return (3 * sigma / (1 + 2 * sigma))[:, None].expand(-1, batch).contiguous()
+
+
+def loop_inputs(step: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments of one step: new latents, this step's timestep, the same conditioning."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    batch = len(inputs["timestep"])
+    latents = inputs["hidden_states"] + 0.3 * torch.randn(inputs["hidden_states"].shape, generator=generator)
+    return {**inputs, "hidden_states": latents, "timestep": timesteps(batch)[step]}
+
+
+def compile_flux(module: torch.nn.Module, **options: Any) -> rc.Compiled:
+    """Compile `tiny_flux` with the defaults of these tests."""
+    options = {"budgets": (3, NUM_STEPS), "num_steps": NUM_STEPS, "runtime": "eager"} | options
+    return rc.compile(module, flux_inputs(), timesteps={"timestep": timesteps()}, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def flux() -> FluxTransformer2DModel:
+    return tiny_flux()
+
+
+@pytest.fixture(scope="session")
+def eager(flux: FluxTransformer2DModel) -> rc.Compiled:
+    return compile_flux(flux)
+
+
+@pytest.fixture(scope="session")
+def inductor(flux: FluxTransformer2DModel) -> rc.Compiled:
+    return compile_flux(flux, runtime="inductor")
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Any:
+    return load_pipeline("shapes")
+
+
+@pytest.fixture(scope="session")
+def eager_artifact(eager: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "eager"
+    eager.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inductor_artifact(inductor: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "inductor"
+    inductor.save(folder)
+    return folder

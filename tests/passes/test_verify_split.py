@@ -1,0 +1,124 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from recache_compile.errors import PassError
+from recache_compile.passes.base import copy_module, run_passes
+from recache_compile.passes.simplify import Simplify
+from recache_compile.passes.specialise import Specialise
+from recache_compile.passes.verify_split import independent_matmuls, tied_weights, verify_split
+from recache_compile.program import Granularity, Program
+from tests.passes.tiny import Attention, Formula, Forward, Heads, Split, annotated, split
+
+
+def verify(parts: Split) -> None:
+    verify_split(parts.annotated, parts.prologue, {table: [step] for table, step in parts.steps.items()})
+
+
+def split_of(forward: Forward) -> Split:
+    return split(Formula(forward), granularity=Granularity.OUTPUT)
+
+
+def with_outputs(program: Program, outputs: tuple[object, ...]) -> Program:
+    """The program with other facts about its results."""
+    module = copy_module(program.module)
+    output = module.graph.output_node()
+    output.meta = {**output.meta, "values": outputs}
+    return replace(program, module=module)
+
+
+def tied(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    return self.linear(hidden) + self.linear(context).mean(1)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Split:
+    return split(Attention(), rows=((0,), (2,)))
+
+
+def test_what_hoist_and_build_prologue_make_is_accepted(parts: Split) -> None:
+    verify(parts)
+
+
+def test_mixed_rows_are_accepted() -> None:
+    verify(split(Heads(2), rows=((0, 0), (0, 2), (2, 0), (2, 2))))
+
+
+def test_a_model_with_nothing_to_hoist_is_accepted() -> None:
+    verify(split_of(lambda self, hidden, timestep, context: self.linear(hidden)))
+
+
+def test_a_weight_that_the_model_ties_may_be_read_on_both_sides() -> None:
+    parts = split_of(tied)
+    assert set(parts.prologue.weights) == set(parts.steps["recompute"].weights) == {"linear.weight", "linear.bias"}
+    assert tied_weights(parts.annotated) == {"linear.weight", "linear.bias"}
+    verify(parts)
+
+
+def test_a_weight_that_only_the_split_reads_twice_is_refused(parts: Split) -> None:
+    """The step program of a model without a tie, next to the prologue of one with a tie."""
+    other = split_of(tied)
+    untied = annotated(Formula(lambda self, hidden, timestep, context: self.linear(hidden)), Granularity.OUTPUT)
+    assert tied_weights(untied) == set()
+    message = r"split of recompute: the prologue reads the same weights \['linear.bias', 'linear.weight'\]"
+    with pytest.raises(PassError, match=message):
+        verify_split(untied, other.prologue, {"recompute": [other.steps["recompute"]]})
+
+
+def test_a_matrix_product_left_in_the_step_is_refused(parts: Split) -> None:
+    """A step program that was specialised but not hoisted."""
+    left = run_passes(parts.annotated, (Specialise((0,)), Simplify())).renamed("recompute")
+    names = [node.name for node in left.module.graph.nodes if node.name in independent_matmuls(left)]
+    assert len(names) == 1 + 2 * 3  # the timestep embedding; per block modulation, key and value
+    with pytest.raises(PassError, match=r"split of recompute: \['linear', .*\] do not depend on the latents"):
+        verify_split(parts.annotated, parts.prologue, {"recompute": [left]})
+
+
+def test_every_program_of_a_table_is_checked(parts: Split) -> None:
+    left = run_passes(parts.annotated, (Specialise((1,)), Simplify())).renamed("forecast_1")
+    with pytest.raises(PassError, match=r"split of forecast_1: \['linear'\] do not depend on the latents"):
+        verify_split(parts.annotated, parts.prologue, {"forecast": [parts.steps["forecast"], left]})
+
+
+def test_a_table_that_the_prologue_does_not_make_is_refused(parts: Split) -> None:
+    with pytest.raises(PassError, match=r"split of recompute: it reads .*row_float32.*, the prologue makes None"):
+        verify_split(parts.annotated, parts.prologue, {"elsewhere": [parts.steps["recompute"]]})
+
+
+@pytest.mark.parametrize("change", [{"shape": (None, 128)}, {"dtype": torch.bfloat16}], ids=["size", "dtype"])
+def test_a_table_of_another_layout_is_refused(parts: Split, change: dict[str, object]) -> None:
+    first, *others = parts.prologue.outputs
+    prologue = with_outputs(parts.prologue, (replace(first, **change), *others))
+    with pytest.raises(PassError, match=r"split of recompute: it reads .*row_float32.*, the prologue makes Value"):
+        verify_split(parts.annotated, prologue, {"recompute": [parts.steps["recompute"]]})
+
+
+def test_attention_on_the_conditioning_counts_as_a_matrix_product() -> None:
+    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return hidden + torch.nn.functional.scaled_dot_product_attention(context, context, context).sum(1)
+
+    program = annotated(Formula(forward), Granularity.OUTPUT)
+    assert independent_matmuls(program) == ["scaled_dot_product_attention"]
+
+
+def test_products_with_the_latents_or_the_history_are_not_independent(parts: Split) -> None:
+    for step in parts.steps.values():
+        assert independent_matmuls(step) == []
+        assert isinstance(step.module, fx.GraphModule)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a weight is held for tied only if its readers are, not the readers of its views"
+)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, hidden, timestep, context: hidden + self.table[:3] + (context + self.table[3:5]).sum(),
+        lambda self, hidden, timestep, context: hidden @ self.table[:4].t() + (context @ self.table[:4]).sum(),
+    ],
+    ids=["positions of two streams", "transposed"],
+)
+def test_a_weight_that_the_model_ties_through_views_is_accepted(forward: Forward) -> None:
+    verify(split_of(forward))

@@ -1,0 +1,140 @@
+"""Dispatch: state per branch and shape, conditioning that changes, calls that do not fit."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import recache_compile as rc
+from recache_compile.errors import DispatchError
+from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs
+from tests.test_compiler import counted, relative_error
+
+
+def generation(run: Any, inputs: dict[str, torch.Tensor], branch: str = "") -> list[torch.Tensor]:
+    return [run(step=step, branch=branch, **loop_inputs(step, inputs))[0] for step in range(NUM_STEPS)]
+
+
+def test_generations_do_not_leak_into_each_other(eager: rc.Compiled) -> None:
+    one, two = flux_inputs(seed=1), flux_inputs(seed=2)
+    shared = eager.dispatcher(budget=3)
+    for inputs in (one, two, one):
+        alone = generation(eager.dispatcher(budget=3), inputs)
+        assert all(map(torch.equal, generation(shared, inputs), alone))
+
+
+def test_branches_have_a_state_of_their_own(eager: rc.Compiled) -> None:
+    inputs = {"cond": flux_inputs(seed=1), "uncond": flux_inputs(seed=2)}
+    run = eager.dispatcher(budget=3)
+    together: dict[str, list[torch.Tensor]] = {"cond": [], "uncond": []}
+    for step in range(NUM_STEPS):
+        for branch, example in inputs.items():
+            together[branch].append(run(step=step, branch=branch, **loop_inputs(step, example))[0])
+    for branch, example in inputs.items():
+        assert all(map(torch.equal, together[branch], generation(eager.dispatcher(budget=3), example)))
+
+
+def test_prologue_runs_again_only_when_conditioning_changes(eager: rc.Compiled) -> None:
+    compiled, calls = counted(eager)
+    run, inputs = compiled.dispatcher(budget=3), flux_inputs()
+    generation(run, inputs)
+    assert calls["prologue"] == 1
+    generation(run, inputs)
+    generation(run, {name: value.clone() for name, value in inputs.items()})
+    assert calls["prologue"] == 1
+    generation(run, {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1})
+    assert calls["prologue"] == 2
+
+
+def test_conditioning_written_in_place_is_noticed(eager: rc.Compiled, flux: torch.nn.Module) -> None:
+    run, inputs = eager.dispatcher(budget=NUM_STEPS), flux_inputs()
+    run(step=0, **loop_inputs(0, inputs))
+    inputs["pooled_projections"].add_(1)
+    this = loop_inputs(1, inputs)
+    assert relative_error(run(step=1, **this)[0], flux(**this, return_dict=False)[0]) <= 1e-6
+
+
+def test_conditioning_written_under_inference_mode_is_noticed(eager: rc.Compiled, flux: torch.nn.Module) -> None:
+    run = eager.dispatcher(budget=NUM_STEPS)
+    with torch.inference_mode():
+        inputs = {name: value.clone() for name, value in flux_inputs().items()}
+        run(step=0, **loop_inputs(0, inputs))
+        inputs["pooled_projections"].add_(1)
+        this = loop_inputs(1, inputs)
+        assert relative_error(run(step=1, **this)[0], flux(**this, return_dict=False)[0]) <= 1e-6
+
+
+def test_unknown_timesteps_are_learned_in_the_first_generation(flux: torch.nn.Module) -> None:
+    compiled, calls = counted(compile_flux(flux, budgets=(3,)))
+    known = generation(compiled.dispatcher(budget=3), flux_inputs())
+    plain = rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=NUM_STEPS, runtime="eager")
+    compiled, calls = counted(plain)
+    run = compiled.dispatcher(budget=3)
+    first = generation(run, flux_inputs())
+    assert calls["prologue"] == NUM_STEPS
+    generation(run, flux_inputs(seed=5))
+    assert calls["prologue"] == NUM_STEPS + 1
+    assert max(map(relative_error, first, known)) <= 1e-6
+
+
+def test_other_timesteps_than_compiled_are_noticed(eager: rc.Compiled, flux: torch.nn.Module) -> None:
+    run = eager.dispatcher(budget=NUM_STEPS)
+    for step in range(3):
+        this = loop_inputs(step, flux_inputs()) | {"timestep": torch.tensor([0.9 - 0.1 * step])}
+        assert relative_error(run(step=step, **this)[0], flux(**this, return_dict=False)[0]) <= 1e-6
+
+
+def test_a_changed_result_does_not_change_the_history(flux: torch.nn.Module) -> None:
+    compiled = compile_flux(flux, budgets=(3,), granularity="output")
+    clean = generation(compiled.dispatcher(budget=3), flux_inputs())
+    run = compiled.dispatcher(budget=3)
+    for step, expected in enumerate(clean):
+        (result,) = run(step=step, **loop_inputs(step, flux_inputs()))
+        assert torch.equal(result, expected)
+        result.zero_()
+
+
+def test_latents_that_are_not_contiguous(eager: rc.Compiled, flux: torch.nn.Module) -> None:
+    this = loop_inputs(0, flux_inputs())
+    this["hidden_states"] = this["hidden_states"].transpose(1, 2).contiguous().transpose(1, 2)
+    (ours,) = eager.dispatcher(budget=3)(step=0, **this)
+    assert relative_error(ours, flux(**this, return_dict=False)[0]) <= 1e-6
+
+
+def test_reset_starts_a_new_generation(eager: rc.Compiled) -> None:
+    run = eager.dispatcher(budget=3)
+    run(step=0, **loop_inputs(0, flux_inputs()))
+    run.reset()
+    with pytest.raises(DispatchError, match="step 1 does not follow"):
+        run(step=1, **loop_inputs(1, flux_inputs()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": torch.zeros(1, 9, 8)}, r"hidden_states is float32\[1, 9, 8\], compiled float32\[1, 16, 8\]"),
+        ({"timestep": torch.zeros(1, dtype=torch.int64)}, r"timestep is int64\[1\], compiled float32\[1\]"),
+        ({"guidance": None}, "'guidance' is missing"),
+        ({"hidden_states": torch.zeros(1, 16, 8, device="meta")}, "is on meta"),
+        ({"joint_attention_kwargs": {"scale": 0.5}}, "'joint_attention_kwargs.scale' is 0.5, but nothing was captured"),
+        ({"controlnet_block_samples": [torch.zeros(1)]}, "is a tensor, but nothing was captured"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(change: dict[str, Any], message: str, eager: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match=message):
+        eager.dispatcher(budget=3)(step=0, **(loop_inputs(0, flux_inputs()) | change))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [((0, 2), "does not follow step 0"), ((3,), "does not follow"), ((12,), "0..11")]
+)
+def test_steps_out_of_order_are_refused(steps: tuple[int, ...], message: str, eager: rc.Compiled) -> None:
+    run = eager.dispatcher(budget=3)
+    with pytest.raises(DispatchError, match=message):
+        for step in steps:
+            run(step=step, **loop_inputs(min(step, 11), flux_inputs()))
+
+
+def test_an_unknown_budget_names_those_there_are(eager: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match="budget 4 was not compiled; there are 3, 12"):
+        eager.dispatcher(budget=4)

@@ -1,0 +1,161 @@
+"""Artifacts: the same results after loading, and nothing damaged is taken."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import recache_compile as rc
+from recache_compile.errors import ArtifactError
+from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs
+
+
+def same_generation(one: rc.Compiled, two: rc.Compiled) -> bool:
+    runs = one.dispatcher(budget=3), two.dispatcher(budget=3)
+    results = [[run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(NUM_STEPS)] for run in runs]
+    return all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_loaded_artifact_gives_the_same_results(runtime: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(f"{runtime}_artifact")
+    loaded = rc.load(folder)
+    assert loaded.schedules == request.getfixturevalue(runtime).schedules
+    assert same_generation(loaded, request.getfixturevalue(runtime))
+
+
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_weights_are_stored_once(runtime: str, request: pytest.FixtureRequest) -> None:
+    folder, compiled = request.getfixturevalue(f"{runtime}_artifact"), request.getfixturevalue(runtime)
+    weight_bytes = sum(weight.nbytes for weight in compiled.weights.values())
+    assert (folder / "weights.safetensors").stat().st_size <= weight_bytes + 100_000
+    stored = {name for name in load_file(folder / "weights.safetensors") if name.startswith("weights/")}
+    assert stored == {f"weights/{name}" for name in compiled.weights}
+
+
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_loading_imports_neither_the_model_nor_diffusers(
+    runtime: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{runtime}_artifact")
+    torch.save([loop_inputs(step, flux_inputs()) for step in range(NUM_STEPS)], tmp_path / "inputs.pt")
+    script = f"""
+import sys, torch
+import recache_compile as rc
+run = rc.load({str(folder)!r}).dispatcher(budget=3)
+calls = torch.load({str(tmp_path / "inputs.pt")!r})
+results = [run(step=step, **inputs)[0] for step, inputs in enumerate(calls)]
+assert "diffusers" not in sys.modules, "diffusers was imported"
+torch.save(results, {str(tmp_path / "results.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    run = request.getfixturevalue(runtime).dispatcher(budget=3)
+    expected = [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(NUM_STEPS)]
+    assert all(map(torch.equal, torch.load(tmp_path / "results.pt"), expected))
+
+
+def test_saving_again_replaces_an_artifact(eager: rc.Compiled, tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    eager.save(folder)
+    eager.save(folder)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
+    rc.load(folder)
+
+
+def test_a_failed_save_leaves_the_old_artifact(
+    eager: rc.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "artifact"
+    eager.save(folder)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recache_compile.artifact.save_file", fail)
+    with pytest.raises(ArtifactError, match="No space left"):
+        eager.save(folder)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
+    rc.load(folder)
+
+
+def test_a_folder_with_other_files_is_not_replaced(eager: rc.Compiled, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="holds something that is no artifact"):
+        eager.save(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / "copy", dirs_exist_ok=True))
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no artifact"):
+        rc.load(tmp_path / "nothing")
+
+
+def test_a_newer_format_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(eager_artifact, tmp_path)
+    edit_manifest(folder, format_version=99, something_new=[1])
+    with pytest.raises(ArtifactError, match="format 99, this version reads up to 1; upgrade"):
+        rc.load(folder)
+
+
+def test_an_extra_file_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(eager_artifact, tmp_path)
+    (folder / "programs" / "extra.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not part of the artifact"):
+        rc.load(folder)
+
+
+def test_a_file_outside_the_folder_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(eager_artifact, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "outside.json").write_text("{}")
+    edit_manifest(folder, files=manifest["files"] | {"../outside.json": "sha256:0"})
+    with pytest.raises(ArtifactError, match="missing from the artifact"):
+        rc.load(folder)
+
+
+@pytest.mark.slow
+def test_engines_of_another_torch_are_refused(inductor_artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(inductor_artifact, tmp_path)
+    edit_manifest(folder, torch_version="1.0.0")
+    with pytest.raises(ArtifactError, match=r"its engines are for torch 1\.0\.0"):
+        rc.load(folder)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_damage_is_refused(data: st.DataObject, eager_artifact: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    folder = copy_of(eager_artifact, tmp_path)
+    file = data.draw(st.sampled_from(sorted(file for file in folder.rglob("*") if file.is_file())))
+    content = file.read_bytes()
+    damage = data.draw(st.sampled_from(["cut", "flip", "remove", "empty"]))
+    if file.name == "manifest.json" and damage == "flip":
+        return  # the manifest carries no hash of its own; a flip may leave it a valid one
+    at = data.draw(st.integers(0, len(content) - 1))
+    if damage == "cut":
+        file.write_bytes(content[:at])
+    elif damage == "flip":
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(b"")
+    with pytest.raises(ArtifactError) as caught:
+        rc.load(folder)
+    assert str(folder) in str(caught.value)

@@ -1,0 +1,34 @@
+"""The benchmark script runs and its structural numbers hold; no time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_loop_benchmark_runs_at_a_tiny_size(tmp_path: Path) -> None:
+    sizes = [
+        "--blocks",
+        "1,2",
+        "--width",
+        "64",
+        "--tokens",
+        "16",
+        "--text-tokens",
+        "4",
+        "--steps",
+        "6",
+        "--budget",
+        "2",
+    ]
+    command = [sys.executable, "benchmarks/loop.py", *sizes, "--rounds", "1", "--json", str(tmp_path / "loop.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
+    result = json.loads((tmp_path / "loop.json").read_text())
+    assert result["weight_file_bytes"] <= result["weight_bytes"] + 100_000
+    assert result["artifact_bytes"] < result["weight_bytes"] * 1.02 + 3_000_000
+    assert result["macs_reduction"] > 2

@@ -1,0 +1,222 @@
+"""Equality with the original and with an independent reference; the structure of the programs."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import recache_compile as rc
+from recache_compile.errors import RecacheError
+from recache_compile.policies.base import Problem
+from recache_compile.program import Kind
+from recache_compile.runtimes.base import Variant
+from recache_compile.schedule import Schedule
+from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
+from tests.reference import CachedReference
+
+RUNTIMES = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("runtime", "tolerance"), [("eager", 1e-6), pytest.param("inductor", 1e-5, marks=pytest.mark.slow)]
+)
+def test_full_budget_reproduces_the_original_call_by_call(
+    runtime: str, tolerance: float, flux: torch.nn.Module, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(runtime).dispatcher(budget=NUM_STEPS)
+    for step in range(NUM_STEPS):
+        inputs = loop_inputs(step, flux_inputs())
+        (ours,) = run(step=step, **inputs)
+        assert relative_error(ours, flux(**inputs, return_dict=False)[0]) <= tolerance
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_small_budget_equals_the_hooked_model_call_by_call(
+    runtime: str, flux: torch.nn.Module, request: pytest.FixtureRequest
+) -> None:
+    compiled = request.getfixturevalue(runtime)
+    reference = CachedReference(copy.deepcopy(flux), compiled.schedules[3].recompute_steps, "taylor", 1)
+    run = compiled.dispatcher(budget=3)
+    for step in range(NUM_STEPS):
+        inputs = loop_inputs(step, flux_inputs())
+        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("forecaster", "order"), [("reuse", 0), ("taylor", 2), ("taylor", 3), ("hicache", 1), ("hicache", 2), ("newton", 2)]
+)
+def test_every_forecaster_equals_the_hooked_model(forecaster: str, order: int, flux: torch.nn.Module) -> None:
+    steps = (0, 1, 3, 4, 7, 9)
+    compiled = compile_flux(flux, budgets=(6,), policy={6: steps}, forecaster=forecaster, order=order)
+    reference = CachedReference(copy.deepcopy(flux), steps, forecaster, order)
+    run = compiled.dispatcher(budget=6)
+    for step in range(NUM_STEPS):
+        inputs = loop_inputs(step, flux_inputs())
+        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+
+
+def test_output_granularity_forecasts_the_prediction(flux: torch.nn.Module) -> None:
+    compiled = compile_flux(flux, budgets=(3,), granularity="output", forecaster="taylor", order=1)
+    run, schedule = compiled.dispatcher(budget=3), compiled.schedules[3]
+    anchors: list[tuple[int, Tensor]] = []
+    for step in range(NUM_STEPS):
+        inputs = loop_inputs(step, flux_inputs())
+        (ours,) = run(step=step, **inputs)
+        if step in schedule.recompute_steps:
+            anchors.append((step, flux(**inputs, return_dict=False)[0]))
+            expected = anchors[-1][1]
+        elif len(anchors) == 1:
+            expected = anchors[0][1]
+        else:
+            (older, before), (newer, after) = anchors[-2:]
+            expected = after + (step - newer) * (after - before) / (newer - older)
+        assert relative_error(ours, expected) <= 1e-5
+
+
+def test_without_hoisting_the_results_are_the_same(flux: torch.nn.Module, eager: rc.Compiled) -> None:
+    compiled = compile_flux(flux, hoist=False)
+    assert "prologue" not in compiled.variants[0].programs
+    with_hoist, without = eager.dispatcher(budget=3), compiled.dispatcher(budget=3)
+    for step in range(NUM_STEPS):
+        inputs = loop_inputs(step, flux_inputs())
+        assert relative_error(without(step=step, **inputs)[0], with_hoist(step=step, **inputs)[0]) <= 1e-5
+
+
+class CountingEngine:
+    def __init__(self, name: str, engine: Any, calls: Counter[str]) -> None:
+        self.name, self.engine, self.calls = name, engine, calls
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.calls[self.name] += 1
+        return self.engine(inputs)
+
+
+def counted(compiled: rc.Compiled) -> tuple[rc.Compiled, Counter[str]]:
+    """The same compiled model with engines that count their calls."""
+    from dataclasses import replace
+
+    calls: Counter[str] = Counter()
+    variants = tuple(
+        Variant(
+            each.inputs,
+            each.device,
+            each.programs,
+            {n: CountingEngine(n, e, calls) for n, e in each.engines.items()},
+            each.timesteps,
+        )
+        for each in compiled.variants
+    )
+    return replace(compiled, variants=variants), calls
+
+
+def test_one_engine_call_per_step_plus_one_prologue(eager: rc.Compiled) -> None:
+    compiled, calls = counted(eager)
+    run = compiled.dispatcher(budget=3)
+    for step in range(NUM_STEPS):
+        before = calls.total()
+        run(step=step, **loop_inputs(step, flux_inputs()))
+        assert calls.total() - before == (2 if step == 0 else 1)
+    assert calls == {"prologue": 1, "recompute": 3, "forecast_1": 3, "forecast_2": 6}
+
+
+def test_cached_step_holds_no_block_weight(eager: rc.Compiled) -> None:
+    programs = eager.variants[0].programs
+    assert set(programs["forecast_1"].weights) == {"proj_out.weight", "proj_out.bias"}
+    assert programs["forecast_2"].num_calls <= 20
+    assert "hidden_states" not in [value.name for value in programs["forecast_2"].inputs]
+
+
+def test_prologue_and_step_programs_share_no_weight_and_lose_none(flux: torch.nn.Module, eager: rc.Compiled) -> None:
+    programs = dict(eager.variants[0].programs)
+    prologue = set(programs.pop("prologue").weights)
+    steps = set().union(*(program.weights for program in programs.values()))
+    assert not prologue & steps
+    assert prologue | steps >= {name for name, _ in flux.named_parameters()}
+
+
+def test_weights_are_the_modules_own_tensors(flux: torch.nn.Module, eager: rc.Compiled) -> None:
+    parameters = dict(flux.named_parameters())
+    assert all(eager.weights[name].data_ptr() == parameters[name].data_ptr() for name in parameters)
+
+
+def test_recompute_returns_the_feature_of_every_site(eager: rc.Compiled) -> None:
+    values = eager.variants[0].programs["recompute"].outputs
+    assert [value.kind for value in values] == [Kind.PREDICTION, Kind.FEATURE]
+    assert values[1].shape == (1, 16, 32)
+
+
+def test_budgets_share_all_programs(flux: torch.nn.Module) -> None:
+    compiled = compile_flux(flux, budgets=(2, 3, 5, 7))
+    assert set(compiled.variants[0].programs) == {"prologue", "recompute", "forecast_1", "forecast_2"}
+
+
+def test_several_shapes_share_weights_and_keep_apart(flux: torch.nn.Module) -> None:
+    examples = [flux_inputs(batch=1), flux_inputs(batch=2)]
+    compiled = rc.compile(flux, examples, budgets=(3,), num_steps=NUM_STEPS, runtime="eager")
+    assert sum(weight.numel() for weight in compiled.weights.values()) == sum(p.numel() for p in flux.parameters())
+    run = compiled.dispatcher(budget=3)
+    references = [
+        CachedReference(copy.deepcopy(flux), compiled.schedules[3].recompute_steps, "taylor", 1) for _ in examples
+    ]
+    for step in range(NUM_STEPS):
+        for example, reference in zip(examples, references, strict=True):
+            inputs = loop_inputs(step, example)
+            assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+
+
+def test_bfloat16_forecast_is_accumulated_in_float32() -> None:
+    module = tiny_flux().to(torch.bfloat16)
+    inputs = {name: value.to(torch.bfloat16) for name, value in flux_inputs().items()}
+    compiled = rc.compile(module, inputs, budgets=(3,), num_steps=NUM_STEPS, granularity="output", runtime="eager")
+    run = compiled.dispatcher(budget=3)
+    anchors = []
+    for step in range(6):
+        this = {**inputs, "timestep": timesteps()[step].to(torch.bfloat16)}
+        (ours,) = run(step=step, **this)
+        if step in (0, 4):
+            anchors.append(ours.float())
+    expected = anchors[1] + (anchors[1] - anchors[0]) * (1 / 4)
+    assert torch.equal(ours, expected.to(torch.bfloat16)) or relative_error(ours.float(), expected) <= 2**-8
+
+
+class WrongPolicy:
+    def schedule(self, problem: Problem, budget: int) -> Schedule:
+        return Schedule((0, 1), problem.num_steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": (0,)}, "budget 0"),
+        ({"budgets": (13,)}, "expected 1..12"),
+        ({"granularity": "block"}, "granularity 'block' is unknown"),
+        ({"forecaster": "magic"}, "forecaster 'magic' is unknown"),
+        ({"policy": "magic"}, "policy 'magic' is neither"),
+        ({"policy": {3: (1, 2, 3)}}, "step 0 is missing"),
+        ({"policy": WrongPolicy()}, "for budget 3"),
+        ({"runtime": "magic"}, "runtime 'magic' is unknown"),
+        ({"roles": {"guidanze": "latents"}}, r"\['guidanze'\] are no tensor inputs"),
+        ({"roles": {"guidance": "noise"}}, "'noise' for 'guidance' is no role"),
+    ],
+)
+def test_unusable_options_are_refused(options: dict[str, Any], message: str, flux: torch.nn.Module) -> None:
+    with pytest.raises(RecacheError, match=message):
+        compile_flux(flux, **{"budgets": (3,), **options})
+
+
+def test_a_module_needs_example_inputs(flux: torch.nn.Module) -> None:
+    with pytest.raises(RecacheError, match="needs example_inputs"):
+        rc.compile(flux)
+
+
+def test_a_timetable_of_another_length_is_refused(flux: torch.nn.Module) -> None:
+    with pytest.raises(RecacheError, match="12 rows for 10 steps"):
+        rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=10, timesteps={"timestep": timesteps()})
