@@ -11,12 +11,13 @@ from recache_compile.passes.ops import aten, is_random, packet, remove_dead_code
 
 _IDENTITIES = {aten.detach, aten.alias, aten.lift_fresh_copy, aten.detach_}
 _CASTS = {aten.to, aten._to_copy, aten.contiguous, aten.type_as}
+_RESHAPES = {aten.slice, aten.view, aten.reshape, aten._unsafe_view, aten.expand}
 _CHECKS = {aten._assert_tensor_metadata, aten._assert_async, aten._assert_scalar, aten.sym_constrain_range_for_size}
 
 
 @dataclass(frozen=True, slots=True)
 class Simplify(Pass):
-    """Drop identities, no-op casts, inference-time dropout and checks; merge equal calls; remove dead code."""
+    """Drop identities, no-op casts and reshapes, inference-time dropout and checks; merge equal calls; remove dead code."""
 
     name: ClassVar[str] = "simplify"
 
@@ -62,9 +63,11 @@ def _returns_its_argument(node: fx.Node) -> bool:
         return True
     if packet(node) is aten.dropout:
         return bool(node.args[2] is False or node.args[1] == 0.0)
-    if packet(node) not in _CASTS:
+    if packet(node) not in _CASTS | _RESHAPES:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    if packet(node) in _RESHAPES:
+        return bool(before.shape == after.shape)
     return _layout(before) == _layout(after) and node.kwargs.get("copy") is not True
 
 

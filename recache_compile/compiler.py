@@ -24,7 +24,7 @@ from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import verify_split
 from recache_compile.plan import Plan, make_plan
 from recache_compile.policies.base import Policy, Problem
-from recache_compile.program import Granularity, Program, Role, row_name, table_name
+from recache_compile.program import Granularity, Kind, Program, Role, row_name, table_name
 from recache_compile.runtimes.base import Engine, Runtime, Variant
 from recache_compile.schedule import Schedule, check_budgets
 
@@ -121,7 +121,8 @@ def specialise(annotated: Program, plans: Iterable[Plan], hoist: bool, report: R
         passes = (Specialise(row), Hoist(), Simplify()) if hoist else (Specialise(row), Simplify())
         programs[row_name(row)] = run_passes(annotated, passes).renamed(row_name(row))
         tables.setdefault(table_name(row), []).append(programs[row_name(row)])
-    if not hoist:
+    reads = {value.kind for program in programs.values() for value in program.inputs}
+    if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
         return programs
     report("building the prologue")
     prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})

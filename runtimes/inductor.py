@@ -34,16 +34,24 @@ class Inductor:
 
     def lower(self, program: Program, file: Path) -> None:
         """Compile; weights stay outside of the package."""
+        from torch._inductor.exc import CppCompileError
+
         device = next((weight.device for weight in program.weights.values()), torch.device("cpu"))
         inputs = example_inputs(program, device)
         free = torch.export.Dim.AUTO
         shapes = tuple({at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs)
         exported = export_module(program.module, inputs, {}, dynamic_shapes=shapes if any(shapes) else None)
-        torch._inductor.aoti_compile_and_package(
-            exported,
-            package_path=str(file),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
+        try:
+            torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(file),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
+        except CppCompileError as error:
+            raise RuntimeUnavailableError(
+                f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or mend the"
+                f" compiler: {str(error).strip().splitlines()[-1]}"
+            ) from error
 
     def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
         """Load a package and hand it pointers to the weights."""

@@ -1,0 +1,43 @@
+"""What the README shows works as it is written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from recache_compile.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_python_blocks_run(tmp_path: Path) -> None:
+    for block in blocks("python"):
+        script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [line.rpartition("&&")[2].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if shlex.split(line)[0].endswith("recache-compile")]
+    assert len(commands) == 3
+    for command in commands:
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+
+
+def test_local_links_lead_somewhere() -> None:
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text(encoding="utf-8")):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
