@@ -17,7 +17,6 @@ from recache_compile.errors import ArtifactError
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs
 from tests.test_compiler import relative_error
 
-
 TOLERANCE = 1e-6
 """Of float32 matrix products, which may round differently with the alignment of the weights in memory."""
 
