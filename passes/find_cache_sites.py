@@ -34,13 +34,20 @@ class FindCacheSites(Pass):
             prediction_sites(graph) if self.granularity is Granularity.OUTPUT else stack_sites(graph, self.containers)
         )
         if not found:
-            raise PassError(
-                f"no cache site at granularity {self.granularity.value!r}: no repeated block makes a value that"
-                " depends on the latents and is used after it; use 'output'"
-            )
-        for site, node in enumerate(found):
+            raise PassError(f"no cache site at granularity {self.granularity.value!r}: {_REASONS[self.granularity]}")
+        before = {node: node.meta.pop("site") for node in graph.nodes if "site" in node.meta}
+        after = {node: site for site, node in enumerate(found)}
+        for node, site in after.items():
             node.meta["site"] = site
-        return True
+        return before != after
+
+
+_REASONS = {
+    Granularity.STACK: (
+        "no repeated block makes a value that depends on the latents and is used after it; use granularity 'output'"
+    ),
+    Granularity.OUTPUT: "no result depends on the latents; check the roles of the inputs",
+}
 
 
 def prediction_sites(graph: fx.Graph) -> list[fx.Node]:

@@ -18,9 +18,13 @@ class InsertCachePoints(Pass):
 
     def rewrite(self, module: fx.GraphModule) -> bool:
         """See the class."""
-        sites = [node for node in module.graph.nodes if "site" in node.meta]
+        sites = [node for node in module.graph.nodes if "site" in node.meta and not _has_point(node)]
         for node in sites:
             with module.graph.inserting_after(node):
                 point = call(module.graph, CACHE_POINT, node, node.meta["site"])
             node.replace_all_uses_with(point, delete_user_cb=lambda user, point=point: user is not point)
         return bool(sites)
+
+
+def _has_point(node: fx.Node) -> bool:
+    return any(user.target is CACHE_POINT for user in node.users)

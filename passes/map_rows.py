@@ -1,8 +1,12 @@
 """Map a graph over the rows of a table, with a number of rows that is free at run time.
 
 `torch.vmap` does the mapping.  Its rules for a few operators fix the number of rows while
-they are traced; those operators get a rule of ours that does not.
+they are traced, or take products apart; those operators get a rule of ours that does not.
+A rule gets the position of the rows in each argument (None: the argument has none) and puts
+them first in its result.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,14 +27,29 @@ def _(tensors: list[Tensor], dim: int) -> Tensor:
 
 
 @cat.register_vmap
-def _(info, in_dims, tensors, dim):  # type: ignore[no-untyped-def]
-    dims = in_dims[0]
-    rows = next(tensor.shape[at] for tensor, at in zip(tensors, dims, strict=True) if at is not None)
-    moved = [
-        tensor.expand(rows, *tensor.shape) if at is None else tensor.movedim(at, 0)
-        for tensor, at in zip(tensors, dims, strict=True)
-    ]
+def _(info: Any, in_dims: Any, tensors: list[Tensor], dim: int) -> tuple[Tensor, int]:
+    moved = _rows_first(tensors, in_dims[0])
     return torch.cat(moved, dim + 1 if dim >= 0 else dim), 0
+
+
+@torch.library.custom_op("recache::linear", mutates_args=())
+def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`."""
+    return functional.linear(value, weight, bias)
+
+
+@linear.register_fake
+def _(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return value.new_empty(*value.shape[:-1], weight.shape[0])
+
+
+@linear.register_vmap
+def _(info: Any, in_dims: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    if in_dims[1:] == (None, None):
+        return functional.linear(value.movedim(in_dims[0], 0), weight, bias), 0
+    value, weight = _rows_first([value, weight], in_dims[:2])
+    result = value @ _affine(weight.transpose(1, 2), 0, value.dim() - 3)
+    return (result if bias is None else result + _affine(bias, in_dims[2], result.dim() - 2)), 0
 
 
 @torch.library.custom_op("recache::layer_norm", mutates_args=())
@@ -45,16 +64,105 @@ def _(value: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | Non
 
 
 @layer_norm.register_vmap
-def _(info, in_dims, value, shape, weight, bias, eps):  # type: ignore[no-untyped-def]
-    return functional.layer_norm(value.movedim(in_dims[0], 0), shape, weight, bias, eps), 0
+def _(
+    info: Any, in_dims: Any, value: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, int]:
+    value = value[None] if in_dims[0] is None else value.movedim(in_dims[0], 0)
+    if in_dims[2] is None and in_dims[3] is None:
+        return functional.layer_norm(value, shape, weight, bias, eps), 0
+    result = functional.layer_norm(value, shape, None, None, eps)
+    between = value.dim() - 1 - len(shape)
+    if weight is not None:
+        result = result * _affine(weight, in_dims[2], between)
+    return (result if bias is None else result + _affine(bias, in_dims[3], between)), 0
+
+
+@torch.library.custom_op("recache::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` without dropout."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+@attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@attention.register_vmap
+def _(
+    info: Any,
+    in_dims: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+) -> tuple[Tensor, int]:
+    if mask is not None:  # a mask may have fewer dimensions than a query
+        inner = query.dim() - (in_dims[0] is not None)
+        missing = inner - (mask.dim() - (in_dims[3] is not None))
+        mask = mask if in_dims[3] is None else mask.movedim(in_dims[3], 0)
+        mask = mask.reshape(
+            *mask.shape[: in_dims[3] is not None], *[1] * missing, *mask.shape[in_dims[3] is not None :]
+        )
+        in_dims = (*in_dims[:3], None if in_dims[3] is None else 0)
+    tensors = [query, key, value] if mask is None else [query, key, value, mask]
+    query, key, value, *rest = _rows_first(tensors, in_dims[: len(tensors)])
+    return functional.scaled_dot_product_attention(
+        query, key, value, rest[0] if rest else None, is_causal=causal, scale=scale, enable_gqa=grouped
+    ), 0
 
 
 def use_free_row_rules(graph: fx.Graph) -> None:
-    """Let the operators whose own rule fixes the number of rows use ours."""
+    """Let the operators whose own rule is not good enough use ours."""
+    ours = torch.ops.recache
     for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        given = _arguments(node)
         if node.target is aten.cat.default:
-            tensors, dim = (*node.args, 0)[:2]
-            node.args, node.target = (tensors, dim), torch.ops.recache.cat.default
+            _retarget(node, ours.cat.default, given["tensors"], given["dim"])
+        elif node.target is aten.linear.default:
+            _retarget(node, ours.linear.default, given["input"], given["weight"], given["bias"])
         elif node.target is aten.layer_norm.default:
-            value, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-            node.args, node.target = (value, shape, weight, bias, eps), torch.ops.recache.layer_norm.default
+            kept = ("input", "normalized_shape", "weight", "bias", "eps")
+            _retarget(node, ours.layer_norm.default, *map(given.get, kept))
+        elif node.target is aten.scaled_dot_product_attention.default and not given["dropout_p"]:
+            names = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
+            _retarget(node, ours.attention.default, *map(given.get, names))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema}
+    return given | dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+
+
+def _retarget(node: fx.Node, target: Any, *args: Any) -> None:
+    node.target, node.args, node.kwargs = target, args, {}
+
+
+def _rows_first(tensors: list[Tensor], dims: Any) -> list[Tensor]:
+    """Every tensor with the rows as its first dimension, expanded where it has none."""
+    rows = next(tensor.shape[at] for tensor, at in zip(tensors, dims, strict=True) if at is not None)
+    return [
+        tensor.expand(rows, *tensor.shape) if at is None else tensor.movedim(at, 0)
+        for tensor, at in zip(tensors, dims, strict=True)
+    ]
+
+
+def _affine(weight: Tensor, at: int | None, between: int) -> Tensor:
+    """A scale or shift, with room for `between` dimensions after its rows."""
+    if at is None:
+        return weight
+    moved = weight.movedim(at, 0)
+    return moved.reshape(moved.shape[0], *[1] * between, *moved.shape[1:])

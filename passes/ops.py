@@ -5,6 +5,8 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from recache_compile.export import writes
+
 aten = torch.ops.aten
 
 
@@ -91,9 +93,17 @@ def is_random(node: fx.Node) -> bool:
 
 def remove_dead_code(graph: fx.Graph) -> None:
     """Remove calls whose result is not used, unless they write to an argument."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
 
 
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a value may lie in: views, and calls that may return their argument, share it."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        shares = node.target is operator.getitem or (
+            schema is not None and any(result.alias_info is not None for result in schema.returns)
+        )
+        if not shares:
+            break
+        node = node.all_input_nodes[0]
+    return node

@@ -1,8 +1,8 @@
 """Build the program that fills the tables which hoisted step programs read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,9 +11,28 @@ from torch.nn import functional
 from recache_compile.errors import PassError
 from recache_compile.export import export_module, flatten
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.hoist import Entry, padded
+from recache_compile.passes.hoist import padded
 from recache_compile.passes.map_rows import use_free_row_rules
 from recache_compile.program import MIN_ROWS, Binding, Kind, Program, Value
+
+_EXAMPLE_ROWS = MIN_ROWS + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One packed input of a step program, as nodes of the captured graph."""
+
+    table: str
+    name: str
+    kind: Kind
+    members: tuple[fx.Node, ...]
+
+    @property
+    def value(self) -> Value:
+        """The prologue's result that fills it."""
+        size = sum(padded(prod(node.meta["val"].shape)) for node in self.members)
+        shape = (None, size) if self.kind is Kind.TABLE_ROW else (size,)
+        return Value(f"{self.table}.{self.name}", Kind.TABLE, shape, self.members[0].meta["val"].dtype)
 
 
 def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
@@ -30,38 +49,29 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
     Raises:
         PassError: a step program reads a value that the captured program does not have.
     """
-    graph = annotated.module.graph
-    nodes = {node.name: node for node in graph.nodes}
-    tables = {
-        table: {
-            (node.meta["value"].kind, node.meta["value"].name): _resolve(node.meta["layout"], nodes, step.name)
-            for node in step.module.graph.find_nodes(op="placeholder")
-            if "layout" in node.meta
-        }
-        for table, step in steps.items()
-    }
-    prologue = _Prologue(annotated.module, tables)
-    arguments, shapes, values = [], [], []
-    for table in prologue.row_tables:
-        for node in prologue.given_timesteps:
-            fake = node.meta["val"]
-            arguments.append(torch.zeros(MIN_ROWS + 1, *fake.shape, dtype=fake.dtype, device=fake.device))
-            shapes.append({0: torch.export.Dim(f"{table}_rows", min=MIN_ROWS)})
-            value = node.meta["value"]
-            values.append(Value(f"{value.name}@{table}", Kind.TIMESTEP, (None, *value.shape), value.dtype))
-    for node in prologue.given_conditioning:
-        fake = node.meta["val"]
-        arguments.append(torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device))
-        shapes.append({})
-        values.append(node.meta["value"])
-    exported = export_module(prologue, tuple(arguments), {}, dynamic_shapes=(tuple(shapes),)).run_decompositions({})
-    module = flatten(exported, {id(weight): name for name, weight in annotated.weights.items()}, "constant_prologue")
+    packs = [pack for table, step in steps.items() for pack in _packs(annotated, table, step)]
+    prologue = _Prologue(annotated.module, packs)
+    values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table)]
+    values += [node.meta["value"] for node in prologue.conditioning]
+    rows = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
+    shapes = tuple({0: rows[value.name.rpartition("@")[2]]} if None in value.shape else {} for value in values)
+    try:
+        exported = export_module(prologue, prologue.example(values), {}, dynamic_shapes=(shapes,)).run_decompositions(
+            {}
+        )
+    except Exception as error:  # torch raises many kinds, depending on the operator
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PassError(
+            "build-prologue: an operator of the timestep-dependent part cannot be mapped over a free number of rows"
+            f" ({reason[0]}); compile without hoisting: hoist=False, --no-hoist"
+        ) from error
+    names = {id(weight): name for name, weight in annotated.weights.items()}
+    module = flatten(exported, names, "constant_prologue")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
         node.meta["value"] = value
-    module.graph.output_node().meta["values"] = prologue.values
-    for node in module.graph.find_nodes(op="placeholder"):
         if not node.users:
             module.graph.erase_node(node)
+    module.graph.output_node().meta["values"] = tuple(pack.value for pack in packs)
     module.recompile()
     return Program("prologue", module, (*annotated.provenance, "build-prologue"))
 
@@ -69,74 +79,90 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
 class _Prologue(nn.Module):
     """The latents-independent part of a captured graph, cut out and mapped over table rows."""
 
-    def __init__(self, module: fx.GraphModule, tables: Mapping[str, Mapping[tuple[Kind, str], Any]]) -> None:
+    def __init__(self, module: fx.GraphModule, packs: Sequence[Pack]) -> None:
         super().__init__()
-        times = binding_times(module.graph)
         inputs = module.graph.find_nodes(op="placeholder")
-        self.given_timesteps = [node for node in inputs if node.meta["value"].kind is Kind.TIMESTEP]
-        self.given_conditioning = [node for node in inputs if node.meta["value"].kind is Kind.CONDITIONING]
-        self.tables = tables
-        self.shared: list[fx.Node] = []
-        rows: dict[str, list[fx.Node]] = {}
-        for table, packs in tables.items():
-            members = [node for (kind, _), pack in packs.items() if kind is Kind.TABLE_ROW for node, _ in pack]
-            rows[table] = members
-            fixed = [node for (kind, _), pack in packs.items() if kind is Kind.FIXED for node, _ in pack]
-            frontier = [node for node in _ancestors(members) if _is_shared(node, times)]
-            self.shared.extend(node for node in (*fixed, *frontier) if node not in self.shared)
-        self.row_tables = [table for table, members in rows.items() if members]
-        self.fixed_part = _extract(module, self.given_conditioning, self.shared)
-        parts = {
-            table: _extract(module, [*self.given_timesteps, *self.shared], rows[table]) for table in self.row_tables
-        }
-        for part in parts.values():
+        self.timesteps = [node for node in inputs if node.meta["value"].kind is Kind.TIMESTEP]
+        self.conditioning = [node for node in inputs if node.meta["value"].kind is Kind.CONDITIONING]
+        self.packs = packs
+        self.rows: dict[str, list[fx.Node]] = {}
+        for pack in packs:
+            if pack.kind is Kind.TABLE_ROW:
+                self.rows.setdefault(pack.table, []).extend(pack.members)
+        fixed = [node for pack in packs if pack.kind is Kind.FIXED for node in pack.members]
+        times = binding_times(module.graph)
+        read = [node for members in self.rows.values() for node in _ancestors(members) if _is_shared(node, times)]
+        self.shared = list(dict.fromkeys((*fixed, *read)))
+        self.fixed_part = _extract(module, self.conditioning, self.shared)
+        self.row_parts = nn.ModuleDict()
+        for table, members in self.rows.items():
+            part = _extract(module, [*self.timesteps, *self.shared], members)
             use_free_row_rules(part.graph)
             part.recompile()
-        self.row_parts = nn.ModuleDict(parts)
-        self.row_nodes = rows
+            self.row_parts[table] = part
 
-    @property
-    def values(self) -> tuple[Value, ...]:
-        """Facts about the results, in order."""
-        facts = []
-        for table, packs in self.tables.items():
-            for (kind, name), pack in packs.items():
-                size = sum(padded(prod(entry.shape)) for _, entry in pack)
-                shape = (None, size) if kind is Kind.TABLE_ROW else (size,)
-                facts.append(Value(f"{table}.{name}", Kind.TABLE, shape, pack[0][0].meta["val"].dtype))
-        return tuple(facts)
+    def example(self, values: Sequence[Value]) -> tuple[Tensor, ...]:
+        """Zeros for the inputs."""
+        nodes = [*self.timesteps * len(self.row_parts), *self.conditioning]
+        return tuple(
+            torch.zeros(
+                [_EXAMPLE_ROWS if size is None else size for size in value.shape],
+                dtype=value.dtype,
+                device=node.meta["val"].device,
+            )
+            for node, value in zip(nodes, values, strict=True)
+        )
 
     def forward(self, *arguments: Tensor) -> list[Tensor]:
-        """Timesteps per row table, then the conditioning."""
-        count = len(self.given_timesteps)
-        first = count * len(self.row_tables)
+        """Timesteps for each row table, then the conditioning."""
+        count = len(self.timesteps)
+        first = count * len(self.row_parts)
         shared = self.fixed_part(*arguments[first:])
-        computed = dict(zip(self.shared, shared, strict=True))
-        results = []
-        for table, packs in self.tables.items():
-            rows: dict[fx.Node, Tensor] = {}
-            if table in self.row_parts:
-                at = self.row_tables.index(table) * count
-                mapped = torch.vmap(self.row_parts[table], in_dims=(0,) * count + (None,) * len(shared))
-                rows = dict(zip(self.row_nodes[table], mapped(*arguments[at : at + count], *shared), strict=True))
-            for (kind, _), pack in packs.items():
-                if kind is Kind.TABLE_ROW:
-                    results.append(torch.cat([_pad(rows[node].flatten(1)) for node, _ in pack], 1))
-                else:
-                    results.append(torch.cat([_pad(computed[node].flatten()) for node, _ in pack]))
-        return results
+        fixed = dict(zip(self.shared, shared, strict=True))
+        rows: dict[str, dict[fx.Node, Tensor]] = {}
+        for at, (table, part) in enumerate(self.row_parts.items()):
+            mapped = torch.vmap(part, in_dims=(0,) * count + (None,) * len(shared))
+            results = mapped(*arguments[at * count : (at + 1) * count], *shared)
+            rows[table] = dict(zip(self.rows[table], results, strict=True))
+        return [
+            torch.cat([_pad(_flat_rows(rows[pack.table][node])) for node in pack.members], 1)
+            if pack.kind is Kind.TABLE_ROW
+            else torch.cat([_pad(fixed[node].flatten()) for node in pack.members])
+            for pack in self.packs
+        ]
+
+
+def _packs(annotated: Program, table: str, step: Program) -> list[Pack]:
+    """What a step program reads, as nodes of the captured graph."""
+    nodes = {node.name: node for node in annotated.module.graph.nodes}
+    packs = []
+    for packed in step.module.graph.find_nodes(op="placeholder"):
+        entries = packed.meta.get("layout", ())
+        missing = [entry.node for entry in entries if entry.node not in nodes]
+        if missing:
+            raise PassError(
+                f"build-prologue: {step.name} reads {missing}, which {annotated.name} does not compute; specialise"
+                " and hoist that program"
+            )
+        if entries:
+            value = packed.meta["value"]
+            packs.append(Pack(table, value.name, value.kind, tuple(nodes[entry.node] for entry in entries)))
+    return packs
+
+
+def _row_values(timesteps: Sequence[fx.Node], table: str) -> list[Value]:
+    """The timesteps of one table's rows."""
+    facts = [node.meta["value"] for node in timesteps]
+    return [Value(f"{fact.name}@{table}", Kind.TIMESTEP, (None, *fact.shape), fact.dtype) for fact in facts]
+
+
+def _flat_rows(value: Tensor) -> Tensor:
+    return value.flatten(1) if value.dim() > 1 else value[:, None]
 
 
 def _pad(value: Tensor) -> Tensor:
     size = value.shape[-1]
     return functional.pad(value, (0, padded(size) - size)) if padded(size) > size else value
-
-
-def _resolve(entries: Sequence[Entry], nodes: Mapping[str, fx.Node], step: str) -> tuple[tuple[fx.Node, Entry], ...]:
-    missing = [entry.node for entry in entries if entry.node not in nodes]
-    if missing:
-        raise PassError(f"build-prologue: {step} reads {missing}, which the captured program does not compute")
-    return tuple((nodes[entry.node], entry) for entry in entries)
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -161,9 +187,7 @@ def _is_shared(node: fx.Node, times: Mapping[fx.Node, Binding]) -> bool:
 def _extract(module: fx.GraphModule, given: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> fx.GraphModule:
     """The part of a graph that computes `wanted` from `given` and weights."""
     graph = fx.Graph()
-    copies = {}
-    for number, node in enumerate(given):
-        copies[node] = graph.placeholder(f"given_{number}")
+    copies = {node: graph.placeholder(f"given_{number}") for number, node in enumerate(given)}
     needed: set[fx.Node] = set()
     pending = [node for node in wanted if node not in copies]
     while pending:

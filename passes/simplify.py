@@ -23,30 +23,34 @@ class Simplify(Pass):
 
     def rewrite(self, module: fx.GraphModule) -> bool:
         """See the class."""
+        removed = remove_identities(module.graph)
+        merged = merge_equal_calls(module.graph)
         before = len(module.graph.nodes)
-        remove_identities(module.graph)
-        merge_equal_calls(module.graph)
         remove_dead_code(module.graph)
-        return len(module.graph.nodes) != before
+        return removed or merged or len(module.graph.nodes) != before
 
 
-def remove_identities(graph: fx.Graph) -> None:
+def remove_identities(graph: fx.Graph) -> bool:
     """Replace calls that return their first argument unchanged by that argument; erase checks."""
+    modified = False
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if packet(node) in _CHECKS and not node.users:
-            graph.erase_node(node)
-        elif _returns_its_argument(node):
+        if _returns_its_argument(node):
             node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        elif packet(node) not in _CHECKS or node.users:
+            continue
+        graph.erase_node(node)
+        modified = True
+    return modified
 
 
-def merge_equal_calls(graph: fx.Graph) -> None:
+def merge_equal_calls(graph: fx.Graph) -> bool:
     """Common subexpressions: the second of two equal calls reads the result of the first.
 
     Positions that a model computes in every block become one value.
     """
+    modified = False
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "get_attr") or is_random(node):
@@ -56,6 +60,8 @@ def merge_equal_calls(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+            modified = True
+    return modified
 
 
 def _returns_its_argument(node: fx.Node) -> bool:

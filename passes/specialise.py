@@ -8,7 +8,7 @@ from torch import fx
 
 from recache_compile.errors import PassError
 from recache_compile.passes.base import Pass, call
-from recache_compile.passes.ops import CACHE_POINT, aten, remove_dead_code
+from recache_compile.passes.ops import CACHE_POINT, aten, memory_of, remove_dead_code
 from recache_compile.program import Kind, Row, Value
 
 
@@ -46,7 +46,7 @@ class Specialise(Pass):
                 store(graph, point)
             graph.erase_node(point)
         remove_dead_inputs(graph)
-        return True
+        return bool(points)
 
 
 def site_of(point: fx.Node) -> int:
@@ -61,7 +61,8 @@ def store(graph: fx.Graph, point: fx.Node) -> None:
     feature, site = point.all_input_nodes[0], site_of(point)
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
-    if point in results:  # the caller may write to a prediction: the history keeps its own copy
+    given = {memory_of(result) for result in results} | set(graph.find_nodes(op="placeholder"))
+    if memory_of(feature) in given or point in given:  # the caller may write there: the history keeps its own copy
         with graph.inserting_before(output):
             stored = call(graph, aten.clone.default, feature)
     else:

@@ -37,6 +37,10 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
             left = independent_matmuls(program)
             if left:
                 raise PassError(f"split of {program.name}: {left} do not depend on the latents")
+            if _layouts(program) != _layouts(programs[0]):
+                raise PassError(
+                    f"split of {program.name}: it reads table {table} in another layout than {programs[0].name}"
+                )
             torn = sorted(set(program.weights) & set(prologue.weights) - tied_weights(annotated))
             if torn:
                 raise PassError(f"split of {program.name}: the prologue reads the same weights {torn}")
@@ -52,8 +56,22 @@ def tied_weights(program: Program) -> set[str]:
     """Weights that a program itself uses both with and without the latents."""
     times = binding_times(program.module.graph)
 
+    def readers(node: fx.Node) -> list[fx.Node]:
+        """What reads a weight, looking through what is computed from weights alone."""
+        return [
+            reader
+            for user in node.users
+            for reader in ([user] if times[user] is not Binding.NOTHING else readers(user))
+        ]
+
     def is_tied(weight: fx.Node) -> bool:
-        dependent = [Binding.LATENTS in times[user] for user in weight.users]
+        dependent = [Binding.LATENTS in times[reader] for reader in readers(weight)]
         return any(dependent) and not all(dependent)
 
     return {str(node.target) for node in program.module.graph.find_nodes(op="get_attr") if is_tied(node)}
+
+
+def _layouts(program: Program) -> dict[str, object]:
+    """Where each packed input holds which value."""
+    inputs = program.module.graph.find_nodes(op="placeholder")
+    return {node.meta["value"].name: node.meta["layout"] for node in inputs if "layout" in node.meta}

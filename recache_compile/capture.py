@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.errors import CaptureError
-from recache_compile.export import export_module, flatten
+from recache_compile.export import export_module, flatten, writes
 from recache_compile.program import Kind, Program, Role, Value
 
 ROLE_NAMES = {
@@ -98,6 +98,8 @@ def capture(
             raise CaptureError(f"capture of {type(module).__name__}: the graph reads the constant {name!r} at run time")
         else:
             graph.erase_node(node)
+    if any(map(writes, graph.nodes)):
+        raise CaptureError(f"capture of {type(module).__name__}: the model writes to its own buffers when it is called")
     results = graph.output_node().args[0]
     assert isinstance(results, list)
     for number, result in enumerate(results):

@@ -17,10 +17,20 @@ from recache_compile.program import get_attribute
 def export_module(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
 ) -> torch.export.ExportedProgram:
-    """`torch.export` in non-strict mode, without gradients and without its log lines."""
+    """`torch.export` in non-strict mode, without gradients and without its log lines.
+
+    A graph that writes to tensors is made functional, so that passes may move and merge calls.
+    """
     with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
-        return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+        exported = torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+        return exported.run_decompositions({}) if any(map(writes, exported.graph.nodes)) else exported
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str) -> fx.GraphModule:
@@ -43,10 +53,9 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
             weight = get_attribute(module, str(node.target))
             node.target = known.setdefault(id(weight), f"{prefix}_{len(known)}")
             weights[node.target] = weight
-    first = next(iter(graph.nodes))
+    first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
-        if node is not first:
-            first.prepend(node)
+        first.prepend(node)
     output = graph.output_node()
     output.args = (list(output.args[0]),)  # type: ignore[arg-type]
     return fx.GraphModule(weights, graph)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from recache_compile.errors import PassError
 from recache_compile.passes.base import PassResult, run_passes
 from recache_compile.passes.hoist import ALIGNMENT, Entry, Hoist, boundary, layout, padded
+from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from recache_compile.program import Granularity, Kind, Program, Row, Value
@@ -263,9 +264,9 @@ def test_a_draw_stays_in_the_step() -> None:
         return hidden + functional.dropout(context.sin(), 0.5, training=True).sum(1)
 
     _, result = hoisted(forward)
-    targets = [node.target for node in result.program.module.graph.nodes]
-    assert aten.dropout.default in targets
-    assert aten.sin.default not in targets
+    nodes = list(result.program.module.graph.nodes)
+    assert any(is_random(node) for node in nodes)
+    assert aten.sin.default not in [node.target for node in nodes]
 
 
 def test_a_scalar_crosses() -> None:
@@ -278,7 +279,6 @@ def test_a_scalar_crosses() -> None:
     assert_same(program, result.program)
 
 
-@pytest.mark.xfail(strict=True, reason="the strides of a hoisted value are not kept, so a view of it may not exist")
 def test_a_value_with_permuted_strides_can_be_viewed_as_before() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         return hidden + context.transpose(1, 2).sin().transpose(1, 2).view(1, 8)[:, :4]
@@ -287,7 +287,6 @@ def test_a_value_with_permuted_strides_can_be_viewed_as_before() -> None:
     assert_same(program, result.program)
 
 
-@pytest.mark.xfail(strict=True, reason="what is computed from a tensor that latents are written to is hoisted")
 def test_a_value_that_latents_are_written_to_stays_in_the_step() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         canvas = torch.zeros(1, 3, 4)

@@ -61,7 +61,6 @@ def test_layer_norm_equals_torch_and_maps_over_rows(shape: list[int], affine: bo
     torch.testing.assert_close(moved, mapped)
 
 
-@pytest.mark.xfail(strict=True, reason="the rule of layer_norm takes rows in its first argument only")
 def test_layer_norm_maps_over_a_scale_per_row() -> None:
     value, scales = torch.randn(3, 4), torch.randn(5, 4)
     mapped = torch.vmap(lambda scale: layer_norm(value, [4], scale, None, 1e-5))(scales)

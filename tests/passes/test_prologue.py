@@ -235,7 +235,7 @@ def test_the_annotated_program_and_the_steps_stay_as_they_were() -> None:
 def test_a_value_that_the_model_does_not_compute_is_refused(attention: Split) -> None:
     step = attention.steps["recompute"]
     foreign = Program("recompute", torch.fx.GraphModule(step.module, _with_entry(step, Entry("nowhere", 0, (4,)))))
-    message = r"build-prologue: recompute reads \['nowhere'\], which the captured program does not compute"
+    message = r"build-prologue: recompute reads \['nowhere'\], which capture does not compute"
     with pytest.raises(PassError, match=message):
         build_prologue(attention.annotated, {"recompute": foreign})
 
@@ -250,7 +250,6 @@ def _with_entry(step: Program, entry: Entry) -> torch.fx.Graph:
     return graph
 
 
-@pytest.mark.xfail(strict=True, reason="without weights the inputs of an exported graph change places")
 def test_a_prologue_without_weights_keeps_the_order_of_its_inputs() -> None:
     parts, module = split_of(
         lambda self, hidden, timestep, context: self.linear(hidden) + timestep.sin()[:, None] * context.cos()[:, :1]
@@ -258,7 +257,6 @@ def test_a_prologue_without_weights_keeps_the_order_of_its_inputs() -> None:
     assert_rows_equal(parts, module, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="a value of no dimension cannot be flattened row by row")
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["timestep", "value"])
 def test_scalars_map_over_rows(shape: tuple[int, ...]) -> None:
     inputs = {**INPUTS, "timestep": torch.full(shape, 0.7)}
@@ -268,9 +266,6 @@ def test_scalars_map_over_rows(shape: tuple[int, ...]) -> None:
     assert_rows_equal(parts, module, 3, inputs)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch's rule of attention fixes the number of rows, and the error is torch's own"
-)
 @pytest.mark.parametrize(
     "attend",
     [
@@ -289,7 +284,6 @@ def test_attention_on_the_timestep_maps_over_rows(attend: Callable[..., tuple[Te
         assert_rows_equal(parts, module, count)
 
 
-@pytest.mark.xfail(strict=True, reason="what torch.export raises while the prologue is built is passed on as it is")
 def test_an_operator_that_cannot_be_mapped_is_refused_with_the_remedy() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         kernel = self.table[:1, None, :3]

@@ -4,6 +4,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from recache_compile.passes.base import PassResult
+from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify, merge_equal_calls, remove_identities
 from recache_compile.program import Program
 from tests.passes.tiny import Attention, Formula, Forward, Plain, aten, call, captured, example, show, show_graph
@@ -89,19 +90,21 @@ def test_checks_are_removed() -> None:
     assert show_graph(graph) == "value: input\nreturn [value]"
 
 
-def test_constants_of_the_code_are_read_in_place() -> None:
-    program, result = simplified(lambda self, hidden, timestep, context: hidden * torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert "aten.lift_fresh_copy.default" in targets(program)
-    assert targets(result.program) == ["aten.mul.Tensor"]
+@pytest.mark.parametrize("target", [aten.lift_fresh_copy.default, aten.detach.default, aten.alias.default])
+def test_identities_are_removed(target: object) -> None:
+    graph = fx.Graph()
+    value = graph.placeholder("value")
+    graph.output([graph.call_function(aten.neg.default, (graph.call_function(target, (value,)),))])
+    remove_identities(graph)
+    assert show_graph(graph) == "value: input\nneg_default = aten.neg.default(value)\nreturn [neg_default]"
 
 
 def test_dropout_in_training_stays_and_its_draws_are_not_merged() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         return functional.dropout(hidden, 0.5, True) + functional.dropout(hidden, 0.5, True)
 
-    program, result = simplified(forward)
-    assert targets(result.program) == ["aten.dropout.default", "aten.dropout.default", "aten.add.Tensor"]
-    assert result.modified is (len(program.module.graph.nodes) != len(result.program.module.graph.nodes))
+    _, result = simplified(forward)
+    assert len([node for node in result.program.module.graph.nodes if is_random(node)]) == 2
 
 
 def test_dropout_of_probability_zero_goes() -> None:
@@ -148,7 +151,6 @@ def test_calls_with_other_keywords_are_not_merged() -> None:
     assert [node.kwargs["alpha"] for node in kept] == [1, 2]
 
 
-@pytest.mark.xfail(strict=True, reason="equal calls are merged although one result is written to")
 def test_tensors_that_are_written_to_are_not_merged() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         canvas, zeros = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)
@@ -160,7 +162,6 @@ def test_tensors_that_are_written_to_are_not_merged() -> None:
     assert torch.equal(call(result.program, inputs)["prediction_0"], call(program, inputs)["prediction_0"])
 
 
-@pytest.mark.xfail(strict=True, reason="equal calls are merged although their argument is written to in between")
 def test_equal_calls_around_a_write_are_not_merged() -> None:
     def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         hidden = hidden.clone()

@@ -212,7 +212,6 @@ def test_a_prediction_that_is_returned_twice_is_stored_once() -> None:
     assert torch.equal(results["prediction_1"], held["history_0_0"])
 
 
-@pytest.mark.xfail(strict=True, reason="a prediction that is a view of the feature shares its memory")
 def test_a_prediction_that_is_a_view_of_the_feature_does_not_share_its_memory() -> None:
     class Flattened(Plain):
         def __init__(self) -> None:
@@ -254,7 +253,6 @@ def test_cache_points_must_have_been_inserted() -> None:
         Specialise((0,))(captured(Plain())[0])
 
 
-@pytest.mark.xfail(strict=True, reason="modified is True although there is nothing to specialise")
 def test_a_graph_without_cache_points_is_left_alone() -> None:
     program = replace(captured(Plain())[0], provenance=("find-cache-sites",))
     result = Specialise(())(run_passes(program, (InsertCachePoints(),)))
@@ -262,7 +260,6 @@ def test_a_graph_without_cache_points_is_left_alone() -> None:
     assert result.modified is False
 
 
-@pytest.mark.xfail(strict=True, reason="in-place writes upstream of a forecast site are kept alive, with all they read")
 def test_cached_step_runs_nothing_of_blocks_that_write_in_place() -> None:
     module = Plain()
     module.blocks = nn.ModuleList([InPlace()])

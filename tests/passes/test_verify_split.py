@@ -109,9 +109,6 @@ def test_products_with_the_latents_or_the_history_are_not_independent(parts: Spl
         assert isinstance(step.module, fx.GraphModule)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a weight is held for tied only if its readers are, not the readers of its views"
-)
 @pytest.mark.parametrize(
     "forward",
     [
