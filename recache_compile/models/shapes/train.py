@@ -23,6 +23,8 @@ from recache_compile.models.shapes.pipeline import ShapesPipeline, ShapesTextEnc
 from recache_compile.models.shapes.scenes import SIZE, WORDS, render, sample_scene
 
 WIDTH = 128
+SAVE_EVERY = 250
+"""Steps between two saved states."""
 
 
 def scenes_of(seed: int, batch: int) -> tuple[list[str], Tensor, Tensor]:
@@ -130,7 +132,7 @@ def train_pipeline(
                 slow.lerp_(fast, 1 - decay)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.update(task, advance=1, description=f"pipeline  loss {smooth:.4f}")
-        if (step + 1) % 250 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             progress.console.print(f"step {step + 1}: loss {smooth:.4f}")
             _save_state(
                 state_file,
