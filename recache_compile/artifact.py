@@ -12,7 +12,6 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from recache_compile.capture import Signature
 from recache_compile.compiled import Compiled, Description
 from recache_compile.errors import ArtifactError
 from recache_compile.plan import Plan, StepPlan
-from recache_compile.program import Program, Role
+from recache_compile.program import Program
 from recache_compile.runtimes.base import Variant
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule
@@ -41,15 +40,9 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Step(_Facts):
-    row: tuple[int, ...]
-    slot: int | None
-    coefficients: tuple[float, ...]
-
-
 class _Plan(_Facts):
     recompute_steps: tuple[int, ...]
-    steps: tuple[_Step, ...]
+    steps: tuple[StepPlan, ...]
 
 
 class _Variant(_Facts):
@@ -58,35 +51,14 @@ class _Variant(_Facts):
     capture_macs: int
 
 
-class _Signature(_Facts):
-    parameters: tuple[str, ...]
-    roles: tuple[tuple[str, Role], ...]
-    constants: tuple[tuple[str, str], ...]
-    result: str
-    containers: tuple[str, ...]
-
-
-class _Description(_Facts):
-    model: str
-    model_class: str
-    config: dict[str, Any]
-    num_steps: int
-    forecaster: str
-    order: int
-    policy: str
-    granularity: str
-    runtime: str
-    hoist: bool
-
-
 class _Manifest(_Facts):
     format_version: Literal[1]
     recache_version: str
     torch_version: str
     platform: str
     device: str
-    description: _Description
-    signature: _Signature
+    description: Description
+    signature: Signature
     plans: dict[int, _Plan]
     variants: tuple[_Variant, ...]
     files: dict[str, str]
@@ -146,7 +118,7 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Compil
     folder = Path(folder)
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
-    description = Description(**manifest.description.model_dump())
+    description = manifest.description
     target = torch.device(device if device is not None else manifest.device)
     if target.type != torch.device(manifest.device).type:
         raise ArtifactError(f"{folder}: compiled for {manifest.device}, not for {target}; compile again there")
@@ -173,15 +145,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Compil
         inputs = tuple(read_value(entry) for entry in facts.inputs)
         variants.append(Variant(inputs, target, programs, engines, timesteps))
     plans = {
-        budget: Plan(
-            Schedule(plan.recompute_steps, description.num_steps),
-            tuple(StepPlan(step.row, step.slot, step.coefficients) for step in plan.steps),
-        )
+        budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
         for budget, plan in manifest.plans.items()
     }
-    signature = Signature(**dict(manifest.signature))
     macs = tuple(facts.capture_macs for facts in manifest.variants)
-    return Compiled(description, signature, plans, tuple(variants), macs, weights, folder / "engines")
+    return Compiled(description, manifest.signature, plans, tuple(variants), macs, weights, folder / "engines")
 
 
 def engine_key() -> tuple[str, str]:
@@ -213,12 +181,10 @@ def _write(compiled: Compiled, folder: Path) -> None:
         torch_version=torch_version,
         platform=machine,
         device=str(compiled.variants[0].device),
-        description=_Description(**asdict(compiled.description)),
-        signature=_Signature(**asdict(compiled.signature)),
+        description=compiled.description,
+        signature=compiled.signature,
         plans={
-            budget: _Plan(
-                recompute_steps=plan.schedule.recompute_steps, steps=tuple(_Step(**asdict(step)) for step in plan.steps)
-            )
+            budget: _Plan(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
             for budget, plan in compiled.plans.items()
         },
         variants=tuple(

@@ -151,7 +151,7 @@ def test_engines_of_another_torch_are_refused(inductor_artifact: Path, tmp_path:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
+@given(data=st.data())
 def test_random_damage_is_refused(data: st.DataObject, eager_artifact: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     folder = copy_of(eager_artifact, tmp_path)
