@@ -30,5 +30,4 @@ def test_the_loop_benchmark_runs_at_a_tiny_size(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
     result = json.loads((tmp_path / "loop.json").read_text())
     assert result["weight_file_bytes"] <= result["weight_bytes"] + 100_000
-    assert result["artifact_bytes"] < result["weight_bytes"] * 1.02 + 3_000_000
     assert result["macs_reduction"] > 2
