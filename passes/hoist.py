@@ -9,7 +9,7 @@ from torch import fx
 
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.ops import aten, is_cheap
+from recache_compile.passes.ops import aten, is_cheap, memory_of
 from recache_compile.passes.specialise import add_input, remove_dead_inputs
 from recache_compile.program import Binding, Kind, Value
 
@@ -52,6 +52,7 @@ class Hoist(Pass):
                 read_packed(graph, members, kind, f"{prefix}_{str(dtype).removeprefix('torch.')}")
         if not all(node.meta["val"].is_contiguous() for node in crossing):
             _allow_any_strides(graph)
+        own_results(graph)
         before = len(graph.nodes)
         remove_dead_inputs(graph)
         return bool(crossing) or len(graph.nodes) != before
@@ -103,6 +104,16 @@ def read_packed(graph: fx.Graph, nodes: Sequence[fx.Node], kind: Kind, name: str
             part = call(graph, aten.slice.Tensor, packed, 0, entry.offset, entry.offset + prod(entry.shape))
             value = call(graph, aten.view.default, part, list(entry.shape))
         node.replace_all_uses_with(value)
+
+
+def own_results(graph: fx.Graph) -> None:
+    """Copy results that lie in a packed input: the caller may write to them."""
+    output = graph.output_node()
+    for result in dict.fromkeys(output.all_input_nodes):
+        if "layout" in memory_of(result).meta:
+            with graph.inserting_before(output):
+                copied = call(graph, aten.clone.default, result)
+            output.replace_input_with(result, copied)
 
 
 def _is_coefficients(node: fx.Node) -> bool:

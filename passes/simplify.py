@@ -73,7 +73,7 @@ def _returns_its_argument(node: fx.Node) -> bool:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     if packet(node) in _RESHAPES:
-        return bool(before.shape == after.shape)
+        return bool(before.shape == after.shape and before.dtype == after.dtype)
     return _layout(before) == _layout(after) and node.kwargs.get("copy") is not True
 
 

@@ -58,7 +58,7 @@ def read_schedules(text: str, num_steps: int, source: str) -> Explicit:
     except ValueError as error:
         raise ScheduleError(f"{source}: neither steps, a mask nor JSON ({error})") from None
     try:
-        return Explicit(tuple(_read(data, num_steps)), source)
+        return Explicit(_distinct(_read(data, num_steps)), source)
     except ScheduleError as error:
         raise ScheduleError(f"{source}: {error}") from None
 
@@ -74,6 +74,14 @@ def read_file(file: Path, num_steps: int) -> Explicit:
 def from_mapping(schedules: Mapping[int, Sequence[int]], num_steps: int) -> Explicit:
     """Schedules from {budget: recompute steps}."""
     return Explicit(tuple(_by_budget(schedules, num_steps)), "policy")
+
+
+def _distinct(schedules: list[Schedule]) -> tuple[Schedule, ...]:
+    budgets = [schedule.budget for schedule in schedules]
+    twice = sorted({budget for budget in budgets if budgets.count(budget) > 1})
+    if twice:
+        raise ScheduleError(f"more than one schedule for budget {twice[0]}; keep one")
+    return tuple(schedules)
 
 
 def _read(data: Any, num_steps: int) -> list[Schedule]:

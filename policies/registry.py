@@ -1,5 +1,6 @@
 """Find a policy by what a user writes."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,24 +27,29 @@ def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: in
     name, _, options = choice.partition(":")
     if name in POLICIES:
         return POLICIES[name](**_options(name, options))
-    if Path(choice).is_file():
-        return read_file(Path(choice), num_steps)
-    if choice[:1].isdigit():
+    if set(choice) <= set("0123456789, ") and choice.strip():
         return read_schedules(choice, num_steps, f"policy {choice!r}")
+    with contextlib.suppress(OSError):  # such as a name that is too long
+        if Path(choice).exists():
+            return read_file(Path(choice), num_steps)
     raise ScheduleError(
         f"policy {choice!r} is neither a policy ({', '.join(POLICIES)}), a file, steps such as 0,4,9 nor a 0/1 mask"
     )
 
 
 def _options(name: str, text: str) -> dict[str, int | float]:
-    known = [field.name for field in fields(POLICIES[name])]  # type: ignore[arg-type]
+    known: dict[str, type[int | float]] = {
+        field.name: int if isinstance(field.default, int) else float
+        for field in fields(POLICIES[name])  # type: ignore[arg-type]
+    }
     options: dict[str, int | float] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        try:
-            options[key] = int(value) if value.lstrip("-").isdigit() else float(value)
-        except ValueError:
-            raise ScheduleError(f"policy {name}: option {part!r} is no KEY=NUMBER") from None
         if key not in known:
             raise ScheduleError(f"policy {name}: no option {key!r}; it has {', '.join(known)}")
+        try:
+            options[key] = known[key](value)
+        except ValueError:
+            kind = "a whole number" if known[key] is int else "a number"
+            raise ScheduleError(f"policy {name}: option {part!r}: expected {key}= and {kind}") from None
     return options

@@ -1,6 +1,7 @@
 """The public functions: compile a module or pipeline."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,8 +49,8 @@ def compile(
         granularity: "stack" or "output".
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
         roles: role of inputs by name, where their names do not tell.
-        timesteps: per timestep input, its value at every step (num_steps, *shape).  Without
-            them, the first generation learns them.
+        timesteps: per timestep input of the first example, its value at every step
+            (num_steps, *shape).  Without them, the first generation learns them.
         hoist: move latents-independent work out of the steps.
         call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`.
         report: told the name of each stage as it begins.
@@ -57,15 +58,8 @@ def compile(
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
-    chosen = get_policy(policy, num_steps)
-    options = Options(
-        schedules=make_schedules(chosen, budgets, num_steps),
-        forecaster=get_forecaster(forecaster, order),
-        granularity=_granularity(granularity),
-        hoist=hoist,
-        roles=roles or {},
-    )
-    backend = get_runtime(runtime, explain=report)
+    options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, roles)
+    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
     module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call)
     description = Description(
         model=type(module).__name__,
@@ -74,12 +68,36 @@ def compile(
         num_steps=num_steps,
         forecaster=options.forecaster.name,
         order=options.forecaster.order,
-        policy=policy if isinstance(policy, str) else str(chosen),
+        policy=policy if isinstance(policy, str) else "given",
         granularity=granularity,
         runtime=backend.name,
         hoist=hoist,
     )
     return compile_module(module, examples, options, backend, description, report)
+
+
+def compile_options(
+    budgets: Sequence[int],
+    num_steps: int,
+    forecaster: str,
+    order: int,
+    policy: str | Mapping[int, Sequence[int]] | Policy,
+    granularity: str,
+    hoist: bool,
+    roles: Mapping[str, Role | str] | None = None,
+) -> Options:
+    """The choices of `compile`, checked before anything is loaded; arguments as there.
+
+    Raises:
+        ScheduleError: naming the choice that cannot be used.
+    """
+    return Options(
+        schedules=make_schedules(get_policy(policy, num_steps), budgets, num_steps),
+        forecaster=get_forecaster(forecaster, order),
+        granularity=_granularity(granularity),
+        hoist=hoist,
+        roles=roles or {},
+    )
 
 
 def _granularity(name: str) -> Granularity:
@@ -108,7 +126,6 @@ def _examples(
     if example_inputs is None:
         raise ModelError(f"{type(module).__name__}: a module needs example_inputs, the arguments of one call")
     each = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
-    for name, column in timesteps.items():
-        if len(column) != num_steps:
-            raise ScheduleError(f"timesteps {name!r}: {len(column)} rows for {num_steps} steps")
-    return module, [Example(inputs, timesteps) for inputs in each]
+    if not each:
+        raise ModelError(f"{type(module).__name__}: example_inputs is empty; give the arguments of at least one call")
+    return module, [Example(inputs, timesteps if number == 0 else {}) for number, inputs in enumerate(each)]

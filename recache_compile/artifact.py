@@ -8,10 +8,11 @@ engines/V/NAME.pt2     their engines, for runtimes that have files
 
 import contextlib
 import hashlib
+import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from recache_compile._version import __version__
 from recache_compile.capture import Signature
 from recache_compile.compiled import Compiled, Description
-from recache_compile.errors import ArtifactError
+from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.plan import Plan, StepPlan
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Variant
@@ -62,6 +63,7 @@ class _Manifest(_Facts):
     plans: dict[int, _Plan]
     variants: tuple[_Variant, ...]
     files: dict[str, str]
+    digest: str
 
 
 def save(compiled: Compiled, folder: Path) -> None:
@@ -72,15 +74,15 @@ def save(compiled: Compiled, folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `ArtifactError` unless an artifact can be written at `folder`."""
-    if folder.exists():
-        if not folder.is_dir():
-            raise ArtifactError(f"output {folder}: is a file; name a folder")
-        if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
+    """Raise `ArtifactError` unless an artifact can be written at `folder`; nothing is left behind."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
+        if folder.exists():
+            if not folder.is_dir():
+                raise ArtifactError(f"output {folder}: is a file; name a folder")
+            if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+                raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
+        place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ArtifactError(f"output {folder}: cannot be written ({error.strerror}); name another folder") from None
@@ -88,20 +90,32 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` once the block has succeeded."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    """A new folder that takes the place of `folder` once the block has succeeded.
+
+    A process that is killed leaves the old folder in its place; killed between the two
+    renames, it leaves it beside, named `.FOLDER.*.old`.
+    """
+    folder = folder.resolve()
+    partial: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         partial.chmod(0o755)
         yield partial
         old = partial.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"output {folder}: cannot be written ({error})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Compiled:
@@ -118,20 +132,29 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Compil
     folder = Path(folder)
     manifest = _read_manifest(folder)
     _check_files(folder, manifest)
+    try:
+        return _restore(folder, manifest, torch.device(manifest.device if device is None else device))
+    except RuntimeUnavailableError:
+        raise
+    except ArtifactError as error:
+        raise ArtifactError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
+    except Exception as error:  # whatever a manifest that makes no sense provokes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(f"{folder}: cannot be loaded ({reason[0]}); compile again") from error
+
+
+def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compiled:
+    """Everything that `load` returns, from files that are known to be whole."""
     description = manifest.description
-    target = torch.device(device if device is not None else manifest.device)
-    if target.type != torch.device(manifest.device).type:
-        raise ArtifactError(f"{folder}: compiled for {manifest.device}, not for {target}; compile again there")
+    if device != torch.device(manifest.device):
+        raise ArtifactError(f"compiled for {manifest.device}, not for {device}; compile again there")
     runtime = get_runtime(description.runtime)
-    if runtime.suffix and (found := engine_key()) != (manifest.torch_version, manifest.platform):
+    if runtime.suffix and (found := engine_key(device)) != (manifest.torch_version, manifest.platform):
         raise ArtifactError(
-            f"{folder}: its engines are for torch {manifest.torch_version} on {manifest.platform}, this is torch"
+            f"its engines are for torch {manifest.torch_version} on {manifest.platform}, this is torch"
             f" {found[0]} on {found[1]}; compile again here"
         )
-    try:
-        tensors = load_file(folder / WEIGHTS, device=str(target))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS}: cannot be loaded ({error})") from error
+    tensors = load_file(folder / WEIGHTS, device=str(device))
     weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
     variants = []
     for number, facts in enumerate(manifest.variants):
@@ -143,19 +166,40 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Compil
         prefix = f"timesteps/{number}/"
         timesteps = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         inputs = tuple(read_value(entry) for entry in facts.inputs)
-        variants.append(Variant(inputs, target, programs, engines, timesteps))
+        variants.append(Variant(inputs, device, programs, engines, timesteps))
     plans = {
         budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
         for budget, plan in manifest.plans.items()
     }
+    check_plans(plans, variants)
     macs = tuple(facts.capture_macs for facts in manifest.variants)
     return Compiled(description, manifest.signature, plans, tuple(variants), macs, weights, folder / "engines")
 
 
-def engine_key() -> tuple[str, str]:
+def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
+    """Raise unless every plan keeps its budget and finds its programs and its history."""
+    if not variants:
+        raise ArtifactError("the manifest names no variant; compile again")
+    for budget, plan in plans.items():
+        written: set[int] = set()
+        if plan.schedule.budget != budget or len(plan.steps) != plan.schedule.num_steps:
+            raise ArtifactError(f"the plan of budget {budget} is not one; compile again")
+        for number, step in enumerate(plan.steps):
+            written |= set() if step.slot is None else {step.slot}
+            sound = (
+                (step.slot is not None) == (number in plan.schedule.recompute_steps)
+                and len(step.coefficients) == max(step.row)
+                and written >= set(range(max(step.row)))
+                and all(step.program in variant.programs for variant in variants)
+            )
+            if not sound:
+                raise ArtifactError(f"the plan of budget {budget} makes no sense at step {number}; compile again")
+
+
+def engine_key(device: torch.device) -> tuple[str, str]:
     """What engines depend on: the torch version, and the processor or GPU architecture."""
-    if torch.cuda.is_available():
-        return torch.__version__, "cuda " + "".join(map(str, torch.cuda.get_device_capability()))
+    if device.type == "cuda":
+        return torch.__version__, "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
     return torch.__version__, f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -173,8 +217,8 @@ def _write(compiled: Compiled, folder: Path) -> None:
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    torch_version, machine = engine_key()
+    save_file(_apart(tensors), folder / WEIGHTS)
+    torch_version, machine = engine_key(compiled.variants[0].device)
     manifest = _Manifest(
         format_version=FORMAT_VERSION,
         recache_version=__version__,
@@ -194,8 +238,28 @@ def _write(compiled: Compiled, folder: Path) -> None:
             for variant, macs in zip(compiled.variants, compiled.capture_macs, strict=True)
         ),
         files={str(file.relative_to(folder)): _hash(file) for file in sorted(folder.rglob("*")) if file.is_file()},
+        digest="",
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    facts = json.loads(manifest.model_dump_json())
+    facts["digest"] = _digest(facts)
+    (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors asks for."""
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
+        seen.add(place)
+    return stored
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """Hash of a manifest's facts, its own digest left out."""
+    canonical = json.dumps({name: fact for name, fact in facts.items() if name != "digest"}, sort_keys=True)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -212,7 +276,10 @@ def _read_manifest(folder: Path) -> _Manifest:
             raise ArtifactError(
                 f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}; upgrade recache-compile"
             )
-        return _Manifest.model_validate_json(text)
+        manifest = _Manifest.model_validate_json(text)
+        if manifest.digest != _digest(json.loads(text)):
+            raise ArtifactError(f"{file}: damaged (its digest differs); compile again")
+        return manifest
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -226,7 +293,13 @@ class _Version(BaseModel):
 def _check_files(folder: Path, manifest: _Manifest) -> None:
     """Every file of the manifest is there and unchanged, and there is no other."""
     present = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
-    needed = [_program_file(number, name) for number, facts in enumerate(manifest.variants) for name in facts.programs]
+    suffix = get_runtime(manifest.description.runtime).suffix
+    needed = [
+        file
+        for number, facts in enumerate(manifest.variants)
+        for name in facts.programs
+        for file in (_program_file(number, name), *([_engine_file(number, name, suffix)] if suffix else ()))
+    ]
     if unlisted := sorted({WEIGHTS, *needed} - set(manifest.files)):
         raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
     for name, expected in manifest.files.items():

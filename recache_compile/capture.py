@@ -3,10 +3,11 @@
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.errors import CaptureError
@@ -26,7 +27,8 @@ class Signature:
     Args:
         parameters: names of the parameters of the module's `forward`, in order.
         roles: role of every tensor input.
-        constants: every other input, which the graph has taken in as a constant.
+        constants: every other input, given or by default, which the graph has taken in.
+        defaults: default of every parameter that has one, as text.
         result: `torch.utils._pytree` specification of the result, as JSON.
         containers: names of the module's module lists.
     """
@@ -34,12 +36,21 @@ class Signature:
     parameters: tuple[str, ...]
     roles: tuple[tuple[str, Role], ...]
     constants: tuple[tuple[str, str], ...]
+    defaults: tuple[tuple[str, str], ...]
     result: str
     containers: tuple[str, ...]
 
     def names(self, role: Role) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
         return tuple(name for name, its_role in self.roles if its_role is role)
+
+    def constants_of(self, leaves: Mapping[str, Any]) -> dict[str, str]:
+        """The constants of a call as text, defaults filled in; `leaves` by dotted name."""
+        given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        top = {name.partition(".")[0] for name in leaves}
+        filled = {name: default for name, default in self.defaults if name not in top} | given
+        filled.pop("return_dict", None)
+        return filled
 
 
 def capture(
@@ -73,13 +84,35 @@ def capture(
     if "return_dict" in parameters:
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
-    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    assigned = _assign_roles(tuple(tensors), roles or {})
+    assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
+    exported = _export(module, arguments)
+    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    graph_module = flatten(exported, names, f"constant_{label}")
+    try:
+        _describe(graph_module.graph, leaves, assigned)
+    except CaptureError as error:
+        raise CaptureError(f"capture of {type(module).__name__}: {error}") from None
+    graph_module.recompile()
+    signature = Signature(
+        parameters=tuple(parameters),
+        roles=tuple(assigned.items()),
+        constants=(),
+        defaults=tuple(
+            (name, repr(each.default)) for name, each in parameters.items() if each.default is not each.empty
+        ),
+        result=pytree.treespec_dumps(exported.call_spec.out_spec),
+        containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
+    )
+    signature = replace(signature, constants=tuple(signature.constants_of(leaves).items()))
+    return Program("capture", graph_module, ("capture",)), signature
 
-    module_was_training = module.training
+
+def _export(module: nn.Module, arguments: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """Export in evaluation mode, and give every submodule its own mode back."""
+    modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        exported = export_module(module, (), arguments)
+        return export_module(module, (), arguments)
     except Exception as error:  # torch.export raises whatever the model's code provokes
         reason = str(error).strip().splitlines()
         raise CaptureError(
@@ -87,37 +120,28 @@ def capture(
             f" {reason[0] if reason else 'no message'}"
         ) from error
     finally:
-        module.train(module_was_training)
-    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    graph_module = flatten(exported, names, f"constant_{label}")
-    graph = graph_module.graph
+        for child, training in modes.items():
+            child.training = training
+
+
+def _describe(graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role]) -> None:
+    """Put the facts about inputs and results on their nodes; drop inputs that are constants."""
+    if any(map(writes, graph.nodes)):
+        raise CaptureError("the model writes to its own buffers when it is called")
     for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
         if isinstance(leaf, Tensor):
-            node.meta["value"] = Value(name, Kind(assigned[name]), tuple(leaf.shape), leaf.dtype)
+            node.meta["value"] = Value(name, Kind(roles[name]), tuple(leaf.shape), leaf.dtype)
         elif node.users:
-            raise CaptureError(f"capture of {type(module).__name__}: the graph reads the constant {name!r} at run time")
+            raise CaptureError(f"the graph reads the constant {name!r} at run time")
         else:
             graph.erase_node(node)
-    if any(map(writes, graph.nodes)):
-        raise CaptureError(f"capture of {type(module).__name__}: the model writes to its own buffers when it is called")
-    results = graph.output_node().args[0]
-    assert isinstance(results, list)
-    for number, result in enumerate(results):
-        if not isinstance(getattr(result, "meta", {}).get("val"), Tensor):
-            raise CaptureError(f"capture of {type(module).__name__}: result {number} is no tensor")
-    graph.output_node().meta["values"] = tuple(
-        Value(f"prediction_{number}", Kind.PREDICTION, tuple(result.meta["val"].shape), result.meta["val"].dtype)
-        for number, result in enumerate(results)
-    )
-    graph_module.recompile()
-    signature = Signature(
-        parameters=tuple(parameters),
-        roles=tuple(assigned.items()),
-        constants=tuple((name, repr(leaf)) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)),
-        result=pytree.treespec_dumps(exported.call_spec.out_spec),
-        containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
-    )
-    return Program("capture", graph_module, ("capture",)), signature
+    values = []
+    for number, result in enumerate(graph.output_node().args[0]):  # type: ignore[arg-type, union-attr]
+        fake = getattr(result, "meta", {}).get("val")
+        if not isinstance(fake, Tensor):
+            raise CaptureError(f"result {number} is no tensor")
+        values.append(Value(f"prediction_{number}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
+    graph.output_node().meta["values"] = tuple(values)
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,16 +4,21 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recache_compile._version import __version__
-from recache_compile.errors import ArtifactError, RecacheError, ScheduleError
+from recache_compile.errors import ModelError, RecacheError, ScheduleError
+
+if TYPE_CHECKING:
+    from recache_compile.compiled import Compiled
+    from recache_compile.measure import Measured
 
 LOG = Console(stderr=True)
 PAGE = Console()
@@ -32,7 +37,7 @@ class _DefaultCommand(click.Group):
     """A group whose first word may be left out: then it is `compile`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = {"--help", "--version"}
+        own = {"--help", "-h", "--version"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
@@ -114,54 +119,59 @@ def compile_command(
     as_json: bool,
 ) -> None:
     """Compile MODEL (`shapes`, a diffusers folder or a Hub id) and show what each budget gives."""
-    folder = output or Path(f"{Path(model).name}-recache")
+    folder = output or Path(f"{Path(model).resolve().name}-recache")
     with _progress() as report:
         report("loading libraries")
-        from dataclasses import replace
-
-        from recache_compile.api import compile
+        from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
-        from recache_compile.compiler import make_schedules
         from recache_compile.measure import compare
-        from recache_compile.picture import save_comparison
+        from recache_compile.picture import check_file, save_comparison
         from recache_compile.pipelines import load_pipeline
-        from recache_compile.policies.registry import get_policy
         from recache_compile.runtimes.registry import get_runtime
 
-        make_schedules(get_policy(policy, steps), budgets, steps)
-        get_runtime(runtime)
+        compile_options(budgets, steps, forecaster, order, policy, granularity, hoist)
+        backend = get_runtime(runtime, explain=_notice)
         check_writable(folder)
+        picture = folder.resolve().with_name(f"{folder.resolve().name}.png")
+        check_file(picture)
         report(f"loading {model}")
         pipeline = load_pipeline(model)
         captions = prompts or PROMPTS.get(model, ("a photo of a cat in a garden",))
         compiled = compile(
-            pipeline, None, budgets, steps, forecaster, order, policy, granularity, runtime,
+            pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
             hoist=hoist, call={"prompt": captions[0]}, report=report,
         )  # fmt: skip
-        compiled = replace(compiled, description=replace(compiled.description, model=model))
+        where = str(Path(model).resolve()) if model not in PROMPTS and Path(model).is_dir() else model
+        compiled = replace(compiled, description=replace(compiled.description, model=where))
         report(f"writing {folder}")
         compiled.save(folder)
         measured, pictures = compare(pipeline, compiled, captions, seed, report=report)
-        picture = folder.with_name(f"{folder.name}.png")
-        save_comparison(pictures, compiled.schedules, captions, picture)
-    result = {
-        "model": model,
-        "artifact": str(folder),
-        "picture": str(picture),
-        "num_steps": steps,
-        "forecaster": compiled.description.forecaster,
-        "order": compiled.description.order,
-        "policy": compiled.description.policy,
-        "runtime": compiled.description.runtime,
-        "budgets": [asdict(each) for each in measured],
-    }
+        if pictures:
+            save_comparison(pictures, compiled.schedules, captions, picture)
     if as_json:
+        facts = compiled.description
+        result = {
+            "model": model,
+            "artifact": str(folder),
+            "picture": str(picture) if pictures else None,
+            "num_steps": steps,
+            "forecaster": facts.forecaster,
+            "order": facts.order,
+            "policy": facts.policy,
+            "runtime": facts.runtime,
+            "budgets": [asdict(each) for each in measured],
+        }
         click.echo(json.dumps(result))
         return
+    _print_measured(compiled, measured)
+    _say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else "no picture: the pipeline makes no images"))
+
+
+def _print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
+    """The table that ends a compilation."""
     facts = compiled.description
-    table = Table(
-        title=f"{model}: {steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}"
-    )
+    title = f"{facts.model}: {facts.num_steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}"
+    table = Table(title=escape(title))
     for column in ("budget", "recompute steps", "MACs", "speed", "PSNR", "SSIM"):
         table.add_column(column, justify="left" if column == "recompute steps" else "right")
     for each in measured:
@@ -170,11 +180,10 @@ def compile_command(
             " ".join(map(str, each.recompute_steps)),
             f"÷ {each.macs_reduction:.2f}",
             f"x {each.speedup:.2f}",
-            f"{each.psnr:.1f} dB",
-            f"{each.ssim:.3f}",
+            "-" if each.psnr is None else f"{each.psnr:.1f} dB",
+            "-" if each.ssim is None else f"{each.ssim:.3f}",
         )
     PAGE.print(table)
-    PAGE.print(f"artifact  {folder}\npicture   {picture}", highlight=False, soft_wrap=True)
 
 
 @main.command("run")
@@ -193,8 +202,10 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
         import torch
 
         from recache_compile.artifact import load
+        from recache_compile.picture import check_file, writing
         from recache_compile.pipelines import accelerate, load_pipeline
 
+        check_file(output)
         report(f"loading {artifact}")
         compiled = load(artifact)
         pipeline = load_pipeline(compiled.description.model, transformer=None)
@@ -203,13 +214,15 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
         report("drawing")
         generator = torch.Generator().manual_seed(seed)
         steps = compiled.description.num_steps
-        picture = pipeline(caption, num_inference_steps=steps, generator=generator).images[0]
+        images = getattr(pipeline(caption, num_inference_steps=steps, generator=generator), "images", None)
+        if images is None:
+            raise ModelError(f"{compiled.description.model}: the pipeline makes no images; use it from Python instead")
+        picture = images[0]
         if max(picture.size) <= 128:
             picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
-        _save_picture(picture, output)
-    PAGE.print(
-        f"{output}  ({pipeline.transformer.budget} of {steps} steps recomputed)", highlight=False, soft_wrap=True
-    )
+        with writing(output) as partial:
+            picture.save(partial, format="PNG")
+    _say(f"{output}  ({pipeline.transformer.budget} of {steps} steps recomputed)")
 
 
 @main.command("inspect")
@@ -229,29 +242,31 @@ def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
     if graph:
         print_graph(compiled, graph, PAGE)
     elif as_json:
-        click.echo(json.dumps(facts))
+        assert facts is not None
+        click.echo(json.dumps(asdict(facts), default=str))
     else:
         assert facts is not None
         print_facts(facts, PAGE)
 
 
-def _save_picture(picture: Any, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(output)
-    except OSError as error:
-        raise ArtifactError(f"output {output}: cannot be written ({error.strerror})") from None
+def _say(text: str) -> None:
+    """Print on stdout as it is."""
+    PAGE.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _notice(text: str) -> None:
+    """Print a line on stderr that stays."""
+    LOG.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A spinner with the current stage; one line a stage where there is no terminal."""
     if not LOG.is_terminal:
-        yield lambda stage: LOG.print(stage, highlight=False, soft_wrap=True)
+        yield _notice
         return
     with LOG.status("starting") as status:
-        yield lambda stage: status.update(stage)
+        yield lambda stage: status.update(escape(stage))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Compiled:
 
     def cost(self, budget: int, variant: int = 0) -> Cost:
         """What one generation costs, for one guidance branch."""
-        return cost_of(self._plan(budget), self.variants[variant].programs, self.capture_macs[variant])
+        this = self.variants[variant]
+        return cost_of(self._plan(budget), this.programs, this.device, self.capture_macs[variant])
 
     def save(self, folder: str | Path) -> None:
         """Write an artifact folder; an artifact that is there already is replaced at once or not at all.

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from recache_compile.capture import Signature, capture
+from recache_compile.capture import Signature, capture, named_leaves
 from recache_compile.compiled import Compiled, Description
 from recache_compile.cost import count_macs
-from recache_compile.errors import ScheduleError
+from recache_compile.errors import CaptureError, ScheduleError
 from recache_compile.forecasters import Forecaster
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites
@@ -69,20 +70,54 @@ def compile_module(
     variants: list[Variant] = []
     macs: list[int] = []
     weights: dict[str, Tensor] = {}
+    first: Signature | None = None
     for number, example in enumerate(examples):
         report("capturing")
         captured, signature = capture(module, example.inputs, options.roles, label=str(number))
+        check_same_call(signature, first := first or signature)
+        timesteps = check_timesteps(example.timesteps, captured, options)
         annotated = annotate(captured, options.granularity, signature)
         sites = count_sites(annotated)
         plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
         programs = specialise(annotated, plans.values(), options.hoist, report)
         for program in programs.values():
             weights.update(program.weights)
-        engines = lower(programs, runtime, weights, Path(keep.name) / str(number), report)
-        device = next(iter(weights.values())).device
-        variants.append(Variant(captured.inputs, device, programs, engines, example.timesteps))
-        macs.append(count_macs(captured))
+        device = device_of(example.inputs)
+        engines = lower(programs, runtime, weights, device, Path(keep.name) / str(number), report)
+        variants.append(Variant(captured.inputs, device, programs, engines, timesteps))
+        macs.append(count_macs(captured, device))
     return Compiled(description, signature, plans, tuple(variants), tuple(macs), weights, Path(keep.name), keep)
+
+
+def check_same_call(signature: Signature, first: Signature) -> None:
+    """Raise unless an example differs from the first in shapes only."""
+    if signature != first:
+        one, two = dict((*first.roles, *first.constants)), dict((*signature.roles, *signature.constants))
+        names = [name for name in one | two if one.get(name) != two.get(name)]
+        raise CaptureError(
+            f"examples: they may differ in shapes only, but {names or ['the result']} differ; compile apart"
+        )
+
+
+def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options: Options) -> dict[str, Tensor]:
+    """The timetable in the inputs' dtype and place, once its names and shapes are known to fit."""
+    inputs = {value.name: value for value in captured.inputs if value.kind is Kind.TIMESTEP}
+    checked = {}
+    for name, column in timesteps.items():
+        if name not in inputs:
+            raise CaptureError(f"timesteps: {name!r} is no timestep input; these are: {', '.join(inputs) or 'none'}")
+        expected = (next(iter(options.schedules.values())).num_steps, *inputs[name].shape)
+        if tuple(column.shape) != expected:
+            raise CaptureError(
+                f"timesteps {name!r}: shape {tuple(column.shape)}, expected (num_steps, *shape) = {expected}"
+            )
+        checked[name] = column.to(inputs[name].dtype)
+    return checked
+
+
+def device_of(inputs: Mapping[str, Any]) -> torch.device:
+    """Where the example inputs are."""
+    return next(leaf.device for leaf in named_leaves(inputs).values() if isinstance(leaf, Tensor))
 
 
 def annotate(captured: Program, granularity: Granularity, signature: Signature) -> Program:
@@ -131,7 +166,12 @@ def specialise(annotated: Program, plans: Iterable[Plan], hoist: bool, report: R
 
 
 def lower(
-    programs: Mapping[str, Program], runtime: Runtime, weights: Mapping[str, Tensor], folder: Path, report: Report
+    programs: Mapping[str, Program],
+    runtime: Runtime,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    folder: Path,
+    report: Report,
 ) -> dict[str, Engine]:
     """One engine for every program; engine files go to `folder`."""
     folder.mkdir(parents=True)
@@ -139,6 +179,6 @@ def lower(
     for name, program in programs.items():
         report(f"lowering {name} to {runtime.name}")
         file = folder / f"{name}{runtime.suffix or ''}"
-        runtime.lower(program, file)
+        runtime.lower(program, device, file)
         engines[name] = runtime.load(program, file, weights)
     return engines

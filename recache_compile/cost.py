@@ -12,18 +12,20 @@ from recache_compile.plan import Plan
 from recache_compile.program import MIN_ROWS, Kind, Program, table_name
 
 
-def count_macs(program: Program, rows: Mapping[str, int] | None = None) -> int:
+def count_macs(program: Program, device: torch.device, rows: Mapping[str, int] | None = None) -> int:
     """Multiply-accumulates of one call, counted by PyTorch's `FlopCounterMode` on fake tensors.
 
     Args:
         program: any program.
+        device: where its weights are.
         rows: for the prologue, the number of rows of each table.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         inputs = []
         for value in program.inputs:
             free = max((rows or {}).get(value.name.rpartition("@")[2], 0), MIN_ROWS)
-            inputs.append(torch.empty([free if size is None else size for size in value.shape], dtype=value.dtype))
+            shape = [free if size is None else size for size in value.shape]
+            inputs.append(torch.empty(shape, dtype=value.dtype, device=device))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             program.module(*inputs)
     return int(counter.get_total_flops()) // 2
@@ -34,7 +36,7 @@ class Cost:
     """What one generation costs under a plan.
 
     Args:
-        macs: multiply-accumulates of the whole generation.
+        macs: multiply-accumulates of the whole generation, with timesteps known ahead.
         full_macs: those of the uncached, unhoisted model.
         step_macs: per step.
         prologue_macs: of the prologue, its rows included.
@@ -55,15 +57,16 @@ class Cost:
         return self.full_macs / self.macs
 
 
-def cost_of(plan: Plan, programs: Mapping[str, Program], capture_macs: int) -> Cost:
+def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, capture_macs: int) -> Cost:
     """The cost of a plan that runs these programs.
 
     Args:
         plan: what each step runs.
         programs: by name, "prologue" among them where something was hoisted.
+        device: where their weights are.
         capture_macs: multiply-accumulates of one call of the captured model.
     """
-    each = {name: count_macs(program) for name, program in programs.items() if name != "prologue"}
+    each = {name: count_macs(program, device) for name, program in programs.items() if name != "prologue"}
     rows: dict[str, int] = {}
     slots: dict[tuple[int | None, int | None], int] = {}
     for step in plan.steps:
@@ -76,6 +79,6 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], capture_macs: int) -> C
     for value in prologue.outputs if prologue else ():
         tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if None in value.shape else 1)
     steps = tuple(each[step.program] for step in plan.steps)
-    prologue_macs = count_macs(prologue, rows) if prologue else 0
+    prologue_macs = count_macs(prologue, device, rows) if prologue else 0
     full = capture_macs * len(plan.steps)
     return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)

@@ -36,6 +36,8 @@ def writes(node: fx.Node) -> bool:
 def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str) -> fx.GraphModule:
     """A graph module that takes and returns flat tensors, and shares the program's weights.
 
+    The weights are detached: they keep their memory when the module is cast or moved later.
+
     Args:
         exported: what `export_module` made.
         names: name of a weight by the `id` of its tensor, so that a tied weight has one name.
@@ -52,7 +54,7 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
         elif node.op == "get_attr":
             weight = get_attribute(module, str(node.target))
             node.target = known.setdefault(id(weight), f"{prefix}_{len(known)}")
-            weights[node.target] = weight
+            weights.setdefault(node.target, weight.detach())
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
         first.prepend(node)

@@ -129,10 +129,10 @@ FORECASTERS = {"reuse": Reuse, "taylor": Taylor, "hicache": HiCache, "newton": N
 
 
 def get_forecaster(name: str, order: int | None = None) -> Forecaster:
-    """The forecaster of that name; without `order`, of its own default order.
+    """The forecaster of that name; without `order`, of its own default order.  `reuse` has none.
 
     Raises:
-        ScheduleError: unknown name, negative order, or `reuse` with an order.
+        ScheduleError: unknown name or negative order.
     """
     if name not in FORECASTERS:
         raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join(FORECASTERS)}")

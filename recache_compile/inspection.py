@@ -1,119 +1,153 @@
 """What a compiled model will do, told before it does it."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from recache_compile.compiled import Compiled
+from recache_compile.compiled import Compiled, Description
 from recache_compile.cost import count_macs
 from recache_compile.errors import DispatchError
-from recache_compile.program import Kind
+from recache_compile.program import Kind, Program
 from recache_compile.serialize import describe
 
 
-def facts_of(compiled: Compiled) -> dict[str, Any]:
-    """Facts about programs, sites, schedules and costs, ready for JSON."""
+@dataclass(frozen=True, slots=True)
+class ProgramFacts:
+    """One program; `macs` is None for the prologue, whose cost depends on the rows."""
+
+    name: str
+    calls: int
+    parameters: int
+    macs: int | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFacts:
+    """One cache site: the shape of its feature, and what an anchor of it takes."""
+
+    site: int
+    shape: tuple[int | None, ...]
+    bytes_per_anchor: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetFacts:
+    """One plan: which engine each step runs, and what a generation costs."""
+
+    budget: int
+    recompute_steps: tuple[int, ...]
+    engines: tuple[str, ...]
+    macs: int
+    macs_reduction: float
+    prologue_macs: int
+    step_macs: tuple[int, ...]
+    history_bytes: int
+    table_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that `inspect` shows; shapes, programs and sites are those of the first variant."""
+
+    description: Description
+    parameters: int
+    hoisted_parameters: int
+    capture_macs: int
+    shapes: dict[str, tuple[int | None, ...]]
+    programs: tuple[ProgramFacts, ...]
+    sites: tuple[SiteFacts, ...]
+    budgets: tuple[BudgetFacts, ...]
+
+
+def facts_of(compiled: Compiled) -> Facts:
+    """Facts about programs, sites, schedules and costs."""
     variant = compiled.variants[0]
-    programs = [
-        {
-            "name": name,
-            "calls": program.num_calls,
-            "parameters": program.num_parameters,
-            "macs": None if name == "prologue" else count_macs(program),
-            "inputs": [value.name for value in program.inputs],
-            "outputs": [value.name for value in program.outputs],
-        }
-        for name, program in variant.programs.items()
-    ]
-    sites = {
-        value.site: {"site": value.site, "shape": list(value.shape), "bytes_per_anchor": value.nbytes}
-        for program in variant.programs.values()
-        for value in program.outputs
-        if value.kind is Kind.FEATURE
-    }
     prologue = variant.programs.get("prologue")
-    tables = [{"table": value.name, "bytes": value.nbytes} for value in prologue.outputs] if prologue else []
-    budgets = []
-    for budget, plan in compiled.plans.items():
-        cost = compiled.cost(budget)
-        budgets.append(
-            {
-                "budget": budget,
-                "recompute_steps": list(plan.schedule.recompute_steps),
-                "engines": [step.program for step in plan.steps],
-                "macs": cost.macs,
-                "macs_reduction": cost.macs_reduction,
-                "prologue_macs": cost.prologue_macs,
-                "step_macs": list(cost.step_macs),
-                "history_bytes": cost.history_bytes,
-                "table_bytes": cost.table_bytes,
-            }
-        )
-    total = sum(weight.numel() for weight in compiled.weights.values())
-    hoisted = next((facts["parameters"] for facts in programs if facts["name"] == "prologue"), 0)
-    return {
-        "model": compiled.description.model,
-        "model_class": compiled.description.model_class,
-        "num_steps": compiled.description.num_steps,
-        "forecaster": compiled.description.forecaster,
-        "order": compiled.description.order,
-        "policy": compiled.description.policy,
-        "granularity": compiled.description.granularity,
-        "runtime": compiled.description.runtime,
-        "parameters": total,
-        "hoisted_parameters": hoisted,
-        "capture_macs": compiled.capture_macs[0],
-        "shapes": [{value.name: list(value.shape) for value in each.inputs} for each in compiled.variants],
-        "programs": programs,
-        "sites": list(sites.values()),
-        "prologue_tables": tables,
-        "budgets": budgets,
-    }
+    return Facts(
+        description=compiled.description,
+        parameters=sum(weight.numel() for weight in compiled.weights.values()),
+        hoisted_parameters=prologue.num_parameters if prologue else 0,
+        capture_macs=compiled.capture_macs[0],
+        shapes={value.name: value.shape for value in variant.inputs},
+        programs=tuple(_program_facts(program, variant.device) for program in variant.programs.values()),
+        sites=tuple(
+            SiteFacts(value.site or 0, value.shape, value.nbytes)
+            for value in variant.programs["recompute"].outputs
+            if value.kind is Kind.FEATURE
+        ),
+        budgets=tuple(_budget_facts(compiled, budget) for budget in compiled.plans),
+    )
 
 
-def print_facts(facts: dict[str, Any], console: Console) -> None:
+def _program_facts(program: Program, device: torch.device) -> ProgramFacts:
+    return ProgramFacts(
+        name=program.name,
+        calls=program.num_calls,
+        parameters=program.num_parameters,
+        macs=None if program.name == "prologue" else count_macs(program, device),
+        inputs=tuple(value.name for value in program.inputs),
+        outputs=tuple(value.name for value in program.outputs),
+    )
+
+
+def _budget_facts(compiled: Compiled, budget: int) -> BudgetFacts:
+    plan, cost = compiled.plans[budget], compiled.cost(budget)
+    return BudgetFacts(
+        budget=budget,
+        recompute_steps=plan.schedule.recompute_steps,
+        engines=tuple(step.program for step in plan.steps),
+        macs=cost.macs,
+        macs_reduction=cost.macs_reduction,
+        prologue_macs=cost.prologue_macs,
+        step_macs=cost.step_macs,
+        history_bytes=cost.history_bytes,
+        table_bytes=cost.table_bytes,
+    )
+
+
+def print_facts(facts: Facts, console: Console) -> None:
     """Tables for people."""
-    share = facts["hoisted_parameters"] / max(facts["parameters"], 1)
+    about = facts.description
     console.print(
-        f"{facts['model']} ({facts['model_class']}), {facts['num_steps']} steps, {facts['forecaster']} order {facts['order']},"
-        f" policy {facts['policy']}, {facts['granularity']} sites, {facts['runtime']}\n"
-        f"{facts['parameters']:,} parameters, {share:.1%} of them hoisted; {_si(facts['capture_macs'])} MACs a call",
+        f"{about.model} ({about.model_class}), {about.num_steps} steps, {about.forecaster} order {about.order},"
+        f" policy {about.policy}, {about.granularity} sites, {about.runtime}\n"
+        f"{facts.parameters:,} parameters, {facts.hoisted_parameters / max(facts.parameters, 1):.1%} of them hoisted;"
+        f" {_si(facts.capture_macs)} MACs a call",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
-    programs = Table(title="programs", title_justify="left")
-    for column in ("program", "calls", "parameters", "MACs", "reads", "returns"):
-        programs.add_column(column, justify="right" if column in ("calls", "parameters", "MACs") else "left")
-    for each in facts["programs"]:
-        macs = "per row" if each["macs"] is None else _si(each["macs"])
-        programs.add_row(
-            each["name"],
-            f"{each['calls']:,}",
-            f"{each['parameters']:,}",
-            macs,
-            " ".join(each["inputs"]),
-            " ".join(each["outputs"]),
-        )
+    programs = _table("programs", ">calls", ">parameters", ">MACs", "reads", "returns", first="program")
+    for each in facts.programs:
+        macs = "per row" if each.macs is None else _si(each.macs)
+        names = (" ".join(each.inputs), " ".join(each.outputs))
+        programs.add_row(each.name, f"{each.calls:,}", f"{each.parameters:,}", macs, *names)
     console.print(programs)
-    budgets = Table(title="budgets", title_justify="left")
-    for column in ("budget", "plan (# recompute, · cached)", "MACs", "MACs ÷", "history", "tables"):
-        budgets.add_column(column, justify="left" if column.startswith("plan") else "right")
-    for each in facts["budgets"]:
-        plan = "".join("#" if engine == "recompute" else "·" for engine in each["engines"])
-        budgets.add_row(
-            str(each["budget"]),
-            plan,
-            _si(each["macs"]),
-            f"{each['macs_reduction']:.2f}",
-            _bytes(each["history_bytes"]),
-            _bytes(each["table_bytes"]),
-        )
+    columns = ("plan (# recompute, · cached)", ">MACs", ">of them prologue", ">MACs ÷", ">history", ">tables")
+    budgets = _table("budgets", *columns, first=">budget")
+    for budget in facts.budgets:
+        plan = "".join("#" if engine == "recompute" else "·" for engine in budget.engines)
+        costs = (_si(budget.macs), _si(budget.prologue_macs), f"{budget.macs_reduction:.2f}")
+        budgets.add_row(str(budget.budget), plan, *costs, _bytes(budget.history_bytes), _bytes(budget.table_bytes))
     console.print(budgets)
-    for site in facts["sites"]:
+    for site in facts.sites:
+        shape = list(site.shape)
         console.print(
-            f"site {site['site']}: {site['shape']}, {_bytes(site['bytes_per_anchor'])} per anchor", highlight=False
+            f"site {site.site}: {shape}, {_bytes(site.bytes_per_anchor)} per anchor", highlight=False, markup=False
         )
+
+
+def _table(title: str, *columns: str, first: str) -> Table:
+    """A table; columns that begin with > are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for column in (first, *columns):
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
 
 
 def print_graph(compiled: Compiled, name: str, console: Console) -> None:

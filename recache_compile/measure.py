@@ -61,53 +61,57 @@ def compare(
     """Draw every prompt uncached and under every budget, from the same seeds.
 
     Args:
-        pipeline: the uncached pipeline; it stays as it is.
+        pipeline: the uncached pipeline; its progress bar is turned off.
         compiled: what was compiled for it.
         prompts: one picture each, seeds counting up from `seed`.
         seed: of the first picture.
-        repeats: timed generations of each kind, interleaved; medians count.
+        repeats: timed generations of each kind, interleaved, each with its prologue; medians count.
         report: told what begins.
 
     Returns:
-        The measurements, and the pictures (3, H, W) by budget; None stands for uncached.
+        The measurements, and the pictures (3, H, W) by budget, None standing for uncached;
+        no pictures where the pipeline makes something else.
     """
     pipeline.set_progress_bar_config(disable=True)
-    compiled_pipeline = accelerate(copy.copy(pipeline), compiled)
-
-    def draw(number: int, budget: int | None) -> Tensor:
-        options = {} if budget is None else {"budget": budget}
-        images = (pipeline if budget is None else compiled_pipeline)(
-            prompts[number],
-            num_inference_steps=compiled.description.num_steps,
-            generator=torch.Generator().manual_seed(seed + number),
-            output_type="pt",
-            **options,
-        ).images
-        return images[0].detach().cpu()
-
     pictures: dict[int | None, list[Tensor]] = {}
     for budget in (None, *compiled.plans):
         report("drawing uncached" if budget is None else f"drawing with budget {budget}")
-        pictures[budget] = [draw(number, budget) for number in range(len(prompts))]
+        chosen = _under(pipeline, compiled, budget)
+        drawn = [_draw(chosen, compiled, prompt, seed + number) for number, prompt in enumerate(prompts)]
+        pictures[budget] = [picture for picture in drawn if picture is not None]
     report("timing")
     times: dict[int | None, list[float]] = {budget: [] for budget in pictures}
     for _ in range(repeats):
         for budget, taken in times.items():
-            taken.append(_seconds(lambda budget=budget: draw(0, budget)))  # type: ignore[misc]
-    measured = [
-        Measured(
-            budget=budget,
-            recompute_steps=plan.schedule.recompute_steps,
-            macs_reduction=compiled.cost(budget).macs_reduction,
-            speedup=statistics.median(times[None]) / statistics.median(times[budget]),
-            psnr=statistics.mean(psnr(*pair) for pair in zip(pictures[budget], pictures[None], strict=True)),
-            ssim=statistics.mean(
-                ssim(ours[None], theirs[None]) for ours, theirs in zip(pictures[budget], pictures[None], strict=True)
-            ),
+            chosen = _under(pipeline, compiled, budget)  # anew, so that every generation runs its prologue
+            taken.append(_seconds(lambda chosen=chosen: _draw(chosen, compiled, prompts[0], seed)))  # type: ignore[misc]
+    measured = []
+    for budget, plan in compiled.plans.items():
+        pairs = list(zip(pictures[budget], pictures[None], strict=True))
+        measured.append(
+            Measured(
+                budget=budget,
+                recompute_steps=plan.schedule.recompute_steps,
+                macs_reduction=compiled.cost(budget).macs_reduction,
+                speedup=statistics.median(times[None]) / statistics.median(times[budget]),
+                psnr=statistics.mean(psnr(*pair) for pair in pairs) if pairs else None,
+                ssim=statistics.mean(ssim(ours[None], theirs[None]) for ours, theirs in pairs) if pairs else None,
+            )
         )
-        for budget, plan in compiled.plans.items()
-    ]
-    return measured, pictures
+    return measured, pictures if pictures[None] else {}
+
+
+def _under(pipeline: Any, compiled: Compiled, budget: int | None) -> Any:
+    """The pipeline itself, or a copy that runs on the engines."""
+    return pipeline if budget is None else accelerate(copy.copy(pipeline), compiled, budget)
+
+
+def _draw(pipeline: Any, compiled: Compiled, prompt: str, seed: int) -> Tensor | None:
+    """One picture (3, H, W) in [0, 1]; None where the pipeline's result has no images."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = compiled.description.num_steps
+    images = getattr(pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="pt"), "images", None)
+    return None if images is None else images[0].detach().cpu()
 
 
 def _seconds(work: Callable[[], Any]) -> float:

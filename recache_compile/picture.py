@@ -1,11 +1,43 @@
 """The picture that ends a compilation: uncached beside every budget."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from recache_compile.errors import ArtifactError
 from recache_compile.schedule import Schedule
+
+
+def check_file(file: Path) -> None:
+    """Raise `ArtifactError` unless a picture can be written at `file`; nothing is left behind."""
+    try:
+        if file.is_dir():
+            raise ArtifactError(f"output {file}: is a folder; name a file")
+        with tempfile.TemporaryFile(dir=file.absolute().parent if file.absolute().parent.exists() else None):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"output {file}: cannot be written ({error.strerror}); name another file") from None
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """A file that takes the place of `file` once the block has succeeded.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    except OSError as error:
+        raise ArtifactError(f"output {file}: cannot be written ({error.strerror}); name another file") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_comparison(
@@ -46,9 +78,8 @@ def save_comparison(
         axes = grid[row][0]
         caption = axes.text(0, -0.03, prompt, transform=axes.transAxes, fontsize=8, va="top", color="#555555")
         caption.set_in_layout(False)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(file)
+    with writing(file) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def _draw_schedule(axes, schedule: Schedule | None, schedules: Mapping[int, Schedule]) -> None:  # type: ignore[no-untyped-def]

@@ -39,11 +39,11 @@ def load_pipeline(model: str, **components: Any) -> "DiffusionPipeline":
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = EMBEDDED.get(model, Path(model))
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
-    source = str(folder) if folder.is_dir() else model
     try:
+        folder = EMBEDDED.get(model, Path(model))
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
+        source = str(folder) if folder.is_dir() else model
         config = DiffusionPipeline.load_config(source)
         _require_libraries(model, config)
         cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
@@ -101,7 +101,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any]) -> l
     answer: list[Any] = []
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
-        calls.append(dict(signature.bind(*args, **kwargs).arguments))
+        calls.append(_arguments(signature, args, kwargs))
         if not answer:
             answer.append(pytree.tree_map(torch.zeros_like, original(*args, **kwargs)))
         return answer[0]
@@ -109,7 +109,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any]) -> l
     module.forward = stand_in  # type: ignore[method-assign]
     try:
         arguments = {"prompt": "", "num_inference_steps": num_steps, "output_type": "latent", **call}
-        with _silent_progress(pipeline):
+        with _silent_progress(pipeline), torch.random.fork_rng():
             pipeline(**arguments)
     except Exception as error:  # whatever the pipeline's own checks raise
         raise ModelError(
@@ -227,14 +227,14 @@ class CompiledTransformer(nn.Module):
             DispatchError: the pipeline runs another number of steps than was compiled.
         """
         inputs = dict(zip(self._compiled.signature.parameters, args, strict=False)) | kwargs
-        result = self._dispatchers[self._budget](step=self._current_step(), branch=self._branch, **inputs)
+        result = self._dispatchers[self._budget](step=self._current_step(inputs), branch=self._branch, **inputs)
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=result[0])
 
-    def _current_step(self) -> int:
+    def _current_step(self, inputs: Mapping[str, Any]) -> int:
         scheduler = self._pipeline.scheduler
         steps, compiled = len(scheduler.timesteps), self._compiled.description.num_steps
         if steps != compiled:
@@ -244,9 +244,32 @@ class CompiledTransformer(nn.Module):
             )
         if self._step is not None:
             return self._step
-        if scheduler.step_index is not None:
-            return int(scheduler.step_index)
-        return int(scheduler.begin_index or 0)
+        if hasattr(scheduler, "step_index"):
+            return int(scheduler.begin_index or 0) if scheduler.step_index is None else int(scheduler.step_index)
+        return self._step_of_timestep(inputs)
+
+    def _step_of_timestep(self, inputs: Mapping[str, Any]) -> int:
+        """Look the timestep up, for schedulers that do not tell their step."""
+        found: set[int] = set()
+        for variant in self._compiled.variants:
+            for name, column in variant.timesteps.items():
+                if inputs[name].shape == column.shape[1:]:
+                    found |= {step for step, row in enumerate(column) if torch.equal(row, inputs[name])}
+        if len(found) != 1:
+            raise DispatchError(
+                f"{type(self._pipeline.scheduler).__name__} does not tell its step, and the timestep is"
+                f" {'at several' if found else 'not among the'} compiled steps; compile with this scheduler's timesteps"
+            )
+        return found.pop()
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those for `**kwargs` beside the others."""
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
 
 
 def _timetable(calls: list[dict[str, Any]], num_steps: int) -> dict[str, Tensor]:

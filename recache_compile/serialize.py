@@ -59,7 +59,10 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
             used[entry["weight"]] = weights[entry["weight"]]
             node = graph.create_node("get_attr", entry["weight"], name=entry["node"])
         else:
-            args, kwargs = _decode(entry["args"], nodes), _decode(entry["kwargs"], nodes)
+            args, kwargs = (
+                _decode(entry["args"], nodes),
+                {key: _decode(item, nodes) for key, item in entry["kwargs"].items()},
+            )
             node = graph.create_node("call_function", _target(entry["call"]), tuple(args), kwargs, name=entry["node"])
         node.meta["type"] = entry["type"]
         nodes[entry["node"]] = node

@@ -34,8 +34,8 @@ class Runtime(Protocol):
         """Raise `RuntimeUnavailableError` where this machine cannot lower or run."""
         ...
 
-    def lower(self, program: Program, file: Path) -> None:
-        """Write the engine of a program, without its weights."""
+    def lower(self, program: Program, device: torch.device, file: Path) -> None:
+        """Write the engine of a program for a device, without its weights."""
         ...
 
     def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:

@@ -81,6 +81,8 @@ class Dispatcher:
             )
         state.last_step = -1  # until this step has succeeded
         if state.tables is not None:
+            if step == 0:
+                state.tables.restart()
             state.tables.prepare(step, tensors)
         this = self.plan.steps[step]
         program = state.variant.programs[this.program]
@@ -129,13 +131,14 @@ class Dispatcher:
             if tensor.device != self._device:
                 raise DispatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
             tensors[name] = tensor
-        for name, leaf in leaves.items():
-            if name == "return_dict" or (leaf is None and name not in self._constants):
-                continue
-            captured = self._constants.get(name, "nothing")
-            if isinstance(leaf, Tensor) or repr(leaf) != captured:
-                given = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-                raise DispatchError(f"input {name!r} is {given}, but {captured} was captured; compile again with it")
+        given = self._signature.constants_of(leaves | tensors)
+        given |= {name: "a tensor" for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        if given != self._constants:
+            name = next(name for name in given | self._constants if given.get(name) != self._constants.get(name))
+            raise DispatchError(
+                f"input {name!r} is {given.get(name, 'missing')}, but {self._constants.get(name, 'nothing')} was captured;"
+                " compile again with it"
+            )
         return tensors
 
     def _no_variant(self, tensors: Mapping[str, Tensor]) -> str:

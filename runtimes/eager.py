@@ -21,7 +21,7 @@ class Eager:
     def require(self) -> None:
         """Always usable."""
 
-    def lower(self, program: Program, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, file: Path) -> None:
         """Nothing to write: the program is the engine."""
 
     def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:

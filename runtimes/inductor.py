@@ -32,11 +32,10 @@ class Inductor:
                 "runtime inductor: no C++ compiler found; install g++ or clang, or choose --runtime eager"
             ) from None
 
-    def lower(self, program: Program, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, file: Path) -> None:
         """Compile; weights stay outside of the package."""
-        from torch._inductor.exc import CppCompileError
+        from torch._inductor.exc import CppCompileError, InductorError
 
-        device = next((weight.device for weight in program.weights.values()), torch.device("cpu"))
         inputs = example_inputs(program, device)
         free = torch.export.Dim.AUTO
         shapes = tuple({at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs)
@@ -47,7 +46,7 @@ class Inductor:
                 package_path=str(file),
                 inductor_configs={"aot_inductor.package_constants_in_so": False},
             )
-        except CppCompileError as error:
+        except (CppCompileError, InductorError) as error:
             raise RuntimeUnavailableError(
                 f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or mend the"
                 f" compiler: {str(error).strip().splitlines()[-1]}"

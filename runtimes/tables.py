@@ -21,8 +21,13 @@ class _Seen:
     values: Tensor
 
     def still_is(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has the remembered values; looks at them only where it must."""
-        if tensor is self.tensor and self.version is not None and self.version == _version(tensor):
+        """Whether `tensor` has the remembered values.
+
+        On the CPU they are compared.  On a GPU that would stall the loop, so a tensor that is
+        the same object in the same version is taken to be unchanged.
+        """
+        same = tensor is self.tensor and self.version is not None and self.version == _version(tensor)
+        if same and tensor.device.type != "cpu":
             return True
         if not torch.equal(tensor, self.values):
             return False
@@ -75,7 +80,16 @@ class Tables:
             steps = [step]
         elif not stale and all((step, value.name) in self._rows for value in self._reads[step]):
             return
-        self._run(steps, tensors)
+        try:
+            self._run(steps, tensors)
+        except BaseException:  # nothing half-filled is ever read
+            self._rows.clear()
+            self._conditioning.clear()
+            raise
+
+    def restart(self) -> None:
+        """Forget what an interrupted generation left to be checked."""
+        self._differs = None
 
     def finish(self) -> None:
         """Raise if timesteps that were compared on the device turned out to differ."""

@@ -44,7 +44,7 @@ def test_roles_can_be_overridden() -> None:
 def test_nested_inputs_have_dotted_names_and_constants_are_kept() -> None:
     program, signature = capture(Model(), inputs())
     assert [value.name for value in program.inputs] == ["sample", "t", "extra.bias.0"]
-    assert dict(signature.constants) == {"scale": "2.0", "return_dict": "False"}
+    assert dict(signature.constants) == {"scale": "2.0"}
 
 
 def test_the_program_computes_what_the_module_computes() -> None:

@@ -104,6 +104,10 @@ def broken_artifact(artifact: Path, folder: Path) -> Path:
         (["shapes", "--budgets", "2", "--stepps", "6"], "No such option"),
         (["shapes", "--budgets", "1", "--steps", "0"], "at least one step"),
         (["shapes", "--budgets", "2", *SMALL, "--output", "/proc/nothing/here"], "cannot be written"),
+        (["shapes", "--budgets", "2", *SMALL, "--output", "x" * 300], "cannot be written"),
+        (["shapes", "--budgets", "2", *SMALL, "--policy", "y" * 300], "neither a policy"),
+        (["[/x]", "--budgets", "2", *SMALL], "model [/x]: not an embedded model"),
+        (["z" * 300, "--budgets", "2", *SMALL, "--output", "out"], "not an embedded model"),
         (["run", "nothing", PROMPT], "no artifact"),
         (["inspect", "nothing"], "no artifact"),
         (["run"], "Missing argument"),
@@ -179,7 +183,35 @@ def test_inductor_without_a_compiler_is_refused_and_auto_says_what_it_takes(tmp_
     assert "using runtime eager" in taken.stderr
 
 
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_refused(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && echo 'g++ 12.2' && exit 0\necho broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [
+        sys.executable,
+        "-m",
+        "recache_compile.cli",
+        "shapes",
+        "--budgets",
+        "2",
+        "--steps",
+        "4",
+        "--output",
+        "out",
+    ]
+    result = subprocess.run(
+        [*command, "--runtime", "inductor"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode != 0
+    assert "runtime inductor: the C++ compiler failed on prologue" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_and_version() -> None:
     assert "compile MODEL" in run("--help").output
     assert run("--version").output.startswith("recache-compile, version")
     assert "Usage" in run().output
+    assert run("-h").output == run("--help").output

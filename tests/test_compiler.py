@@ -228,5 +228,50 @@ def test_a_module_needs_example_inputs(flux: torch.nn.Module) -> None:
 
 
 def test_a_timetable_of_another_length_is_refused(flux: torch.nn.Module) -> None:
-    with pytest.raises(RecacheError, match="12 rows for 10 steps"):
+    with pytest.raises(RecacheError, match=r"shape \(12, 1\), expected \(num_steps, \*shape\) = \(10, 1\)"):
         rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=10, timesteps={"timestep": timesteps()})
+
+
+def test_examples_that_differ_in_more_than_shapes_are_refused(flux: torch.nn.Module) -> None:
+    one, two = flux_inputs(), flux_inputs(batch=2)
+    with pytest.raises(RecacheError, match=r"may differ in shapes only, but \['return_dict_'\] differ|may differ"):
+        rc.compile(
+            flux, [one, {**two, "controlnet_blocks_repeat": True}], budgets=(3,), num_steps=NUM_STEPS, runtime="eager"
+        )
+    with pytest.raises(RecacheError, match="example_inputs is empty"):
+        rc.compile(flux, [], budgets=(3,), num_steps=NUM_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"timestep": timesteps(batch=2)}, "expected .num_steps"),
+        ({"timestepp": timesteps()}, "'timestepp' is no timestep input; these are: timestep"),
+    ],
+)
+def test_a_timetable_that_does_not_fit_is_refused(
+    table: dict[str, Tensor], message: str, flux: torch.nn.Module
+) -> None:
+    with pytest.raises(RecacheError, match=message):
+        rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=NUM_STEPS, timesteps=table, runtime="eager")
+
+
+def test_a_timetable_of_another_dtype_is_converted(flux: torch.nn.Module) -> None:
+    compiled = rc.compile(
+        flux,
+        flux_inputs(),
+        budgets=(3,),
+        num_steps=NUM_STEPS,
+        timesteps={"timestep": timesteps().double()},
+        runtime="eager",
+    )
+    assert compiled.variants[0].timesteps["timestep"].dtype == torch.float32
+
+
+def test_casting_the_module_afterwards_changes_nothing() -> None:
+    module = tiny_flux()
+    compiled = compile_flux(module, budgets=(3,))
+    this = loop_inputs(0, flux_inputs())
+    expected = module(**this, return_dict=False)[0]
+    module.double()
+    assert relative_error(compiled.dispatcher(budget=3)(step=0, **this)[0], expected) <= 1e-6

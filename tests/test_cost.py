@@ -9,6 +9,8 @@ from recache_compile.capture import capture
 from recache_compile.cost import count_macs
 from tests.conftest import NUM_STEPS
 
+CPU = torch.device("cpu")
+
 
 class Attention(nn.Module):
     def __init__(self) -> None:
@@ -22,13 +24,13 @@ class Attention(nn.Module):
 
 def test_macs_of_a_linear_and_an_attention() -> None:
     program, _ = capture(Attention(), {"sample": torch.randn(2, 5, 8)})
-    assert count_macs(program) == 2 * 5 * 8 * 24 + 2 * (2 * 5 * 5 * 8)
+    assert count_macs(program, CPU) == 2 * 5 * 8 * 24 + 2 * (2 * 5 * 5 * 8)
 
 
 def test_a_generation_costs_its_steps_and_its_prologue(eager: rc.Compiled) -> None:
     cost = eager.cost(3)
     programs = eager.variants[0].programs
-    recompute, forecast = count_macs(programs["recompute"]), count_macs(programs["forecast_1"])
+    recompute, forecast = count_macs(programs["recompute"], CPU), count_macs(programs["forecast_1"], CPU)
     assert cost.step_macs.count(recompute) == 3
     assert cost.step_macs.count(forecast) == NUM_STEPS - 3
     assert cost.macs == 3 * recompute + (NUM_STEPS - 3) * forecast + cost.prologue_macs
@@ -38,15 +40,17 @@ def test_a_generation_costs_its_steps_and_its_prologue(eager: rc.Compiled) -> No
 
 def test_prologue_macs_grow_with_the_rows(eager: rc.Compiled) -> None:
     prologue = eager.variants[0].programs["prologue"]
-    two, four, six = (count_macs(prologue, {"recompute": rows, "forecast": 4}) for rows in (2, 4, 6))
+    two, four, six = (count_macs(prologue, CPU, {"recompute": rows, "forecast": 4}) for rows in (2, 4, 6))
     assert six - four == four - two > 0
 
 
 def test_recompute_and_prologue_do_the_work_of_the_original(eager: rc.Compiled) -> None:
     programs = eager.variants[0].programs
-    rows = count_macs(programs["prologue"], {"recompute": 3}) - count_macs(programs["prologue"], {"recompute": 2})
-    assert count_macs(programs["recompute"]) < eager.capture_macs[0]
-    assert count_macs(programs["recompute"]) + rows <= eager.capture_macs[0]
+    rows = count_macs(programs["prologue"], CPU, {"recompute": 3}) - count_macs(
+        programs["prologue"], CPU, {"recompute": 2}
+    )
+    assert count_macs(programs["recompute"], CPU) < eager.capture_macs[0]
+    assert count_macs(programs["recompute"], CPU) + rows <= eager.capture_macs[0]
 
 
 @pytest.mark.parametrize("budget", [3, NUM_STEPS])

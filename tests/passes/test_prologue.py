@@ -140,7 +140,7 @@ def test_prologue_and_steps_share_no_weight_and_read_all_of_them(attention: Spli
     assert not prologue & step
     assert prologue | step == {name for name, _ in Attention().named_parameters()}
     whole = attention.annotated.weights
-    assert all(weight is whole[name] for name, weight in attention.prologue.weights.items())
+    assert all(weight.data_ptr() == whole[name].data_ptr() for name, weight in attention.prologue.weights.items())
 
 
 def test_other_conditioning_makes_other_tables(attention: Split) -> None:

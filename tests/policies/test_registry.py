@@ -32,8 +32,11 @@ def test_files_and_texts(tmp_path: Path) -> None:
     [
         ("unifrm", "neither a policy"),
         ("uniform:speed=3", "no option 'speed'"),
-        ("uniform:warmup", "no KEY=NUMBER"),
-        ("uniform:warmup=x", "no KEY=NUMBER"),
+        ("uniform:warmup", "expected warmup= and a whole number"),
+        ("uniform:warmup=2.0", "expected warmup= and a whole number"),
+        ("front-loaded:power=x", "expected power= and a number"),
+        ("x" * 500, "neither a policy"),
+        ("0," * 300, "neither steps, a mask nor JSON"),
     ],
 )
 def test_unknown_choices_are_refused(choice: str, message: str) -> None:

@@ -138,3 +138,68 @@ def test_steps_out_of_order_are_refused(steps: tuple[int, ...], message: str, ea
 def test_an_unknown_budget_names_those_there_are(eager: rc.Compiled) -> None:
     with pytest.raises(DispatchError, match="budget 4 was not compiled; there are 3, 12"):
         eager.dispatcher(budget=4)
+
+
+class Scaled(torch.nn.Module):
+    """A second result that depends on the conditioning alone, and a constant with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float = 1.0) -> Any:
+        return self.linear(sample) * scale + timestep.sin() * context.exp(), context.cos()
+
+
+def scaled(**changes: Any) -> dict[str, Any]:
+    return {"sample": torch.ones(3, 4), "timestep": torch.ones(1), "context": torch.ones(3, 4)} | changes
+
+
+def compile_scaled(model: Scaled, **changes: Any) -> rc.Compiled:
+    options = {"budgets": (2,), "num_steps": 4, "granularity": "output", "runtime": "eager"}
+    return rc.compile(model, scaled(**changes), timesteps={"timestep": torch.ones(4, 1)}, **options)
+
+
+def test_a_constant_that_is_left_out_has_its_default() -> None:
+    run = compile_scaled(Scaled(), scale=2.0).dispatcher(budget=2)
+    with pytest.raises(DispatchError, match=r"input 'scale' is 1\.0, but 2\.0 was captured"):
+        run(step=0, **scaled())
+    compile_scaled(Scaled()).dispatcher(budget=2)(step=0, **scaled(scale=1.0))
+
+
+def test_writing_to_a_result_does_not_change_the_next_step() -> None:
+    model = Scaled()
+    run = compile_scaled(model).dispatcher(budget=2)
+    for step in range(2):
+        results = run(step=step, **scaled())
+        assert relative_error(results[0], model(**scaled())[0]) <= 1e-6
+        assert torch.equal(results[1], model(**scaled())[1])
+        for result in results:
+            result.zero_()
+
+
+def test_conditioning_written_behind_the_version_counter_is_noticed() -> None:
+    model = Scaled()
+    run, inputs = compile_scaled(model).dispatcher(budget=2), scaled()
+    run(step=0, **inputs)
+    inputs["context"].data.add_(1)
+    run(step=0, **inputs)
+    assert relative_error(run(step=0, **inputs)[0], model(**inputs)[0]) <= 1e-6
+
+
+def test_a_prologue_that_failed_runs_again() -> None:
+    model = Scaled()
+    compiled, _ = counted(compile_scaled(model))
+    run = compiled.dispatcher(budget=2)
+    run(step=0, **scaled())
+    prologue = compiled.variants[0].engines["prologue"].engine
+
+    def fail(inputs: Any) -> Any:
+        raise MemoryError
+
+    for change in ({"context": torch.zeros(3, 4)}, {"timestep": torch.zeros(1)}):
+        compiled.variants[0].engines["prologue"].engine = fail
+        with pytest.raises(MemoryError):
+            run(step=0, **scaled(**change))
+        compiled.variants[0].engines["prologue"].engine = prologue
+        assert relative_error(run(step=0, **scaled(**change))[0], model(**scaled(**change))[0]) <= 1e-6

@@ -64,7 +64,7 @@ def tile(pictures: Tensor, columns: int, scale: int = 3, gap: int = 1) -> Image.
 
 
 @click.command()
-@click.option("--captions", default=256, show_default=True, help="Held-out captions to draw.")
+@click.option("--captions", default=256, show_default=True, help="Captions to draw.")
 @click.option("--steps", default=50, show_default=True)
 @click.option("--folder", default="shapes", show_default=True, help="The pipeline: `shapes` or a folder.")
 @click.option("--grid", type=click.Path(path_type=Path), help="Write a picture of the first 40 samples.")
