@@ -55,7 +55,7 @@ def read_schedules(text: str, num_steps: int, source: str) -> Explicit:
         if len(stripped) == num_steps and set(stripped) <= {"0", "1"}:
             return Explicit((Schedule.from_mask(stripped),), source)
         data = json.loads(stripped) if stripped[:1] in ("[", "{", '"') else [int(step) for step in stripped.split(",")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ScheduleError(f"{source}: neither steps, a mask nor JSON ({error})") from None
     try:
         return Explicit(_distinct(_read(data, num_steps)), source)

@@ -9,6 +9,7 @@ engines/V/NAME.pt2     their engines, for runtimes that have files
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import shutil
 import tempfile
@@ -79,13 +80,30 @@ def check_writable(folder: Path) -> None:
         if folder.exists():
             if not folder.is_dir():
                 raise ArtifactError(f"output {folder}: is a file; name a folder")
-            if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            if Path.cwd().resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"output {folder}: is the working folder or holds it; name another folder")
+            if any(folder.iterdir()) and not _is_artifact(folder):
                 raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
         place = next(parent for parent in folder.absolute().parents if parent.is_dir())
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ArtifactError(f"output {folder}: cannot be written ({error.strerror}); name another folder") from None
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an artifact's files, whole or not, and nothing else."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *facts["files"]} if "recache_version" in facts else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return _files(folder) <= listed
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all that is not a folder, relative to `folder`."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
 
 
 @contextlib.contextmanager
@@ -178,8 +196,8 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
 
 def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
     """Raise unless every plan keeps its budget and finds its programs and its history."""
-    if not variants:
-        raise ArtifactError("the manifest names no variant; compile again")
+    if not variants or not plans:
+        raise ArtifactError("the manifest names no variant or no plan; compile again")
     for budget, plan in plans.items():
         written: set[int] = set()
         if plan.schedule.budget != budget or len(plan.steps) != plan.schedule.num_steps:
@@ -189,6 +207,7 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
             sound = (
                 (step.slot is not None) == (number in plan.schedule.recompute_steps)
                 and len(step.coefficients) == max(step.row)
+                and all(map(math.isfinite, step.coefficients))
                 and written >= set(range(max(step.row)))
                 and all(step.program in variant.programs for variant in variants)
             )
@@ -292,7 +311,7 @@ class _Version(BaseModel):
 
 def _check_files(folder: Path, manifest: _Manifest) -> None:
     """Every file of the manifest is there and unchanged, and there is no other."""
-    present = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - {MANIFEST}
+    present = _files(folder) - {MANIFEST}
     suffix = get_runtime(manifest.description.runtime).suffix
     needed = [
         file

@@ -14,17 +14,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile._version import __version__
-from recache_compile.errors import ModelError, RecacheError, ScheduleError
+from recache_compile.errors import ArtifactError, ModelError, RecacheError, ScheduleError
 
 if TYPE_CHECKING:
     from recache_compile.compiled import Compiled
     from recache_compile.measure import Measured
 
+SEED = click.IntRange(0, 2**63 - 1_000_000)
 LOG = Console(stderr=True)
 PAGE = Console()
 
 PROMPTS = {
-    "shapes": (
+    "ShapesPipeline": (
         "a red circle left of a blue square on a dark background",
         "a yellow triangle above a magenta ring on a checkered background",
         "a green cross right of a cyan diamond on a striped background",
@@ -48,8 +49,6 @@ class _DefaultCommand(click.Group):
         except RecacheError as error:
             raise click.ClickException(" ".join(str(error).split())) from error
         except click.UsageError as error:
-            if not error.message:
-                raise
             raise click.ClickException(f"{error.format_message()} (see {ctx.command_path} COMMAND --help)") from error
 
 
@@ -98,7 +97,7 @@ def main() -> None:
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
 @click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: MODEL-recache]")
 @click.option("--prompt", "prompts", multiple=True, help="Caption of the pictures that are compared; repeat for more.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the first picture.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first picture.")
 @click.option(
     "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
 )
@@ -126,7 +125,7 @@ def compile_command(
         from recache_compile.artifact import check_writable
         from recache_compile.measure import compare
         from recache_compile.picture import check_file, save_comparison
-        from recache_compile.pipelines import load_pipeline
+        from recache_compile.pipelines import EMBEDDED, load_pipeline, record_examples
         from recache_compile.runtimes.registry import get_runtime
 
         compile_options(budgets, steps, forecaster, order, policy, granularity, hoist)
@@ -134,14 +133,19 @@ def compile_command(
         check_writable(folder)
         picture = folder.resolve().with_name(f"{folder.resolve().name}.png")
         check_file(picture)
+        if picture.exists() and not folder.exists():
+            raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
         report(f"loading {model}")
         pipeline = load_pipeline(model)
-        captions = prompts or PROMPTS.get(model, ("a photo of a cat in a garden",))
+        captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+        report("checking the prompts")
+        for caption in captions:
+            record_examples(pipeline, steps, {"prompt": caption})
         compiled = compile(
             pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
             hoist=hoist, call={"prompt": captions[0]}, report=report,
         )  # fmt: skip
-        where = str(Path(model).resolve()) if model not in PROMPTS and Path(model).is_dir() else model
+        where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
         compiled = replace(compiled, description=replace(compiled.description, model=where))
         report(f"writing {folder}")
         compiled.save(folder)
@@ -179,7 +183,7 @@ def _print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
             str(each.budget),
             " ".join(map(str, each.recompute_steps)),
             f"÷ {each.macs_reduction:.2f}",
-            f"x {each.speedup:.2f}",
+            f"× {each.speedup:.2f}",
             "-" if each.psnr is None else f"{each.psnr:.1f} dB",
             "-" if each.ssim is None else f"{each.ssim:.3f}",
         )
@@ -190,7 +194,7 @@ def _print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("caption")
 @click.option("--budget", type=int, help="Recompute steps k.  [default: the smallest in the artifact]")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default="picture.png", show_default=True)
 @click.option(
     "--scale", type=click.IntRange(1, 64), default=8, show_default=True, help="Enlarge small pictures by this factor."

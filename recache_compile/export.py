@@ -21,7 +21,7 @@ def export_module(
 
     A graph that writes to tensors is made functional, so that passes may move and merge calls.
     """
-    with torch.no_grad(), warnings.catch_warnings(), _quiet("torch.export", "torch.fx", "torch._export"):
+    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
         return exported.run_decompositions({}) if any(map(writes, exported.graph.nodes)) else exported
@@ -64,7 +64,7 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
 
 
 @contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
     """Raise the level of some loggers for a while."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

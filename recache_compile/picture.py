@@ -14,9 +14,10 @@ from recache_compile.schedule import Schedule
 def check_file(file: Path) -> None:
     """Raise `ArtifactError` unless a picture can be written at `file`; nothing is left behind."""
     try:
-        if file.is_dir():
-            raise ArtifactError(f"output {file}: is a folder; name a file")
-        with tempfile.TemporaryFile(dir=file.absolute().parent if file.absolute().parent.exists() else None):
+        if file.exists() and not file.is_file():
+            raise ArtifactError(f"output {file}: is there already and is no regular file; name another file")
+        place = next(parent for parent in file.absolute().parents if parent.is_dir())
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ArtifactError(f"output {file}: cannot be written ({error.strerror}); name another file") from None
@@ -29,8 +30,10 @@ def writing(file: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: it cannot be written.
     """
+    check_file(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(file)
     except OSError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from recache_compile.runtimes.dispatcher import Dispatcher
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_UNKNOWN = "not an embedded model (shapes), a pipeline folder, or a Hub id that can be loaded here"
 EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes" / "weights"}
 
 
@@ -43,20 +45,44 @@ def load_pipeline(model: str, **components: Any) -> "DiffusionPipeline":
         folder = EMBEDDED.get(model, Path(model))
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
+        if not folder.is_dir() and model.count("/") != 1:
+            raise ModelError(f"model {model}: {_UNKNOWN}")
         source = str(folder) if folder.is_dir() else model
         config = DiffusionPipeline.load_config(source)
         _require_libraries(model, config)
         cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
-        return cls.from_pretrained(source, dtype=torch.float32, **components)
+        with _no_random_weights(model):
+            return cls.from_pretrained(
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                low_cpu_mem_usage=find_spec("accelerate") is not None,
+                **components,
+            )
     except RecacheError:
         raise
     except Exception as error:  # diffusers and the Hub raise many kinds, none of them ours
-        known = ", ".join(EMBEDDED)
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"model {model}: not an embedded model ({known}), a pipeline folder, or a Hub id that can be loaded here:"
-            f" {reason[0]}"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model {model}: {_UNKNOWN}: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def _no_random_weights(model: str) -> Iterator[None]:
+    """Refuse a checkpoint that lacks weights: `diffusers` would make them up and only log it."""
+    told: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    listener, logger = Listener(), logging.getLogger("diffusers")
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+    if missing := [message for message in told if "newly initialized" in message]:
+        raise ModelError(f"model {model}: weights are missing: {' '.join(missing[0].split())[:300]}")
 
 
 def _require_libraries(model: str, config: Mapping[str, Any]) -> None:

@@ -56,7 +56,11 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
     used: dict[str, Tensor] = {}
     for entry in data["nodes"]:
         if "weight" in entry:
-            used[entry["weight"]] = weights[entry["weight"]]
+            weight = used[entry["weight"]] = weights[entry["weight"]]
+            if describe(weight) != entry["type"]:
+                raise ArtifactError(
+                    f"weight {entry['weight']} is {describe(weight)}, the program expects {entry['type']}"
+                )
             node = graph.create_node("get_attr", entry["weight"], name=entry["node"])
         else:
             args, kwargs = (
@@ -98,7 +102,9 @@ def _target(name: str) -> Any:
         return getattr(operator, rest)
     if namespace == "aten":
         packet, _, overload = rest.partition(".")
-        return getattr(getattr(torch.ops.aten, packet), overload or "default")
+        target = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        if isinstance(target, torch._ops.OpOverload) and packet != "from_file":
+            return target
     raise ArtifactError(f"not a program: it calls {name!r}, which a program may not")
 
 

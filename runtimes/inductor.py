@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError
-from recache_compile.export import export_module
+from recache_compile.export import export_module, quiet
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, example_inputs
 
@@ -41,11 +41,12 @@ class Inductor:
         shapes = tuple({at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs)
         exported = export_module(program.module, inputs, {}, dynamic_shapes=shapes if any(shapes) else None)
         try:
-            torch._inductor.aoti_compile_and_package(
-                exported,
-                package_path=str(file),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
-            )
+            with quiet("torch.utils.cpp_extension"):
+                torch._inductor.aoti_compile_and_package(
+                    exported,
+                    package_path=str(file),
+                    inductor_configs={"aot_inductor.package_constants_in_so": False},
+                )
         except (CppCompileError, InductorError) as error:
             raise RuntimeUnavailableError(
                 f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or mend the"

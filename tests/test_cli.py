@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from recache_compile.cli import main
+from recache_compile.pipelines import EMBEDDED
 from tests.conftest import PROMPT
 
 SMALL = ["--steps", "6", "--runtime", "eager", "--prompt", PROMPT]
@@ -100,7 +102,9 @@ def broken_artifact(artifact: Path, folder: Path) -> Path:
         (["shapes", "--budgets", "2", *SMALL, "--order", "-1"], "order -1"),
         (["shapes", "--budgets", "2", *SMALL, "--granularity", "atom"], "granularity 'atom' is unknown"),
         (["shapes", "--budgets", "2", "--steps", "6", "--runtime", "magic"], "runtime 'magic' is unknown"),
-        (["shapes", "--budgets", "2", *SMALL[:4], "--prompt", "an elephant"], "unknown"),
+        (["shapes", "--budgets", "2", *SMALL, "--prompt", "an elephant"], "unknown"),
+        (["shapes", "--budgets", "2", *SMALL, "--seed", str(2**70)], "is not in the range"),
+        (["shapes", "--budgets", "2", *SMALL, "--output", "."], "is the working folder"),
         (["shapes", "--budgets", "2", "--stepps", "6"], "No such option"),
         (["shapes", "--budgets", "1", "--steps", "0"], "at least one step"),
         (["shapes", "--budgets", "2", *SMALL, "--output", "/proc/nothing/here"], "cannot be written"),
@@ -132,6 +136,43 @@ def check_refused(result: Result, message: str) -> None:
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     check_refused(run(tmp_path, "--budgets", "2", *SMALL, "--output", tmp_path / "out"), "holds no pipeline")
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "thesis.txt").write_text("years of work")
+    check_refused(run("shapes", "--budgets", "2", *SMALL, "--output", folder), "holds something that is no artifact")
+    (tmp_path / "photo.png").write_text("a holiday")
+    check_refused(run("shapes", "--budgets", "2", *SMALL, "--output", tmp_path / "photo"), "would replace")
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "photo.png").read_text() == "a holiday"
+
+
+def test_a_picture_never_replaces_a_device(artifact: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    check_refused(run("run", artifact, PROMPT, "--output", tmp_path / "pipe"), "is no regular file")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_local_folder_works_as_the_embedded_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(EMBEDDED["shapes"], tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    result = run("mine", "--budgets", "2", *SMALL[:4], "--output", "out")
+    assert result.exit_code == 0, result.output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("run", "../out", PROMPT).exit_code == 0
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(EMBEDDED["shapes"], tmp_path / "mine"))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(
+        {name: value for name, value in load_file(file).items() if name != "proj_out.weight"}, file, {"format": "pt"}
+    )
+    check_refused(run(folder, "--budgets", "2", *SMALL, "--output", tmp_path / "out"), "weights are missing")
 
 
 def test_a_file_as_output_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,18 @@ def test_a_minimal_program_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["os::system", "operator::call", "operator::attrgetter", "builtins::eval", "aten::nothing", "prims::x", ""]
+    "call",
+    [
+        "os::system",
+        "operator::call",
+        "operator::attrgetter",
+        "builtins::eval",
+        "aten::nothing",
+        "aten::from_file",
+        "aten::name.upper",
+        "prims::x",
+        "",
+    ],
 )
 def test_other_functions_are_refused(call: str) -> None:
     with pytest.raises(ArtifactError, match="not a program"):

@@ -38,6 +38,7 @@ def test_every_form_of_one_schedule(text: str) -> None:
         ('{"2": 7}', "expected a list"),
         ('["a", 3]', "."),
         ("null", "."),
+        ("[" * 5000, "neither steps, a mask nor JSON"),
         ("101001001", "."),
     ],
 )
