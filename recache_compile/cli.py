@@ -131,7 +131,7 @@ def compile_command(
         compile_options(budgets, steps, forecaster, order, policy, granularity, hoist)
         backend = get_runtime(runtime, explain=_notice)
         check_writable(folder)
-        picture = folder.resolve().with_name(f"{folder.resolve().name}.png")
+        picture = folder.with_name(f"{folder.name}.png")
         check_file(picture)
         if picture.exists() and not folder.exists():
             raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")

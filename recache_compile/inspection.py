@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from recache_compile.compiled import Compiled, Description
@@ -128,13 +128,15 @@ def print_facts(facts: Facts, console: Console) -> None:
         names = (" ".join(each.inputs), " ".join(each.outputs))
         programs.add_row(each.name, f"{each.calls:,}", f"{each.parameters:,}", macs, *names)
     console.print(programs)
-    columns = ("plan (# recompute, · cached)", ">MACs", ">of them prologue", ">MACs ÷", ">history", ">tables")
-    budgets = _table("budgets", *columns, first=">budget")
+    budgets = _table("budgets", ">MACs", ">of them prologue", ">MACs ÷", ">history", ">tables", first=">budget")
+    for budget in facts.budgets:
+        costs = (_si(budget.macs), _si(budget.prologue_macs), f"{budget.macs_reduction:.2f}")
+        budgets.add_row(str(budget.budget), *costs, _bytes(budget.history_bytes), _bytes(budget.table_bytes))
+    console.print(budgets)
+    console.print("plans: # recompute, · cached", highlight=False)
     for budget in facts.budgets:
         plan = "".join("#" if engine == "recompute" else "·" for engine in budget.engines)
-        costs = (_si(budget.macs), _si(budget.prologue_macs), f"{budget.macs_reduction:.2f}")
-        budgets.add_row(str(budget.budget), plan, *costs, _bytes(budget.history_bytes), _bytes(budget.table_bytes))
-    console.print(budgets)
+        console.print(f"{budget.budget:>6}  {plan}", highlight=False, markup=False, soft_wrap=True)
     for site in facts.sites:
         shape = list(site.shape)
         console.print(
@@ -146,7 +148,8 @@ def _table(title: str, *columns: str, first: str) -> Table:
     """A table; columns that begin with > are right-aligned."""
     table = Table(title=title, title_justify="left")
     for column in (first, *columns):
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        side: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=side, overflow="fold")
     return table
 
 
