@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import recache_compile as rc
+from recache_compile.measure import seconds
 from recache_compile.program import Kind
 
 Call = Callable[[int], Any]
@@ -60,15 +61,6 @@ def build_inputs(width: int, tokens: int, text_tokens: int, device: str) -> dict
         "guidance": torch.full((1,), 3.5),
     }
     return {name: value.to(device) for name, value in inputs.items()}
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Time of one call, the device's queue included."""
-    begin = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def step_times(call: Call, num_steps: int) -> list[float]:

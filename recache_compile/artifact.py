@@ -26,6 +26,7 @@ from recache_compile._version import __version__
 from recache_compile.capture import Signature
 from recache_compile.compiled import Compiled, Description
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
+from recache_compile.files import check_place, output_errors
 from recache_compile.plan import Plan, StepPlan
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Variant
@@ -76,7 +77,7 @@ def save(compiled: Compiled, folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise `ArtifactError` unless an artifact can be written at `folder`; nothing is left behind."""
-    try:
+    with output_errors(folder, "folder"):
         if folder.exists():
             if not folder.is_dir():
                 raise ArtifactError(f"output {folder}: is a file; name a folder")
@@ -84,11 +85,7 @@ def check_writable(folder: Path) -> None:
                 raise ArtifactError(f"output {folder}: is the working folder or holds it; name another folder")
             if any(folder.iterdir()) and not _is_artifact(folder):
                 raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
-        place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"output {folder}: cannot be written ({error.strerror}); name another folder") from None
+        check_place(folder)
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -126,7 +123,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         try:
             partial.rename(folder)
         except OSError:
-            old.rename(folder)
+            if old.exists():
+                old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:

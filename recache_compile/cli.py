@@ -123,8 +123,9 @@ def compile_command(
         report("loading libraries")
         from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
+        from recache_compile.files import check_file
         from recache_compile.measure import compare
-        from recache_compile.picture import check_file, save_comparison
+        from recache_compile.picture import save_comparison
         from recache_compile.pipelines import EMBEDDED, load_pipeline, record_examples
         from recache_compile.runtimes.registry import get_runtime
 
@@ -139,7 +140,7 @@ def compile_command(
         pipeline = load_pipeline(model)
         captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
         report("checking the prompts")
-        for caption in captions:
+        for caption in captions[1:]:  # compiling records the first
             record_examples(pipeline, steps, {"prompt": caption})
         compiled = compile(
             pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
@@ -206,7 +207,7 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
         import torch
 
         from recache_compile.artifact import load
-        from recache_compile.picture import check_file, writing
+        from recache_compile.files import check_file, writing
         from recache_compile.pipelines import accelerate, load_pipeline
 
         check_file(output)

@@ -84,7 +84,7 @@ def compare(
     for _ in range(repeats):
         for budget, taken in times.items():
             chosen = _under(pipeline, compiled, budget)  # anew, so that every generation runs its prologue
-            taken.append(_seconds(lambda chosen=chosen: _draw(chosen, compiled, prompts[0], seed)))  # type: ignore[misc]
+            taken.append(seconds(lambda chosen=chosen: _draw(chosen, compiled, prompts[0], seed)))  # type: ignore[misc]
     measured = []
     for budget, plan in compiled.plans.items():
         pairs = list(zip(pictures[budget], pictures[None], strict=True))
@@ -114,7 +114,8 @@ def _draw(pipeline: Any, compiled: Compiled, prompt: str, seed: int) -> Tensor |
     return None if images is None else images[0].detach().cpu()
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any]) -> float:
+    """Time of one call, the device's queue included."""
     begin = time.perf_counter()
     work()
     if torch.cuda.is_available():

@@ -1,46 +1,12 @@
 """The picture that ends a compilation: uncached beside every budget."""
 
-import contextlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from recache_compile.errors import ArtifactError
+from recache_compile.files import writing
 from recache_compile.schedule import Schedule
-
-
-def check_file(file: Path) -> None:
-    """Raise `ArtifactError` unless a picture can be written at `file`; nothing is left behind."""
-    try:
-        if file.exists() and not file.is_file():
-            raise ArtifactError(f"output {file}: is there already and is no regular file; name another file")
-        place = next(parent for parent in file.absolute().parents if parent.is_dir())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"output {file}: cannot be written ({error.strerror}); name another file") from None
-
-
-@contextlib.contextmanager
-def writing(file: Path) -> Iterator[Path]:
-    """A file that takes the place of `file` once the block has succeeded.
-
-    Raises:
-        ArtifactError: it cannot be written.
-    """
-    check_file(file)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(file)
-    except OSError as error:
-        raise ArtifactError(f"output {file}: cannot be written ({error.strerror}); name another file") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def save_comparison(

@@ -1,0 +1,51 @@
+"""Where output goes: checked before the work begins, replaced only by something whole."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from recache_compile.errors import ArtifactError
+
+
+@contextlib.contextmanager
+def output_errors(path: Path, kind: str) -> Iterator[None]:
+    """Turn what the file system refuses into one clear line that asks for another file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"output {path}: cannot be written ({error.strerror}); name another {kind}") from None
+
+
+def check_place(path: Path) -> None:
+    """Raise `OSError` unless something new can be written where `path` is to be; nothing is left behind."""
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryFile(dir=place):
+        pass
+
+
+def check_file(file: Path) -> None:
+    """Raise `ArtifactError` unless a file can be written at `file`; nothing is left behind."""
+    with output_errors(file, "file"):
+        if file.exists() and not file.is_file():
+            raise ArtifactError(f"output {file}: is there already and is no regular file; name another file")
+        check_place(file)
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """A file that takes the place of `file` once the block has succeeded.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    check_file(file)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with output_errors(file, "file"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(file)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
