@@ -50,8 +50,6 @@ class Hoist(Pass):
             for dtype in dict.fromkeys(node.meta["val"].dtype for node in timely):
                 members = [node for node in timely if node.meta["val"].dtype == dtype]
                 read_packed(graph, members, kind, f"{prefix}_{str(dtype).removeprefix('torch.')}")
-        if not all(node.meta["val"].is_contiguous() for node in crossing):
-            _allow_any_strides(graph)
         own_results(graph)
         before = len(graph.nodes)
         remove_dead_inputs(graph)
@@ -118,9 +116,3 @@ def own_results(graph: fx.Graph) -> None:
 
 def _is_coefficients(node: fx.Node) -> bool:
     return node.op == "placeholder" and node.meta["value"].kind is Kind.COEFFICIENTS
-
-
-def _allow_any_strides(graph: fx.Graph) -> None:
-    """Packed values are contiguous whatever they were: views that relied on other strides become reshapes."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default

@@ -11,13 +11,16 @@ aten = torch.ops.aten
 
 
 @torch.library.custom_op("recache::cache_point", mutates_args=())
-def cache_point(value: Tensor, site: int) -> Tensor:
-    """Mark `value` as the feature of a cache site; specialisation replaces the mark."""
+def cache_point(value: Tensor, site: int, base: Tensor | None = None) -> Tensor:
+    """Mark `value` as a cache site; specialisation replaces the mark.
+
+    The feature is `value`, or its difference to `base`.
+    """
     return value.clone()
 
 
 @cache_point.register_fake
-def _(value: Tensor, site: int) -> Tensor:
+def _(value: Tensor, site: int, base: Tensor | None = None) -> Tensor:
     return torch.empty_like(value)
 
 

@@ -18,7 +18,8 @@ class Specialise(Pass):
 
     Recomputed sites become extra results (the features to store).  Forecast sites become
     sum_j coefficients[j] * history[j], accumulated in float32, and everything that only
-    they needed is dead and removed, inputs included.
+    they needed is dead and removed, inputs included.  Where a site has a base, the feature
+    is the difference to it, taken in float32, and the forecast is added to it.
 
     Args:
         row: one entry per site: 0 = recompute, h >= 1 = forecast from h anchors.
@@ -56,40 +57,64 @@ def site_of(point: fx.Node) -> int:
     return site
 
 
+def base_of(point: fx.Node) -> fx.Node | None:
+    """What the feature of a cache point is a difference to."""
+    base = point.args[2] if len(point.args) > 2 else None
+    assert base is None or isinstance(base, fx.Node)
+    return base
+
+
 def store(graph: fx.Graph, point: fx.Node) -> None:
     """Return the feature of a site in addition to the graph's results."""
-    feature, site = point.all_input_nodes[0], site_of(point)
+    made, base, site = point.args[0], base_of(point), site_of(point)
+    assert isinstance(made, fx.Node)
+    point.replace_all_uses_with(made)
     output = graph.output_node()
-    results = list(output.args[0])  # type: ignore[arg-type]
-    given = {memory_of(result) for result in results} | set(graph.find_nodes(op="placeholder"))
-    if memory_of(feature) in given or point in given:  # the caller may write there: the history keeps its own copy
-        with graph.inserting_before(output):
-            stored = call(graph, aten.clone.default, feature)
-    else:
-        stored = feature
-    point.replace_all_uses_with(feature)
-    shape, dtype = tuple(feature.meta["val"].shape), feature.meta["val"].dtype
-    value = Value(f"feature_{site}", Kind.FEATURE, shape, dtype, site=site)
-    output.args = ([feature if result is point else result for result in results] + [stored],)
+    with graph.inserting_before(output):
+        feature = made if base is None else difference(graph, made, base)
+        given = {memory_of(result) for result in output.all_input_nodes} | set(graph.find_nodes(op="placeholder"))
+        if memory_of(feature) in given:  # the caller may write there: the history keeps its own copy
+            feature = call(graph, aten.clone.default, feature)
+    value = Value(f"feature_{site}", Kind.FEATURE, *_type(feature), site=site)
+    output.args = ([*output.args[0], feature],)  # type: ignore[misc]
     output.meta["values"] = (*output.meta["values"], value)
 
 
 def forecast(graph: fx.Graph, point: fx.Node, coefficients: fx.Node, anchors: int) -> None:
-    """Replace a cache point by the weighted sum of its history."""
-    site, meta = site_of(point), point.meta["val"]
+    """Replace a cache point by the weighted sum of its history, and of its base."""
+    site, base = site_of(point), base_of(point)
+    shape, dtype = _type(point)
     total = None
     for slot in range(anchors):
-        value = Value(f"history_{site}_{slot}", Kind.HISTORY, tuple(meta.shape), meta.dtype, site=site, slot=slot)
-        history = add_input(graph, value, point)
+        history = add_input(graph, Value(f"history_{site}_{slot}", Kind.HISTORY, shape, dtype, site, slot), point)
         with graph.inserting_before(point):
-            wide = call(graph, aten.to.dtype, history, torch.float32) if meta.dtype != torch.float32 else history
             weight = call(graph, aten.select.int, coefficients, 0, slot)
-            term = call(graph, aten.mul.Tensor, wide, weight)
+            term = call(graph, aten.mul.Tensor, widened(graph, history), weight)
             total = term if total is None else call(graph, aten.add.Tensor, total, term)
     assert total is not None
     with graph.inserting_before(point):
-        result = call(graph, aten.to.dtype, total, meta.dtype) if meta.dtype != torch.float32 else total
+        if base is not None:
+            total = call(graph, aten.add.Tensor, widened(graph, base), total)
+        result = total if _type(total)[1] == dtype else call(graph, aten.to.dtype, total, dtype)
     point.replace_all_uses_with(result)
+
+
+def difference(graph: fx.Graph, value: fx.Node, base: fx.Node) -> fx.Node:
+    """value - base, in the value's dtype."""
+    dtype = _type(value)[1]
+    result = call(graph, aten.sub.Tensor, widened(graph, value), widened(graph, base))
+    return result if _type(result)[1] == dtype else call(graph, aten.to.dtype, result, dtype)
+
+
+def widened(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node in float32 at least: half precision would lose what the weights' differences tell."""
+    dtype = _type(node)[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    return node if wide == dtype else call(graph, aten.to.dtype, node, wide)
+
+
+def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(node.meta["val"].shape), node.meta["val"].dtype
 
 
 def add_input(graph: fx.Graph, value: Value, like: fx.Node) -> fx.Node:

@@ -31,6 +31,7 @@ def compile(
     roles: Mapping[str, Role | str] | None = None,
     timesteps: Mapping[str, Tensor] | None = None,
     hoist: bool = True,
+    residual: bool | None = None,
     call: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
@@ -46,19 +47,21 @@ def compile(
         forecaster: "reuse", "taylor", "hicache" or "newton".
         order: the forecaster's polynomial order m.
         policy: name, file, steps, mask or {budget: recompute steps}; see `get_policy`.
-        granularity: "stack" or "output".
+        granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
         roles: role of inputs by name, where their names do not tell.
         timesteps: per timestep input of the first example, its value at every step
             (num_steps, *shape).  Without them, the first generation learns them.
         hoist: move latents-independent work out of the steps.
+        residual: cache what the stack (or each block) adds to its input instead of what it
+            returns.  None: at "block" only.
         call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`.
         report: told the name of each stage as it begins.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
-    options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, roles)
+    options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
     backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
     module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call)
     description = Description(
@@ -70,6 +73,7 @@ def compile(
         order=options.forecaster.order,
         policy=policy if isinstance(policy, str) else "given",
         granularity=granularity,
+        residual=residual,
         runtime=backend.name,
         hoist=hoist,
     )
@@ -84,6 +88,7 @@ def compile_options(
     policy: str | Mapping[int, Sequence[int]] | Policy,
     granularity: str,
     hoist: bool,
+    residual: bool | None = None,
     roles: Mapping[str, Role | str] | None = None,
 ) -> Options:
     """The choices of `compile`, checked before anything is loaded; arguments as there.
@@ -95,6 +100,7 @@ def compile_options(
         schedules=make_schedules(get_policy(policy, num_steps), budgets, num_steps),
         forecaster=get_forecaster(forecaster, order),
         granularity=_granularity(granularity),
+        residual=residual,
         hoist=hoist,
         roles=roles or {},
     )

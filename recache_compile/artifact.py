@@ -50,8 +50,9 @@ class _Plan(_Facts):
 
 class _Variant(_Facts):
     inputs: tuple[dict[str, Any], ...]
+    constants: tuple[tuple[str, str], ...]
     programs: tuple[str, ...]
-    capture_macs: int
+    macs: int
 
 
 class _Manifest(_Facts):
@@ -171,7 +172,7 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
             f" {found[0]} on {found[1]}; compile again here"
         )
     tensors = load_file(folder / WEIGHTS, device=str(device))
-    weights = {name.removeprefix("weights/"): value for name, value in tensors.items() if name.startswith("weights/")}
+    weights = _under("weights/", tensors)
     variants = []
     for number, facts in enumerate(manifest.variants):
         programs = {name: _read_program(folder, number, name, weights) for name in facts.programs}
@@ -179,17 +180,30 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
             name: runtime.load(program, folder / _engine_file(number, name, runtime.suffix), weights)
             for name, program in programs.items()
         }
-        prefix = f"timesteps/{number}/"
-        timesteps = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         inputs = tuple(read_value(entry) for entry in facts.inputs)
-        variants.append(Variant(inputs, device, programs, engines, timesteps))
+        variants.append(
+            Variant(
+                inputs=inputs,
+                constants=facts.constants,
+                fixed=_under(f"fixed/{number}/", tensors),
+                device=device,
+                programs=programs,
+                engines=engines,
+                timesteps=_under(f"timesteps/{number}/", tensors),
+                macs=facts.macs,
+            )
+        )
     plans = {
         budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
         for budget, plan in manifest.plans.items()
     }
     check_plans(plans, variants)
-    macs = tuple(facts.capture_macs for facts in manifest.variants)
-    return Compiled(description, manifest.signature, plans, tuple(variants), macs, weights, folder / "engines")
+    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder / "engines")
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, which is removed."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
@@ -234,6 +248,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
+        tensors |= {f"fixed/{number}/{name}": value for name, value in variant.fixed.items()}
     save_file(_apart(tensors), folder / WEIGHTS)
     torch_version, machine = engine_key(compiled.variants[0].device)
     manifest = _Manifest(
@@ -250,9 +265,12 @@ def _write(compiled: Compiled, folder: Path) -> None:
         },
         variants=tuple(
             _Variant(
-                inputs=tuple(map(value_to_json, variant.inputs)), programs=tuple(variant.programs), capture_macs=macs
+                inputs=tuple(map(value_to_json, variant.inputs)),
+                constants=variant.constants,
+                programs=tuple(variant.programs),
+                macs=variant.macs,
             )
-            for variant, macs in zip(compiled.variants, compiled.capture_macs, strict=True)
+            for variant in compiled.variants
         ),
         files={str(file.relative_to(folder)): _hash(file) for file in sorted(folder.rglob("*")) if file.is_file()},
         digest="",

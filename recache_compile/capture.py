@@ -1,18 +1,17 @@
 """Capture: a module and example inputs become a program whose inputs have roles."""
 
 import inspect
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.errors import CaptureError
-from recache_compile.export import export_module, flatten, writes
+from recache_compile.export import flatten, named_leaves, writes
 from recache_compile.program import Kind, Program, Role, Value
+from recache_compile.tracing import trace_module
 
 ROLE_NAMES = {
     Role.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
@@ -20,32 +19,28 @@ ROLE_NAMES = {
 }
 
 
+CONSTANT_PREFIX = "constant_"
+"""Begins the names of tensors that the model's code made, which are no weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """How the model is called, apart from any shape.
+    """How the model is called, whatever the shapes.
 
     Args:
         parameters: names of the parameters of the module's `forward`, in order.
-        roles: role of every tensor input.
-        constants: every other input, given or by default, which the graph has taken in.
         defaults: default of every parameter that has one, as text.
         result: `torch.utils._pytree` specification of the result, as JSON.
-        containers: names of the module's module lists.
+        tensors: which leaves of the result are tensors; the others are None.
     """
 
     parameters: tuple[str, ...]
-    roles: tuple[tuple[str, Role], ...]
-    constants: tuple[tuple[str, str], ...]
     defaults: tuple[tuple[str, str], ...]
     result: str
-    containers: tuple[str, ...]
+    tensors: tuple[bool, ...]
 
-    def names(self, role: Role) -> tuple[str, ...]:
-        """The tensor inputs of a role, in call order."""
-        return tuple(name for name, its_role in self.roles if its_role is role)
-
-    def constants_of(self, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """The constants of a call as text, defaults filled in; `leaves` by dotted name."""
+    def constants(self, leaves: Mapping[str, Any]) -> dict[str, str]:
+        """What is no tensor in a call, as text, defaults filled in; `leaves` by dotted name."""
         given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
         top = {name.partition(".")[0] for name in leaves}
         filled = {name: default for name, default in self.defaults if name not in top} | given
@@ -53,12 +48,32 @@ class Signature:
         return filled
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What `capture` made.
+
+    Args:
+        program: the graph.
+        signature: how the model is called.
+        constants: the inputs that are no tensors, given or by default, which the graph has
+            taken in; as text.
+        fixed: the tensor inputs that it has taken in.
+        containers: dotted names of the module lists, whose members are the repeated blocks.
+    """
+
+    program: Program
+    signature: Signature
+    constants: tuple[tuple[str, str], ...]
+    fixed: Mapping[str, Tensor]
+    containers: tuple[str, ...]
+
+
 def capture(
     module: nn.Module,
     example_inputs: Mapping[str, Any],
     roles: Mapping[str, Role | str] | None = None,
     label: str = "0",
-) -> tuple[Program, Signature]:
+) -> Captured:
     """Export a module at the shapes of its example inputs.
 
     Args:
@@ -85,71 +100,58 @@ def capture(
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
     assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
-    exported = _export(module, arguments)
+    trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Role.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    graph_module = flatten(exported, names, f"constant_{label}")
+    graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
     try:
-        _describe(graph_module.graph, leaves, assigned)
+        tensors = _describe(graph_module.graph, leaves, assigned, trace.constants)
     except CaptureError as error:
         raise CaptureError(f"capture of {type(module).__name__}: {error}") from None
     graph_module.recompile()
     signature = Signature(
         parameters=tuple(parameters),
-        roles=tuple(assigned.items()),
-        constants=(),
         defaults=tuple(
             (name, repr(each.default)) for name, each in parameters.items() if each.default is not each.empty
         ),
-        result=pytree.treespec_dumps(exported.call_spec.out_spec),
+        result=pytree.treespec_dumps(trace.exported.call_spec.out_spec),
+        tensors=tensors,
+    )
+    return Captured(
+        program=Program("capture", graph_module, ("capture",)),
+        signature=signature,
+        constants=tuple(signature.constants(leaves).items()),
+        fixed={name: value.detach().clone() for name, value in trace.constants.items()},
         containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
     )
-    signature = replace(signature, constants=tuple(signature.constants_of(leaves).items()))
-    return Program("capture", graph_module, ("capture",)), signature
 
 
-def _export(module: nn.Module, arguments: Mapping[str, Any]) -> torch.export.ExportedProgram:
-    """Export in evaluation mode, and give every submodule its own mode back."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        return export_module(module, (), arguments)
-    except Exception as error:  # torch.export raises whatever the model's code provokes
-        reason = str(error).strip().splitlines()
-        raise CaptureError(
-            f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}:"
-            f" {reason[0] if reason else 'no message'}"
-        ) from error
-    finally:
-        for child, training in modes.items():
-            child.training = training
+def _describe(graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role], fixed: Mapping[str, Tensor]) -> tuple[bool, ...]:
+    """Put the facts about inputs and results on their nodes; drop inputs that are constants.
 
-
-def _describe(graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role]) -> None:
-    """Put the facts about inputs and results on their nodes; drop inputs that are constants."""
+    Returns:
+        Which leaves of the result are tensors.
+    """
     if any(map(writes, graph.nodes)):
         raise CaptureError("the model writes to its own buffers when it is called")
     for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and name not in fixed:
             node.meta["value"] = Value(name, Kind(roles[name]), tuple(leaf.shape), leaf.dtype)
         elif node.users:
             raise CaptureError(f"the graph reads the constant {name!r} at run time")
         else:
             graph.erase_node(node)
-    values = []
-    for number, result in enumerate(graph.output_node().args[0]):  # type: ignore[arg-type, union-attr]
+    output = graph.output_node()
+    given: Any = output.args[0]
+    results = []
+    for number, result in enumerate(given):
         fake = getattr(result, "meta", {}).get("val")
-        if not isinstance(fake, Tensor):
-            raise CaptureError(f"result {number} is no tensor")
-        values.append(Value(f"prediction_{number}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
-    graph.output_node().meta["values"] = tuple(values)
-
-
-def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of nested arguments by dotted name, in `torch.export`'s order."""
-    if not any(isinstance(value, (list, tuple, dict)) for value in arguments.values()):
-        return dict(arguments)
-    flat, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return {".".join(re.sub(r"[\[\]'\"]", "", str(key)).strip(".") for key in path): leaf for path, leaf in flat}
+        if isinstance(fake, Tensor):
+            results.append(Value(f"prediction_{len(results)}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
+        elif result is not None:
+            raise CaptureError(f"result {number} is neither a tensor nor None, but {result!r}")
+    output.meta["values"] = tuple(results)
+    output.args = ([result for result in given if result is not None],)
+    return tuple(result is not None for result in given)
 
 
 def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Role | str]) -> dict[str, Role]:

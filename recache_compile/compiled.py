@@ -1,17 +1,18 @@
 """What compiling returns and loading restores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from recache_compile.capture import Signature
+from recache_compile.capture import CONSTANT_PREFIX, Signature
 from recache_compile.cost import Cost, cost_of
-from recache_compile.errors import DispatchError
+from recache_compile.errors import DispatchError, ModelError
+from recache_compile.forecasters import get_forecaster
 from recache_compile.plan import Plan
-from recache_compile.runtimes.base import Variant
+from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.schedule import Schedule
 
@@ -27,7 +28,9 @@ class Description:
         num_steps: length T of the denoising loop.
         forecaster, order: the forecaster and its polynomial order.
         policy, granularity, runtime: the other choices, as text.
+        residual: whether differences are cached; None: where the granularity does so by itself.
         hoist: whether latents-independent work was moved to the prologue.
+        unread: weights of the module that no program reads.
     """
 
     model: str
@@ -38,8 +41,10 @@ class Description:
     order: int
     policy: str
     granularity: str
+    residual: bool | None
     runtime: str
     hoist: bool
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,20 +56,20 @@ class Compiled:
         signature: how the model is called.
         plans: what each step runs, by budget.
         variants: programs and engines, one for each set of input shapes.
-        capture_macs: multiply-accumulates of one call of the original, per variant.
         weights: every weight, once.
         folder: holds the engine files, one folder for each variant.
         keep: kept alive with this object.
+        revision: counts how often the weights were replaced.
     """
 
     description: Description
     signature: Signature
     plans: Mapping[int, Plan]
     variants: tuple[Variant, ...]
-    capture_macs: tuple[int, ...]
     weights: Mapping[str, Tensor]
     folder: Path
     keep: Any = None
+    revision: Revision = field(default_factory=Revision)
 
     @property
     def schedules(self) -> dict[int, Schedule]:
@@ -77,12 +82,41 @@ class Compiled:
         Raises:
             DispatchError: the budget was not compiled.
         """
-        return Dispatcher(self._plan(budget), self.variants, self.signature)
+        forecaster = get_forecaster(self.description.forecaster, self.description.order)
+        return Dispatcher(self._plan(budget), forecaster, self.variants, self.signature, self.revision)
 
     def cost(self, budget: int, variant: int = 0) -> Cost:
         """What one generation costs, for one guidance branch."""
         this = self.variants[variant]
-        return cost_of(self._plan(budget), this.programs, this.device, self.capture_macs[variant])
+        return cost_of(self._plan(budget), this.programs, this.device, this.macs)
+
+    def refit(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Replace the weights in place, without compiling again: a fine-tune, or an adapter that was fused.
+
+        Dispatchers that exist see the new weights in their next step, prologue included.
+
+        Args:
+            state_dict: tensors by their name in the original module; cast to the compiled dtype.
+            strict: expect every weight of the module.  False: the others stay as they are.
+
+        Raises:
+            ModelError: a weight is missing, unknown or of another shape; nothing has changed then.
+        """
+        known = {name for name in self.weights if not name.startswith(CONSTANT_PREFIX)}
+        unknown = sorted(set(state_dict) - known - set(self.description.unread))
+        missing = sorted(known - set(state_dict)) if strict else []
+        shapes = [
+            f"{name} is {list(state_dict[name].shape)}, compiled {list(self.weights[name].shape)}"
+            for name in sorted(known & set(state_dict))
+            if state_dict[name].shape != self.weights[name].shape
+        ]
+        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ModelError(f"refit: {what}: {', '.join(names[:3])}{more}; nothing was changed")
+        self.revision.number += 1
+        for name in known & set(state_dict):
+            self.weights[name].copy_(state_dict[name])
 
     def save(self, folder: str | Path) -> None:
         """Write an artifact folder; an artifact that is there already is replaced at once or not at all.

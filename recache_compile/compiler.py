@@ -2,17 +2,18 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from recache_compile.capture import Signature, capture, named_leaves
+from recache_compile.capture import Captured, capture
 from recache_compile.compiled import Compiled, Description
 from recache_compile.cost import count_macs
 from recache_compile.errors import CaptureError, ScheduleError
+from recache_compile.export import named_leaves
 from recache_compile.forecasters import Forecaster
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites
@@ -23,9 +24,9 @@ from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import verify_split
-from recache_compile.plan import Plan, make_plan
+from recache_compile.plan import make_plan
 from recache_compile.policies.base import Policy, Problem
-from recache_compile.program import Granularity, Kind, Program, Role, row_name, table_name
+from recache_compile.program import Granularity, Kind, Program, Role, Row, row_name, table_name
 from recache_compile.runtimes.base import Engine, Runtime, Variant
 from recache_compile.schedule import Schedule, check_budgets
 
@@ -53,6 +54,7 @@ class Options:
     schedules: Mapping[int, Schedule]
     forecaster: Forecaster
     granularity: Granularity
+    residual: bool | None
     hoist: bool
     roles: Mapping[str, Role | str]
 
@@ -68,35 +70,55 @@ def compile_module(
     """Capture, annotate, plan, specialise (and hoist, and verify), lower."""
     keep = tempfile.TemporaryDirectory(prefix="recache-")
     variants: list[Variant] = []
-    macs: list[int] = []
     weights: dict[str, Tensor] = {}
-    first: Signature | None = None
+    first: Captured | None = None
+    sites = 0
     for number, example in enumerate(examples):
         report("capturing")
-        captured, signature = capture(module, example.inputs, options.roles, label=str(number))
-        check_same_call(signature, first := first or signature)
-        timesteps = check_timesteps(example.timesteps, captured, options)
-        annotated = annotate(captured, options.granularity, signature)
-        sites = count_sites(annotated)
-        plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
-        programs = specialise(annotated, plans.values(), options.hoist, report)
+        captured = capture(module, example.inputs, options.roles, label=str(number))
+        check_same_call(captured, first := first or captured)
+        timesteps = check_timesteps(example.timesteps, captured.program, options)
+        annotated = annotate(captured, options)
+        sites = check_same_sites(annotated, sites)
+        report(describe_sites(annotated))
+        programs = specialise(annotated, options, report)
         for program in programs.values():
             weights.update(program.weights)
         device = device_of(example.inputs)
         engines = lower(programs, runtime, weights, device, Path(keep.name) / str(number), report)
-        variants.append(Variant(captured.inputs, device, programs, engines, timesteps))
-        macs.append(count_macs(captured, device))
-    return Compiled(description, signature, plans, tuple(variants), tuple(macs), weights, Path(keep.name), keep)
-
-
-def check_same_call(signature: Signature, first: Signature) -> None:
-    """Raise unless an example differs from the first in shapes only."""
-    if signature != first:
-        one, two = dict((*first.roles, *first.constants)), dict((*signature.roles, *signature.constants))
-        names = [name for name in one | two if one.get(name) != two.get(name)]
-        raise CaptureError(
-            f"examples: they may differ in shapes only, but {names or ['the result']} differ; compile apart"
+        macs = count_macs(captured.program, device)
+        variants.append(
+            Variant(
+                inputs=captured.program.inputs,
+                constants=captured.constants,
+                fixed=captured.fixed,
+                device=device,
+                programs=programs,
+                engines=engines,
+                timesteps=timesteps,
+                macs=macs,
+            )
         )
+    assert first is not None
+    unread = tuple(name for name in module.state_dict() if name not in weights)
+    plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
+    return Compiled(replace(description, unread=unread), first.signature, plans, tuple(variants), weights, Path(keep.name), keep)
+
+
+def check_same_call(captured: Captured, first: Captured) -> None:
+    """Raise unless an example calls the model in the same way as the first and gets the same kind of result."""
+    if captured.signature != first.signature:
+        raise CaptureError(
+            "examples: the model returns another structure for one of them than for the first; compile apart"
+        )
+
+
+def check_same_sites(annotated: Program, expected: int) -> int:
+    """The number of cache sites, which the plans of all examples share."""
+    found = len(cache_points(annotated))
+    if expected not in (0, found):
+        raise CaptureError(f"examples: one has {found} cache sites, the first has {expected}; compile apart")
+    return found
 
 
 def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options: Options) -> dict[str, Tensor]:
@@ -120,15 +142,22 @@ def device_of(inputs: Mapping[str, Any]) -> torch.device:
     return next(leaf.device for leaf in named_leaves(inputs).values() if isinstance(leaf, Tensor))
 
 
-def annotate(captured: Program, granularity: Granularity, signature: Signature) -> Program:
+def annotate(captured: Captured, options: Options) -> Program:
     """The captured program with its cache points."""
-    passes = (Simplify(), FindCacheSites(granularity, signature.containers), InsertCachePoints())
-    return run_passes(captured, passes)
+    find = FindCacheSites(options.granularity, captured.containers, options.residual)
+    return run_passes(captured.program, (find, InsertCachePoints(), Simplify()))
 
 
-def count_sites(annotated: Program) -> int:
-    """Number of cache points."""
-    return len(annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT))
+def cache_points(annotated: Program) -> list[fx.Node]:
+    """The cache points of a program."""
+    return annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT)
+
+
+def describe_sites(annotated: Program) -> str:
+    """How many sites there are and what an anchor takes, for people."""
+    points = cache_points(annotated)
+    size = sum(point.meta["val"].nbytes for point in points)
+    return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
 
 
 def make_schedules(policy: Policy, budgets: Iterable[int], num_steps: int) -> dict[int, Schedule]:
@@ -146,9 +175,21 @@ def make_schedules(policy: Policy, budgets: Iterable[int], num_steps: int) -> di
     return schedules
 
 
-def specialise(annotated: Program, plans: Iterable[Plan], hoist: bool, report: Report) -> dict[str, Program]:
-    """One program for each distinct row of the plans, and the prologue that they share."""
-    rows = sorted({step.row for plan in plans for step in plan.steps})
+def rows_of(options: Options, num_sites: int) -> list[Row]:
+    """Recompute, and a forecast from every number of anchors that a schedule of these budgets can hold.
+
+    Whatever steps are chosen later, and wherever a generation starts, its rows are among these.
+    """
+    budgets = [schedule.budget for schedule in options.schedules.values()]
+    cached = [budget for budget in budgets if budget < next(iter(options.schedules.values())).num_steps]
+    anchors = min(options.forecaster.order + 1, max(cached, default=0))
+    return [(anchor,) * num_sites for anchor in range(anchors + 1)]
+
+
+def specialise(annotated: Program, options: Options, report: Report) -> dict[str, Program]:
+    """One program for each row, and the prologue that they share."""
+    hoist = options.hoist
+    rows = rows_of(options, len(cache_points(annotated)))
     programs: dict[str, Program] = {}
     tables: dict[str, list[Program]] = {}
     for row in rows:

@@ -29,5 +29,9 @@ class DispatchError(RecacheError):
     """A call does not fit what was compiled."""
 
 
+class MismatchError(DispatchError):
+    """A call whose shapes, types or constants are not among those compiled."""
+
+
 class ArtifactError(RecacheError):
     """An artifact is damaged, from a newer version, or cannot be written."""

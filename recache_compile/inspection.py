@@ -72,7 +72,7 @@ def facts_of(compiled: Compiled) -> Facts:
         description=compiled.description,
         parameters=sum(weight.numel() for weight in compiled.weights.values()),
         hoisted_parameters=prologue.num_parameters if prologue else 0,
-        capture_macs=compiled.capture_macs[0],
+        capture_macs=variant.macs,
         shapes={value.name: value.shape for value in variant.inputs},
         programs=tuple(_program_facts(program, variant.device) for program in variant.programs.values()),
         sites=tuple(

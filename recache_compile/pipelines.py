@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture import ROLE_NAMES, named_leaves
+from recache_compile.capture import ROLE_NAMES
 from recache_compile.compiled import Compiled
 from recache_compile.compiler import Example
 from recache_compile.errors import DispatchError, ModelError, RecacheError, RuntimeUnavailableError
+from recache_compile.export import named_leaves
 from recache_compile.program import Role
 from recache_compile.runtimes.dispatcher import Dispatcher
 
@@ -228,7 +229,7 @@ class CompiledTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Element type of the latents."""
-        latents = self._compiled.signature.names(Role.LATENTS)[0]
+        latents = self._compiled.variants[0].names(Role.LATENTS)[0]
         return next(value.dtype for value in self._compiled.variants[0].inputs if value.name == latents)
 
     @property

@@ -51,6 +51,8 @@ class Granularity(Enum):
 
     OUTPUT = "output"
     STACK = "stack"
+    BLOCK = "block"
+    MODULE = "module"
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,14 @@ class Schedule:
         steps = set(self.recompute_steps)
         return "".join("1" if step in steps else "0" for step in range(self.num_steps))
 
+    def starting_at(self, step: int) -> "Schedule":
+        """The rest of the schedule for a generation that begins with `step`, which is then recomputed.
+
+        Steps are counted from there.
+        """
+        later = tuple(each - step for each in self.recompute_steps if each > step)
+        return Schedule((0, *later), self.num_steps - step)
+
     @classmethod
     def from_mask(cls, mask: str | Iterable[int]) -> "Schedule":
         """Read a 0/1 mask: a string, or numbers as in cache-dit's `steps_computation_mask`."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from recache_compile.program import Program, Value
+from recache_compile.program import Kind, Program, Role, Value
 
 Engine = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A lowered program: flat tensors in the order of its inputs to flat tensors in the order of its outputs."""
@@ -43,23 +43,40 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Revision:
+    """Counts the changes of the weights that engines share: what was computed from older ones is stale."""
+
+    number: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """The programs and engines of one set of input shapes.
 
     Args:
         inputs: the model's tensor inputs, in call order.
+        constants: its other inputs, as text.
+        fixed: tensor inputs that have these values in every call.
         device: where the engines and their weights are.
         programs: by name; "prologue" is absent when nothing was hoisted.
         engines: one for every program.
         timesteps: per timestep input, its value at every step (num_steps, *shape), where known.
+        macs: multiply-accumulates of one call of the original.
     """
 
     inputs: tuple[Value, ...]
+    constants: tuple[tuple[str, str], ...]
+    fixed: Mapping[str, Tensor]
     device: torch.device
     programs: Mapping[str, Program]
     engines: Mapping[str, Engine]
     timesteps: Mapping[str, Tensor]
+    macs: int
+
+    def names(self, role: Role) -> tuple[str, ...]:
+        """The tensor inputs of a role, in call order."""
+        return tuple(value.name for value in self.inputs if value.kind is Kind(role))
 
 
 def example_inputs(program: Program, device: torch.device) -> tuple[Tensor, ...]:

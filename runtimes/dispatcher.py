@@ -8,56 +8,94 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture import Signature, named_leaves
-from recache_compile.errors import DispatchError
-from recache_compile.plan import Plan
+from recache_compile.capture import Signature
+from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.export import named_leaves
+from recache_compile.forecasters import Forecaster
+from recache_compile.plan import Plan, StepPlan, make_plan
 from recache_compile.program import Kind, Value
-from recache_compile.runtimes.base import Variant
+from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.seen import Seen
 from recache_compile.runtimes.tables import Tables
 
 
 @dataclass(slots=True)
 class _State:
-    """What one guidance branch at one shape carries from step to step."""
+    """What one guidance branch at one shape carries from step to step.
+
+    Args:
+        variant: its programs and engines.
+        steps: the plan of the steps from `start` on.
+        start: the step its generations begin with.
+        coefficients: of every step in `steps`, on the device.
+        tables: the prologue's results; None when nothing was hoisted.
+        fixed: the inputs that must have the values of the capture.
+        history: features by site and slot.
+        last_step: the last step that succeeded; None before the first one.
+    """
 
     variant: Variant
+    steps: tuple[StepPlan, ...]
+    start: int
+    coefficients: tuple[Tensor, ...]
     tables: Tables | None
+    fixed: Mapping[str, Seen]
     history: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
-    last_step: int = -1
+    last_step: int | None = None
 
 
 class Dispatcher:
     """The same model call, step by step, under one budget.
 
     Calls are `run(step=i, **model_inputs)` and return what the module returns with
-    `return_dict=False`.  Steps run in order; step 0 starts a new generation.  Guidance
-    branches and input shapes each have a state of their own.
+    `return_dict=False`.  Steps run in order; the first one starts a new generation.
+    Guidance branches and input shapes each have a state of their own.
 
     Args:
         plan: what each step runs.
+        forecaster: makes the plan of generations that begin in the middle.
         variants: programs and engines, one for each set of input shapes.
         signature: how the model is called.
+        revision: counts the changes of the weights.
     """
 
-    def __init__(self, plan: Plan, variants: Sequence[Variant], signature: Signature) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        forecaster: Forecaster,
+        variants: Sequence[Variant],
+        signature: Signature,
+        revision: Revision | None = None,
+    ) -> None:
         self.plan = plan
+        self._forecaster = forecaster
         self._signature = signature
-        self._constants = dict(signature.constants)
+        self._revision = revision or Revision()
         self._result = pytree.treespec_loads(signature.result)
-        self._variants = {
-            _key((value.name, value.shape, value.dtype) for value in each.inputs): each for each in variants
-        }
+        self._variants = {_key(_shapes(each), dict(each.constants)): each for each in variants}
         self._device = variants[0].device
-        self._coefficients = [
-            torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps
-        ]
+        self._start = 0
         self._states: dict[tuple[str, Any], _State] = {}
 
-    def reset(self) -> None:
-        """Forget every generation in progress and its history."""
+    def reset(self, start: int = 0) -> None:
+        """Forget every generation in progress and its history.
+
+        Args:
+            start: the step that the next generations begin with.  It is then a recompute
+                step, in addition to those that come after it (image-to-image runs begin in
+                the middle of the schedule).
+
+        Raises:
+            DispatchError: there is no such step.
+        """
+        if not 0 <= start < len(self.plan.steps):
+            raise DispatchError(f"start {start}: expected 0..{len(self.plan.steps) - 1}")
+        if start != self._start:
+            self._states.clear()
+        self._start = start
         for state in self._states.values():
             state.history.clear()
-            state.last_step = -1
+            state.last_step = None
 
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:
         """One model call of one denoising step.
@@ -68,89 +106,115 @@ class Dispatcher:
             model_inputs: the module's arguments.
 
         Raises:
-            DispatchError: an input, its shape, dtype or device is not what was compiled; a
-                constant differs; or the step does not follow the last one.
+            MismatchError: the inputs are not of a kind that was compiled.
+            DispatchError: the step does not follow the last one.
         """
-        tensors = self._tensors(model_inputs)
-        state = self._state(branch, tensors)
+        tensors, state = self._state(branch, model_inputs)
         if not 0 <= step < len(self.plan.steps):
             raise DispatchError(f"step {step}: expected 0..{len(self.plan.steps) - 1}")
-        if step not in (0, state.last_step + 1):
+        if step not in (self._start, None if state.last_step is None else state.last_step + 1):
             raise DispatchError(
-                f"step {step} does not follow step {state.last_step}: run the steps in order, or start again at step 0"
+                f"step {step} does not follow step {state.last_step}: run the steps in order, or start again at step"
+                f" {self._start}"
             )
-        state.last_step = -1  # until this step has succeeded
+        state.last_step = None  # until this step has succeeded
+        at = step - state.start
         if state.tables is not None:
-            if step == 0:
+            if at == 0:
                 state.tables.restart()
-            state.tables.prepare(step, tensors)
-        this = self.plan.steps[step]
+            state.tables.prepare(at, tensors)
+        this = state.steps[at]
         program = state.variant.programs[this.program]
-        arguments = [self._argument(state, value, step, tensors) for value in program.inputs]
+        arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
         results = state.variant.engines[this.program](arguments)
-        predictions = []
+        predictions: list[Tensor] = []
         for value, result in zip(program.outputs, results, strict=True):
             if value.kind is Kind.FEATURE:
                 state.history[value.site, this.slot] = result
             else:
                 predictions.append(result)
         state.last_step = step
-        if state.tables is not None and step == len(self.plan.steps) - 1:
+        if state.tables is not None and at == len(state.steps) - 1:
             state.tables.finish()
-        return pytree.tree_unflatten(predictions, self._result)
+        left = iter(predictions)
+        leaves = [next(left) if is_tensor else None for is_tensor in self._signature.tensors]
+        return pytree.tree_unflatten(leaves, self._result)
 
-    def _argument(self, state: _State, value: Value, step: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _argument(self, state: _State, value: Value, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
         if value.kind is Kind.HISTORY:
             return state.history[value.site, value.slot]
         if value.kind is Kind.COEFFICIENTS:
-            return self._coefficients[step]
+            return state.coefficients[at]
         if value.kind in (Kind.TABLE_ROW, Kind.FIXED):
             assert state.tables is not None
-            return state.tables.read(value, step)
+            return state.tables.read(value, at)
         return tensors[value.name].contiguous()
 
-    def _state(self, branch: str, tensors: Mapping[str, Tensor]) -> _State:
-        key = _key((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+    def _state(self, branch: str, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], _State]:
+        """The tensor inputs by name, and the state of their branch and kind."""
+        leaves = named_leaves(model_inputs)
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        constants = self._signature.constants(leaves)
+        key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
         state = self._states.get((branch, key))
         if state is None:
-            variant = self._variants.get(key)
-            if variant is None:
-                raise DispatchError(self._no_variant(tensors))
-            tables = Tables(variant, self.plan) if "prologue" in variant.programs else None
-            state = self._states[branch, key] = _State(variant, tables)
-        return state
-
-    def _tensors(self, model_inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensor inputs in capture order, once the constants are known to be the captured ones."""
-        leaves = named_leaves(model_inputs)
-        tensors = {}
-        for name, _ in self._signature.roles:
-            tensor = leaves.pop(name, None)
-            if not isinstance(tensor, Tensor):
-                raise DispatchError(f"input {name!r} is missing or no tensor; it was one when the model was captured")
+            if key not in self._variants:
+                raise MismatchError(self._no_variant(tensors, constants))
+            state = self._states[branch, key] = self._new_state(self._variants[key])
+        for name, tensor in tensors.items():
             if tensor.device != self._device:
-                raise DispatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
-            tensors[name] = tensor
-        given = self._signature.constants_of(leaves | tensors)
-        given |= {name: "a tensor" for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        if given != self._constants:
-            name = next(name for name in given | self._constants if given.get(name) != self._constants.get(name))
-            raise DispatchError(
-                f"input {name!r} is {given.get(name, 'missing')}, but {self._constants.get(name, 'nothing')} was captured;"
-                " compile again with it"
-            )
-        return tensors
+                raise MismatchError(
+                    f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it"
+                )
+        for name, value in state.fixed.items():
+            if not value.still_is(tensors[name]):
+                raise MismatchError(
+                    f"input {name!r} has other values than those compiled, and the model's code decides by them; compile"
+                    " for them too"
+                )
+        return tensors, state
 
-    def _no_variant(self, tensors: Mapping[str, Tensor]) -> str:
-        given = {name: _describe(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        compiled = [{name: _describe(shape, dtype) for name, shape, dtype in key} for key in self._variants]
-        nearest = min(compiled, key=lambda facts: sum(facts[name] != given[name] for name in given))
-        wrong = [f"{name} is {given[name]}, compiled {nearest[name]}" for name in given if given[name] != nearest[name]]
-        return f"no engine for these inputs: {'; '.join(wrong)}; compile for this shape and dtype too"
+    def _new_state(self, variant: Variant) -> _State:
+        """A state for generations that begin at the present start."""
+        plan = self.plan
+        if self._start:
+            plan = make_plan(plan.schedule.starting_at(self._start), self._forecaster, len(plan.steps[0].row))
+        coefficients = tuple(
+            torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps
+        )
+        hoisted = "prologue" in variant.programs
+        tables = Tables(variant, plan, self._start, self._revision) if hoisted else None
+        fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
+        return _State(variant, plan.steps, self._start, coefficients, tables, fixed)
+
+    def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
+        given = constants | {name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}
+        compiled = [
+            dict(each.constants) | {name: _describe(*facts) for name, facts in _shapes(each).items()}
+            for each in self._variants.values()
+        ]
+
+        def differences(facts: Mapping[str, str]) -> list[str]:
+            return [name for name in given | facts if facts.get(name) != given.get(name)]
+
+        nearest = min(compiled, key=lambda facts: len(differences(facts)))
+        wrong = [
+            f"{name} is {given.get(name, 'missing')}, compiled {nearest.get(name, 'without')}"
+            for name in differences(nearest)
+        ]
+        return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
 
 
-def _key(facts: Any) -> Any:
-    return tuple((name, tuple(shape), dtype) for name, shape, dtype in facts)
+def _shapes(variant: Variant) -> dict[str, tuple[Sequence[int | None], torch.dtype]]:
+    """Shape and type of all tensor inputs."""
+    fixed = {name: (value.shape, value.dtype) for name, value in variant.fixed.items()}
+    return fixed | {value.name: (value.shape, value.dtype) for value in variant.inputs}
+
+
+def _key(shapes: Mapping[str, tuple[Sequence[int | None], torch.dtype]], constants: Mapping[str, str]) -> Any:
+    """What two calls of the same kind have in common."""
+    facts = frozenset((name, tuple(shape), dtype) for name, (shape, dtype) in shapes.items())
+    return facts, frozenset(constants.items())
 
 
 def _describe(shape: Sequence[int | None], dtype: torch.dtype) -> str:

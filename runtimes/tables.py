@@ -1,7 +1,6 @@
 """The prologue's tables of one generation: filled when needed, never stale."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,30 +8,8 @@ from torch import Tensor
 from recache_compile.errors import DispatchError
 from recache_compile.plan import Plan
 from recache_compile.program import MIN_ROWS, Kind, Value, table_name
-from recache_compile.runtimes.base import Variant
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A conditioning tensor as it was when the prologue read it."""
-
-    tensor: Tensor
-    version: int | None
-    values: Tensor
-
-    def still_is(self, tensor: Tensor) -> bool:
-        """Whether `tensor` has the remembered values.
-
-        On the CPU they are compared.  On a GPU that would stall the loop, so a tensor that is
-        the same object in the same version is taken to be unchanged.
-        """
-        same = tensor is self.tensor and self.version is not None and self.version == _version(tensor)
-        if same and tensor.device.type != "cpu":
-            return True
-        if not torch.equal(tensor, self.values):
-            return False
-        self.tensor, self.version = tensor, _version(tensor)
-        return True
+from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.seen import Seen
 
 
 class Tables:
@@ -44,11 +21,15 @@ class Tables:
 
     Args:
         variant: programs and engines; "prologue" is among them.
-        plan: which step reads which table.
+        plan: which step reads which table; its first step is `start`.
+        start: the step that generations begin with; rows are counted from it.
+        revision: of the weights; when it moves on, everything is computed anew.
     """
 
-    def __init__(self, variant: Variant, plan: Plan) -> None:
+    def __init__(self, variant: Variant, plan: Plan, start: int = 0, revision: Revision | None = None) -> None:
         self._variant = variant
+        self._revision = revision or Revision()
+        self._computed_at = self._revision.number
         self._tables = [table_name(step.row) for step in plan.steps]
         self._reads = [
             tuple(value for value in variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
@@ -56,10 +37,10 @@ class Tables:
         ]
         names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
         self._timesteps: dict[str, list[Tensor | None]] = {
-            name: list(variant.timesteps[name]) if name in variant.timesteps else [None] * len(plan.steps)
+            name: list(variant.timesteps[name][start:]) if name in variant.timesteps else [None] * len(plan.steps)
             for name in names
         }
-        self._conditioning: dict[str, _Seen] = {}
+        self._conditioning: dict[str, Seen] = {}
         self._fixed: dict[str, Tensor] = {}
         self._rows: dict[tuple[int, str], Tensor] = {}
         self._differs: Tensor | None = None
@@ -73,7 +54,8 @@ class Tables:
     def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Make sure that what `step` reads belongs to these conditioning and timestep tensors."""
         steps: Sequence[int] = range(len(self._tables))
-        stale = self._conditioning_changed(tensors)
+        stale = self._conditioning_changed(tensors) or self._computed_at != self._revision.number
+        self._computed_at = self._revision.number
         if stale:
             self._rows.clear()
         if not self._timesteps_match(step, tensors) and not stale:
@@ -109,7 +91,7 @@ class Tables:
                 continue
             tensor, seen = tensors[value.name], self._conditioning.get(value.name)
             if seen is None or not seen.still_is(tensor):
-                self._conditioning[value.name] = _Seen(tensor, _version(tensor), tensor.clone())
+                self._conditioning[value.name] = Seen.now(tensor)
                 changed = True
         return changed
 
@@ -153,7 +135,3 @@ class Tables:
                 continue
             for step, row in zip(readers.get(table, ()), result, strict=False):
                 self._rows[step, name] = row
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recache_compile.capture import capture, named_leaves
+from recache_compile.capture import capture
+from recache_compile.export import named_leaves
 from recache_compile.errors import CaptureError
 from recache_compile.program import Kind, Role
 from tests.conftest import flux_inputs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from recache_compile.capture import Signature, capture
+from recache_compile.capture import Captured, capture
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites
 from recache_compile.passes.hoist import Hoist
@@ -128,17 +128,18 @@ def example(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32
     return values
 
 
-def captured(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> tuple[Program, Signature]:
-    """The module as a program, with nothing done to it."""
-    return capture(module, inputs or example(module))
+def captured(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> tuple[Program, Captured]:
+    """The module as a program, with nothing done to it, and what is known of it."""
+    made = capture(module, inputs or example(module))
+    return made.program, made
 
 
 def annotated(
     module: nn.Module, granularity: Granularity = Granularity.STACK, inputs: Mapping[str, Tensor] | None = None
 ) -> Program:
     """The module as a program with cache points."""
-    program, signature = captured(module, inputs)
-    return run_passes(program, (Simplify(), FindCacheSites(granularity, signature.containers), InsertCachePoints()))
+    program, made = captured(module, inputs)
+    return run_passes(program, (FindCacheSites(granularity, made.containers), InsertCachePoints(), Simplify()))
 
 
 @dataclass(frozen=True, slots=True)
