@@ -46,7 +46,9 @@ class FindCacheSites(Pass):
         if not found:
             raise PassError(f"no cache site at granularity {self.granularity.value!r}: {_REASONS[self.granularity]}")
         bases = self._bases(graph, found)
-        before = {node: (node.meta.pop("site"), node.meta.pop("base", None)) for node in graph.nodes if "site" in node.meta}
+        before = {
+            node: (node.meta.pop("site"), node.meta.pop("base", None)) for node in graph.nodes if "site" in node.meta
+        }
         after = {node: (site, bases.get(node)) for site, node in enumerate(found)}
         for node, (site, base) in after.items():
             node.meta["site"] = site
@@ -77,7 +79,9 @@ class FindCacheSites(Pass):
             if base is not None:
                 bases[node] = base.name
         if not bases and self.residual:
-            raise PassError("no residual to cache: no stream is carried from a block's input to its output by additions")
+            raise PassError(
+                "no residual to cache: no stream is carried from a block's input to its output by additions"
+            )
         return bases
 
 

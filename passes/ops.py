@@ -84,6 +84,11 @@ def is_cheap(node: fx.Node) -> bool:
     return packet(node) in VIEWS or packet(node) in SCALAR_MATH
 
 
+def is_off(dropout: fx.Node) -> bool:
+    """Whether a dropout call returns what it is given."""
+    return bool(dropout.args[2] is False or dropout.args[1] == 0.0)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws random numbers; attention and dropout do so only with a probability."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
@@ -91,6 +96,8 @@ def is_random(node: fx.Node) -> bool:
     if packet(node) is aten.scaled_dot_product_attention:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(probability != 0.0)
+    if packet(node) is aten.dropout:
+        return not is_off(node)
     return True
 
 

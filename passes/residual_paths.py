@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from recache_compile.passes.ops import aten, packet
 
 _SAME_VALUE = {aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.dropout, aten.alias, aten.detach, aten.clamp}
-_SPLITS = {aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split, aten.unbind}
+_SPLITS = {aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split}
 
 Window = tuple[int, int] | None
 """Part of a value along one dimension: (dimension, first element)."""
@@ -56,8 +56,8 @@ def _before(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
         shape = node.meta["val"].shape
         return [(source, window) for source in node.all_input_nodes if source.meta["val"].shape == shape]
     if kind is aten.slice and window is None:
-        source, dim, start = (*node.args, 0, 0)[:3]
-        return [(source, _positive(source, dim, start))]  # type: ignore[list-item]
+        source, dim, start, *_ = (*node.args, 0, 0)
+        return [(source, _positive(source, dim, start))]  # type: ignore[list-item, arg-type]
     if kind is aten.cat and window is not None:
         return _member(node, window)
     if node.target is operator.getitem and window is None:
@@ -85,8 +85,8 @@ def _member(node: fx.Node, window: tuple[int, int]) -> list[tuple[fx.Node, Windo
 
 def _part(node: fx.Node) -> list[tuple[fx.Node, Window]]:
     """A member of a split is a window into what was split."""
-    split, index = node.all_input_nodes[0], node.args[1]
-    if packet(split) not in _SPLITS - {aten.unbind}:
+    split, index = node.all_input_nodes[0], int(node.args[1])  # type: ignore[arg-type]
+    if packet(split) not in _SPLITS:
         return []
     source = split.all_input_nodes[0]
     dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.passes.base import Pass
-from recache_compile.passes.ops import aten, is_random, packet, remove_dead_code
+from recache_compile.passes.ops import aten, is_off, is_random, packet, remove_dead_code
 
 _IDENTITIES = {aten.detach, aten.alias, aten.lift_fresh_copy, aten.detach_}
 _CASTS = {aten.to, aten._to_copy, aten.contiguous, aten.type_as}
@@ -68,7 +68,7 @@ def _returns_its_argument(node: fx.Node) -> bool:
     if packet(node) in _IDENTITIES:
         return True
     if packet(node) is aten.dropout:
-        return bool(node.args[2] is False or node.args[1] == 0.0)
+        return is_off(node)
     if packet(node) not in _CASTS | _RESHAPES:
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recache_compile.compiled import Compiled, Description
-from recache_compile.compiler import Example, Options, compile_module, make_schedules
+from recache_compile.compiler import Example, Options, compile_module, distinct, make_schedules
 from recache_compile.errors import ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster
 from recache_compile.policies.base import Policy
@@ -32,7 +32,8 @@ def compile(
     timesteps: Mapping[str, Tensor] | None = None,
     hoist: bool = True,
     residual: bool | None = None,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    component: str = "transformer",
     report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
@@ -55,7 +56,9 @@ def compile(
         hoist: move latents-independent work out of the steps.
         residual: cache what the stack (or each block) adds to its input instead of what it
             returns.  None: at "block" only.
-        call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`.
+        call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`; several
+            to compile for several sizes, batches or guidance settings.
+        component: which of a pipeline's transformers is compiled ("transformer_2").
         report: told the name of each stage as it begins.
 
     Raises:
@@ -63,7 +66,7 @@ def compile(
     """
     options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
     backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
-    module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call)
+    module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call, component)
     description = Description(
         model=type(module).__name__,
         model_class=f"{type(module).__module__}.{type(module).__qualname__}",
@@ -119,14 +122,16 @@ def _examples(
     example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     timesteps: Mapping[str, Tensor],
     num_steps: int,
-    call: Mapping[str, Any] | None,
+    call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    component: str,
 ) -> tuple[nn.Module, list[Example]]:
     if not isinstance(model, nn.Module):
-        from recache_compile.pipelines import record_examples, transformer_of
+        from recache_compile.recording import denoiser_of, record_examples
 
-        module = transformer_of(model)
+        module = denoiser_of(model, component)
         if example_inputs is None:
-            return module, record_examples(model, num_steps, call or {})
+            calls = [call or {}] if call is None or isinstance(call, Mapping) else call
+            return module, distinct(each for one in calls for each in record_examples(model, num_steps, one, component))
     else:
         module = model
     if example_inputs is None:
@@ -134,4 +139,4 @@ def _examples(
     each = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
     if not each:
         raise ModelError(f"{type(module).__name__}: example_inputs is empty; give the arguments of at least one call")
-    return module, [Example(inputs, timesteps if number == 0 else {}) for number, inputs in enumerate(each)]
+    return module, [Example(inputs, timesteps if number == 0 else {}, {}) for number, inputs in enumerate(each)]

@@ -125,7 +125,9 @@ def capture(
     )
 
 
-def _describe(graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role], fixed: Mapping[str, Tensor]) -> tuple[bool, ...]:
+def _describe(
+    graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role], fixed: Mapping[str, Tensor]
+) -> tuple[bool, ...]:
     """Put the facts about inputs and results on their nodes; drop inputs that are constants.
 
     Returns:
@@ -142,7 +144,7 @@ def _describe(graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Ro
             graph.erase_node(node)
     output = graph.output_node()
     given: Any = output.args[0]
-    results = []
+    results: list[Value] = []
     for number, result in enumerate(given):
         fake = getattr(result, "meta", {}).get("val")
         if isinstance(fake, Tensor):

@@ -124,9 +124,10 @@ def compile_command(
         from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
         from recache_compile.files import check_file
+        from recache_compile.loading import EMBEDDED, load_pipeline
         from recache_compile.measure import compare
         from recache_compile.picture import save_comparison
-        from recache_compile.pipelines import EMBEDDED, load_pipeline, record_examples
+        from recache_compile.recording import record_examples
         from recache_compile.runtimes.registry import get_runtime
 
         compile_options(budgets, steps, forecaster, order, policy, granularity, hoist)
@@ -208,7 +209,8 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
 
         from recache_compile.artifact import load
         from recache_compile.files import check_file, writing
-        from recache_compile.pipelines import accelerate, load_pipeline
+        from recache_compile.loading import load_pipeline
+        from recache_compile.stand_in import accelerate
 
         check_file(output)
         report(f"loading {artifact}")

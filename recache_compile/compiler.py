@@ -41,10 +41,12 @@ class Example:
         inputs: arguments of the call.
         timesteps: per timestep input, its value at every step (num_steps, *shape); empty
             when unknown, and then learned at run time.
+        roles: of inputs whose behaviour, not their name, tells it.
     """
 
     inputs: Mapping[str, Any]
     timesteps: Mapping[str, Tensor]
+    roles: Mapping[str, Role]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def compile_module(
     sites = 0
     for number, example in enumerate(examples):
         report("capturing")
-        captured = capture(module, example.inputs, options.roles, label=str(number))
+        captured = capture(module, example.inputs, {**example.roles, **options.roles}, label=str(number))
         check_same_call(captured, first := first or captured)
         timesteps = check_timesteps(example.timesteps, captured.program, options)
         annotated = annotate(captured, options)
@@ -102,7 +104,21 @@ def compile_module(
     assert first is not None
     unread = tuple(name for name in module.state_dict() if name not in weights)
     plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
-    return Compiled(replace(description, unread=unread), first.signature, plans, tuple(variants), weights, Path(keep.name), keep)
+    return Compiled(
+        replace(description, unread=unread), first.signature, plans, tuple(variants), weights, Path(keep.name), keep
+    )
+
+
+def distinct(examples: Iterable[Example]) -> list[Example]:
+    """The examples without those whose inputs have the shapes and constants of an earlier one."""
+    kinds: dict[Any, Example] = {}
+    for example in examples:
+        leaves = named_leaves(example.inputs)
+        kind = {
+            name: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for name, leaf in leaves.items()
+        }
+        kinds.setdefault(frozenset(kind.items()), example)
+    return list(kinds.values())
 
 
 def check_same_call(captured: Captured, first: Captured) -> None:

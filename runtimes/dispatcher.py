@@ -163,9 +163,7 @@ class Dispatcher:
             state = self._states[branch, key] = self._new_state(self._variants[key])
         for name, tensor in tensors.items():
             if tensor.device != self._device:
-                raise MismatchError(
-                    f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it"
-                )
+                raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
         for name, value in state.fixed.items():
             if not value.still_is(tensors[name]):
                 raise MismatchError(
@@ -188,14 +186,14 @@ class Dispatcher:
         return _State(variant, plan.steps, self._start, coefficients, tables, fixed)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = constants | {name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}
+        given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}
         compiled = [
             dict(each.constants) | {name: _describe(*facts) for name, facts in _shapes(each).items()}
             for each in self._variants.values()
         ]
 
         def differences(facts: Mapping[str, str]) -> list[str]:
-            return [name for name in given | facts if facts.get(name) != given.get(name)]
+            return [name for name in {**given, **facts} if facts.get(name) != given.get(name)]
 
         nearest = min(compiled, key=lambda facts: len(differences(facts)))
         wrong = [

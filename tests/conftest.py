@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import recache_compile as rc
-from recache_compile.pipelines import load_pipeline
+from recache_compile.loading import load_pipeline
 
 NUM_STEPS = 12
 PROMPT = "a red circle left of a blue square on a dark background"

@@ -100,7 +100,10 @@ class CachedReference:
     def __call__(self, step: int, **inputs: Any) -> tuple[Any, ...]:
         self.step = step
         handles = [
-            block.register_forward_hook(lambda block, args, kwargs, result, name=name: self._hook(name, block, args, kwargs, result), with_kwargs=True)
+            block.register_forward_hook(
+                lambda block, args, kwargs, result, name=name: self._hook(name, block, args, kwargs, result),
+                with_kwargs=True,
+            )
             for name, block in self.blocks.items()
         ]
         try:
@@ -179,7 +182,9 @@ def outermost_list_members(module: nn.Module, prefix: str = "") -> list[tuple[st
     return found
 
 
-def changed_latents(inputs: Mapping[str, Any], latents: tuple[str, ...], amount: float, seed: int = 0) -> dict[str, Any]:
+def changed_latents(
+    inputs: Mapping[str, Any], latents: tuple[str, ...], amount: float, seed: int = 0
+) -> dict[str, Any]:
     """The same arguments with noise added to the latents."""
     generator = torch.Generator().manual_seed(seed)
 

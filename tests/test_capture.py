@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from recache_compile.capture import capture
-from recache_compile.export import named_leaves
 from recache_compile.errors import CaptureError
+from recache_compile.export import named_leaves
 from recache_compile.program import Kind, Role
 from tests.conftest import flux_inputs
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from recache_compile.cli import main
-from recache_compile.pipelines import EMBEDDED
+from recache_compile.loading import EMBEDDED
 from tests.conftest import PROMPT
 
 SMALL = ["--steps", "6", "--runtime", "eager", "--prompt", PROMPT]

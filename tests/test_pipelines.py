@@ -10,8 +10,9 @@ import torch
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError, ModelError, RuntimeUnavailableError
+from recache_compile.loading import load_pipeline
 from recache_compile.measure import psnr
-from recache_compile.pipelines import load_pipeline, record_examples
+from recache_compile.recording import record_examples
 from tests.conftest import PROMPT
 
 STEPS = 8
@@ -153,7 +154,7 @@ def test_a_missing_optional_package_is_named(tmp_path: Path, monkeypatch: pytest
         "text_encoder": ["transformers", "CLIPTextModel"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    monkeypatch.setattr("recache_compile.pipelines.find_spec", lambda name: None)
+    monkeypatch.setattr("recache_compile.loading.find_spec", lambda name: None)
     with pytest.raises(
         RuntimeUnavailableError, match=r"text_encoder needs the package transformers; pip install .*\[hub\]"
     ):

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from recache_compile.errors import RecacheError
+from recache_compile.loading import EMBEDDED
 from recache_compile.models.shapes import train
 from recache_compile.models.shapes.evaluate import classifier_accuracy, draw, held_out_scenes, load_classifier
 from recache_compile.models.shapes.pipeline import pack, unpack
 from recache_compile.models.shapes.scenes import ATTRIBUTES, parse_caption, render, sample_scene
 from recache_compile.models.shapes.train import flow_matching_loss, new_pipeline
-from recache_compile.pipelines import EMBEDDED
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

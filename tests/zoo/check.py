@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -90,15 +89,18 @@ def dotted(path: Any) -> str:
 def original(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The module's own result."""
     plain = {"return_dict": False} if "return_dict" in inspect.signature(module.forward).parameters else {}
-    return module(**pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(inputs)), **plain)
+    return module(
+        **pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, dict(inputs)), **plain
+    )
 
 
 def distance(result: Any, expected: Any) -> float:
     """Largest difference of two results, relative to the largest value of the second."""
-    ours, theirs = ([leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)] for each in (result, expected))
+    ours, theirs = (
+        [leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, Tensor)] for each in (result, expected)
+    )
     assert [leaf.shape for leaf in ours] == [leaf.shape for leaf in theirs]
     return max(
         float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-12))
         for one, other in zip(ours, theirs, strict=True)
     )
-
