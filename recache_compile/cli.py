@@ -14,12 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile._version import __version__
-from recache_compile.errors import ArtifactError, ModelError, RecacheError, ScheduleError
+from recache_compile.errors import ArtifactError, ModelError, RecacheError
+from recache_compile.parameters import JsonObject, Numbers, Size
 
 if TYPE_CHECKING:
     from recache_compile.compiled import Compiled
     from recache_compile.measure import Measured
 
+DTYPES = ("float32", "bfloat16", "float16")
 SEED = click.IntRange(0, 2**63 - 1_000_000)
 LOG = Console(stderr=True)
 PAGE = Console()
@@ -52,20 +54,6 @@ class _DefaultCommand(click.Group):
             raise click.ClickException(f"{error.format_message()} (see {ctx.command_path} COMMAND --help)") from error
 
 
-class _Budgets(click.ParamType):  # type: ignore[type-arg]
-    """Whole numbers, separated by commas."""
-
-    name = "K,K,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            raise ScheduleError(f"budgets {value!r}: expected whole numbers such as 5,10,15") from None
-
-
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["--help", "-h"]})
 @click.version_option(__version__, prog_name="recache-compile")
 def main() -> None:
@@ -79,7 +67,7 @@ def main() -> None:
 @click.argument("model")
 @click.option(
     "--budgets",
-    type=_Budgets(),
+    type=Numbers("budgets"),
     default="5,10,15",
     show_default=True,
     help="Recompute steps k, one engine set for all.",
@@ -93,8 +81,25 @@ def main() -> None:
     show_default=True,
     help="uniform, uniform:warmup=3, front-loaded, front-loaded:power=2, a schedule file, steps or a mask.",
 )
-@click.option("--granularity", default="stack", show_default=True, help="Where features are cached: stack or output.")
+@click.option(
+    "--granularity",
+    default="stack",
+    show_default=True,
+    help="Where features are cached: output, stack, block or module.",
+)
+@click.option(
+    "--residual/--absolute",
+    default=None,
+    help="Cache what is added to the stream, or the stream itself.  [default: residual at block, else absolute]",
+)
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
+@click.option("--batch", type=Numbers("batch"), default="1", show_default=True, help="Pictures per call: 1 or 1,4.")
+@click.option(
+    "--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline: '{\"guidance_scale\": 3.5}'."
+)
+@click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
 @click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: MODEL-recache]")
 @click.option("--prompt", "prompts", multiple=True, help="Caption of the pictures that are compared; repeat for more.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first picture.")
@@ -110,7 +115,13 @@ def compile_command(
     order: int,
     policy: str,
     granularity: str,
+    residual: bool | None,
     runtime: str,
+    dtype: str,
+    sizes: tuple[tuple[int, int], ...],
+    batch: tuple[int, ...],
+    call: dict[str, Any],
+    component: str,
     output: Path | None,
     prompts: tuple[str, ...],
     seed: int,
@@ -121,16 +132,18 @@ def compile_command(
     folder = output or Path(f"{Path(model).resolve().name}-recache")
     with _progress() as report:
         report("loading libraries")
+        import torch
+
         from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
         from recache_compile.files import check_file
         from recache_compile.loading import EMBEDDED, load_pipeline
         from recache_compile.measure import compare
         from recache_compile.picture import save_comparison
-        from recache_compile.recording import record_examples
+        from recache_compile.recording import prompted, record_examples
         from recache_compile.runtimes.registry import get_runtime
 
-        compile_options(budgets, steps, forecaster, order, policy, granularity, hoist)
+        compile_options(budgets, steps, forecaster, order, policy, granularity, hoist, residual)
         backend = get_runtime(runtime, explain=_notice)
         check_writable(folder)
         picture = folder.with_name(f"{folder.name}.png")
@@ -138,20 +151,24 @@ def compile_command(
         if picture.exists() and not folder.exists():
             raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
         report(f"loading {model}")
-        pipeline = load_pipeline(model)
+        pipeline = load_pipeline(model, getattr(torch, dtype))
         captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+        shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
         report("checking the prompts")
         for caption in captions[1:]:  # compiling records the first
-            record_examples(pipeline, steps, {"prompt": caption})
+            record_examples(pipeline, steps, prompted(pipeline, caption, shapes[0]), component)
         compiled = compile(
             pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
-            hoist=hoist, call={"prompt": captions[0]}, report=report,
+            residual=residual, hoist=hoist, component=component, report=report,
+            call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
         )  # fmt: skip
         where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
-        compiled = replace(compiled, description=replace(compiled.description, model=where))
+        description = replace(compiled.description, model=where, call=shapes[0], component=component)
+        compiled = replace(compiled, description=description)
         report(f"writing {folder}")
         compiled.save(folder)
-        measured, pictures = compare(pipeline, compiled, captions, seed, report=report)
+        calls = [prompted(pipeline, caption, shapes[0], batch[0]) for caption in captions]
+        measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
         if pictures:
             save_comparison(pictures, compiled.schedules, captions, picture)
     if as_json:
@@ -210,26 +227,30 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
         from recache_compile.artifact import load
         from recache_compile.files import check_file, writing
         from recache_compile.loading import load_pipeline
+        from recache_compile.recording import prompted
         from recache_compile.stand_in import accelerate
 
         check_file(output)
         report(f"loading {artifact}")
         compiled = load(artifact)
-        pipeline = load_pipeline(compiled.description.model, transformer=None)
-        accelerate(pipeline, compiled, budget)
+        facts = compiled.description
+        dtype = getattr(torch, facts.dtype)
+        pipeline = load_pipeline(facts.model, dtype, **{facts.component: None})
+        accelerate(pipeline, {facts.component: compiled}, budget)
         pipeline.set_progress_bar_config(disable=True)
         report("drawing")
         generator = torch.Generator().manual_seed(seed)
-        steps = compiled.description.num_steps
-        images = getattr(pipeline(caption, num_inference_steps=steps, generator=generator), "images", None)
+        arguments = {**prompted(pipeline, caption, facts.call), "num_inference_steps": facts.num_steps}
+        images = getattr(pipeline(**arguments, generator=generator), "images", None)
         if images is None:
-            raise ModelError(f"{compiled.description.model}: the pipeline makes no images; use it from Python instead")
+            raise ModelError(f"{facts.model}: the pipeline makes no images; use it from Python instead")
         picture = images[0]
         if max(picture.size) <= 128:
             picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
         with writing(output) as partial:
             picture.save(partial, format="PNG")
-    _say(f"{output}  ({pipeline.transformer.budget} of {steps} steps recomputed)")
+    chosen = getattr(pipeline, facts.component).budget
+    _say(f"{output}  ({chosen} of {facts.num_steps} steps recomputed)")
 
 
 @main.command("inspect")
@@ -254,6 +275,52 @@ def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
     else:
         assert facts is not None
         print_facts(facts, PAGE)
+
+
+@main.command("plan")
+@click.argument("model")
+@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option("--steps", type=int, help="Denoising steps T.  [default: the usual number of a known model, else 50]")
+@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache or newton.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option("--policy", default="uniform", show_default=True, help="As for compile.")
+@click.option("--granularity", default="stack", show_default=True, help="output, stack, block or module.")
+@click.option("--residual/--absolute", default=None, help="As for compile.")
+@click.option("--hoist/--no-hoist", default=True, show_default=True, help="As for compile.")
+@click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def plan_command(
+    model: str,
+    budgets: tuple[int, ...],
+    steps: int | None,
+    forecaster: str,
+    order: int,
+    policy: str,
+    granularity: str,
+    residual: bool | None,
+    hoist: bool,
+    call: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Show what compiling MODEL would cost and save, without its weights.
+
+    MODEL is the name of a known model (such as flux.1-dev), a JSON file that describes one,
+    or whatever compile takes.
+    """
+    with _progress() as report:
+        report("loading libraries")
+        from recache_compile.api import compile_options
+        from recache_compile.planning import find_abstract, plan_model, print_plan
+
+        report(f"building {model}")
+        abstract = find_abstract(model, steps or 50, call)
+        steps = steps or abstract.num_steps
+        options = compile_options(budgets, steps, forecaster, order, policy, granularity, hoist, residual)
+        facts = plan_model(abstract, options, report)
+    if as_json:
+        click.echo(json.dumps(asdict(facts)))
+    else:
+        print_plan(facts, PAGE)
 
 
 def _say(text: str) -> None:

@@ -30,6 +30,10 @@ class Description:
         policy, granularity, runtime: the other choices, as text.
         residual: whether differences are cached; None: where the granularity does so by itself.
         hoist: whether latents-independent work was moved to the prologue.
+        dtype: of the latents.
+        component: the pipeline's component that was compiled.
+        call: arguments of the pipeline, beside the prompt, that it was compiled for; the first
+            where there are several.
         unread: weights of the module that no program reads.
     """
 
@@ -44,6 +48,9 @@ class Description:
     residual: bool | None
     runtime: str
     hoist: bool
+    dtype: str = "float32"
+    component: str = "transformer"
+    call: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
 

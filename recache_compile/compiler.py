@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from recache_compile.adapters import fused_adapters
 from recache_compile.capture import Captured, capture
 from recache_compile.compiled import Compiled, Description
 from recache_compile.cost import count_macs
@@ -26,7 +27,7 @@ from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import verify_split
 from recache_compile.plan import make_plan
 from recache_compile.policies.base import Policy, Problem
-from recache_compile.program import Granularity, Kind, Program, Role, Row, row_name, table_name
+from recache_compile.program import Granularity, Kind, Program, Role, Row, dtype_name, row_name, table_name
 from recache_compile.runtimes.base import Engine, Runtime, Variant
 from recache_compile.schedule import Schedule, check_budgets
 
@@ -71,24 +72,19 @@ def compile_module(
 ) -> Compiled:
     """Capture, annotate, plan, specialise (and hoist, and verify), lower."""
     keep = tempfile.TemporaryDirectory(prefix="recache-")
-    variants: list[Variant] = []
+    with fused_adapters(module):
+        captures = capture_all(module, examples, options, report)
+        names = tuple(module.state_dict())
+    annotated = [annotate(captured, options) for captured in captures]
+    sites = check_same_sites(annotated)
+    report(describe_sites(annotated[0]))
     weights: dict[str, Tensor] = {}
-    first: Captured | None = None
-    sites = 0
-    for number, example in enumerate(examples):
-        report("capturing")
-        captured = capture(module, example.inputs, {**example.roles, **options.roles}, label=str(number))
-        check_same_call(captured, first := first or captured)
+    variants: list[Variant] = []
+    for number, (example, captured, program) in enumerate(zip(examples, captures, annotated, strict=True)):
         timesteps = check_timesteps(example.timesteps, captured.program, options)
-        annotated = annotate(captured, options)
-        sites = check_same_sites(annotated, sites)
-        report(describe_sites(annotated))
-        programs = specialise(annotated, options, report)
-        for program in programs.values():
-            weights.update(program.weights)
+        programs = specialise(program, options, report)
+        weights |= {name: weight for each in programs.values() for name, weight in each.weights.items()}
         device = device_of(example.inputs)
-        engines = lower(programs, runtime, weights, device, Path(keep.name) / str(number), report)
-        macs = count_macs(captured.program, device)
         variants.append(
             Variant(
                 inputs=captured.program.inputs,
@@ -96,17 +92,36 @@ def compile_module(
                 fixed=captured.fixed,
                 device=device,
                 programs=programs,
-                engines=engines,
+                engines=lower(programs, runtime, weights, device, Path(keep.name) / str(number), report),
                 timesteps=timesteps,
-                macs=macs,
+                macs=count_macs(captured.program, device),
             )
         )
-    assert first is not None
-    unread = tuple(name for name in module.state_dict() if name not in weights)
     plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
-    return Compiled(
-        replace(description, unread=unread), first.signature, plans, tuple(variants), weights, Path(keep.name), keep
+    latents = next(value for value in variants[0].inputs if value.kind is Kind.LATENTS)
+    description = replace(
+        description,
+        dtype=dtype_name(latents.dtype),
+        unread=tuple(name for name in names if name not in weights),
     )
+    return Compiled(description, captures[0].signature, plans, tuple(variants), weights, Path(keep.name), keep)
+
+
+def capture_all(module: nn.Module, examples: Sequence[Example], options: Options, report: Report) -> list[Captured]:
+    """Capture the module once for each example.
+
+    Raises:
+        CaptureError: the results do not have the same structure.
+    """
+    captures = []
+    for number, example in enumerate(examples):
+        report("capturing")
+        captures.append(capture(module, example.inputs, {**example.roles, **options.roles}, label=str(number)))
+        if captures[-1].signature != captures[0].signature:
+            raise CaptureError(
+                "examples: the model returns another structure for one of them than for the first; compile apart"
+            )
+    return captures
 
 
 def distinct(examples: Iterable[Example]) -> list[Example]:
@@ -121,20 +136,13 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
     return list(kinds.values())
 
 
-def check_same_call(captured: Captured, first: Captured) -> None:
-    """Raise unless an example calls the model in the same way as the first and gets the same kind of result."""
-    if captured.signature != first.signature:
-        raise CaptureError(
-            "examples: the model returns another structure for one of them than for the first; compile apart"
-        )
-
-
-def check_same_sites(annotated: Program, expected: int) -> int:
+def check_same_sites(annotated: Sequence[Program]) -> int:
     """The number of cache sites, which the plans of all examples share."""
-    found = len(cache_points(annotated))
-    if expected not in (0, found):
-        raise CaptureError(f"examples: one has {found} cache sites, the first has {expected}; compile apart")
-    return found
+    first, *others = (len(cache_points(program)) for program in annotated)
+    for found in others:
+        if found != first:
+            raise CaptureError(f"examples: one has {found} cache sites, the first has {first}; compile apart")
+    return first
 
 
 def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options: Options) -> dict[str, Tensor]:

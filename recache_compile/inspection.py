@@ -1,5 +1,6 @@
 """What a compiled model will do, told before it does it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from recache_compile.compiled import Compiled, Description
-from recache_compile.cost import count_macs
+from recache_compile.cost import Cost, count_macs
 from recache_compile.errors import DispatchError
+from recache_compile.plan import Plan
 from recache_compile.program import Kind, Program
 from recache_compile.serialize import describe
 
@@ -74,17 +76,18 @@ def facts_of(compiled: Compiled) -> Facts:
         hoisted_parameters=prologue.num_parameters if prologue else 0,
         capture_macs=variant.macs,
         shapes={value.name: value.shape for value in variant.inputs},
-        programs=tuple(_program_facts(program, variant.device) for program in variant.programs.values()),
+        programs=tuple(program_facts(program, variant.device) for program in variant.programs.values()),
         sites=tuple(
             SiteFacts(value.site or 0, value.shape, value.nbytes)
             for value in variant.programs["recompute"].outputs
             if value.kind is Kind.FEATURE
         ),
-        budgets=tuple(_budget_facts(compiled, budget) for budget in compiled.plans),
+        budgets=tuple(budget_facts(budget, plan, compiled.cost(budget)) for budget, plan in compiled.plans.items()),
     )
 
 
-def _program_facts(program: Program, device: torch.device) -> ProgramFacts:
+def program_facts(program: Program, device: torch.device) -> ProgramFacts:
+    """Facts about one program whose weights are on `device`."""
     return ProgramFacts(
         name=program.name,
         calls=program.num_calls,
@@ -95,8 +98,8 @@ def _program_facts(program: Program, device: torch.device) -> ProgramFacts:
     )
 
 
-def _budget_facts(compiled: Compiled, budget: int) -> BudgetFacts:
-    plan, cost = compiled.plans[budget], compiled.cost(budget)
+def budget_facts(budget: int, plan: Plan, cost: Cost) -> BudgetFacts:
+    """Facts about one plan."""
     return BudgetFacts(
         budget=budget,
         recompute_steps=plan.schedule.recompute_steps,
@@ -117,22 +120,13 @@ def print_facts(facts: Facts, console: Console) -> None:
         f"{about.model} ({about.model_class}), {about.num_steps} steps, {about.forecaster} order {about.order},"
         f" policy {about.policy}, {about.granularity} sites, {about.runtime}\n"
         f"{facts.parameters:,} parameters, {facts.hoisted_parameters / max(facts.parameters, 1):.1%} of them hoisted;"
-        f" {_si(facts.capture_macs)} MACs a call",
+        f" {with_unit(facts.capture_macs)} MACs a call",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    programs = _table("programs", ">calls", ">parameters", ">MACs", "reads", "returns", first="program")
-    for each in facts.programs:
-        macs = "per row" if each.macs is None else _si(each.macs)
-        names = (" ".join(each.inputs), " ".join(each.outputs))
-        programs.add_row(each.name, f"{each.calls:,}", f"{each.parameters:,}", macs, *names)
-    console.print(programs)
-    budgets = _table("budgets", ">MACs", ">of them prologue", ">MACs ÷", ">history", ">tables", first=">budget")
-    for budget in facts.budgets:
-        costs = (_si(budget.macs), _si(budget.prologue_macs), f"{budget.macs_reduction:.2f}")
-        budgets.add_row(str(budget.budget), *costs, _bytes(budget.history_bytes), _bytes(budget.table_bytes))
-    console.print(budgets)
+    print_programs(facts.programs, console)
+    print_budgets(facts.budgets, console)
     console.print("plans: # recompute, · cached", highlight=False)
     for budget in facts.budgets:
         plan = "".join("#" if engine == "recompute" else "·" for engine in budget.engines)
@@ -144,7 +138,31 @@ def print_facts(facts: Facts, console: Console) -> None:
         )
 
 
-def _table(title: str, *columns: str, first: str) -> Table:
+def print_programs(programs: Sequence[ProgramFacts], console: Console) -> None:
+    """One row a program."""
+    rows = table("programs", ">calls", ">parameters", ">MACs", "reads", "returns", first="program")
+    for each in programs:
+        macs = "per row" if each.macs is None else with_unit(each.macs)
+        names = (_names(each.inputs), _names(each.outputs))
+        rows.add_row(each.name, f"{each.calls:,}", f"{each.parameters:,}", macs, *names)
+    console.print(rows)
+
+
+def _names(names: Sequence[str]) -> str:
+    """A few names in full, many in short: there can be hundreds of features."""
+    return " ".join(names) if len(names) <= 12 else f"{' '.join(names[:6])} ... {names[-1]} ({len(names)})"
+
+
+def print_budgets(budgets: Sequence[BudgetFacts], console: Console) -> None:
+    """One row a budget."""
+    rows = table("budgets", ">MACs", ">of them prologue", ">MACs ÷", ">history", ">tables", first=">budget")
+    for budget in budgets:
+        costs = (with_unit(budget.macs), with_unit(budget.prologue_macs), f"{budget.macs_reduction:.2f}")
+        rows.add_row(str(budget.budget), *costs, _bytes(budget.history_bytes), _bytes(budget.table_bytes))
+    console.print(rows)
+
+
+def table(title: str, *columns: str, first: str) -> Table:
     """A table; columns that begin with > are right-aligned."""
     table = Table(title=title, title_justify="left")
     for column in (first, *columns):
@@ -181,7 +199,8 @@ def _type(node: Any) -> str:
     return str(node.meta["type"]) if "type" in node.meta else describe(node.meta.get("val"))
 
 
-def _si(number: float) -> str:
+def with_unit(number: float) -> str:
+    """Three digits and an SI prefix."""
     for unit in ("", " k", " M", " G", " T"):
         if number < 1000:
             return f"{number:.3g}{unit}"
@@ -190,4 +209,4 @@ def _si(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    return _si(number) + "B" if number >= 1000 else f"{number:.0f} B"
+    return with_unit(number) + "B" if number >= 1000 else f"{number:.0f} B"

@@ -18,38 +18,64 @@ _UNKNOWN = "not an embedded model (shapes), a pipeline folder, or a Hub id that 
 EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes" / "weights"}
 
 
-def load_pipeline(model: str, **components: Any) -> "DiffusionPipeline":
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, **components: Any) -> "DiffusionPipeline":
     """A pipeline from the name of an embedded model, a local folder or a Hub id.
 
     Args:
         model: what the user wrote.
+        dtype: of its weights.
         components: replace components, as `transformer=None`.
 
     Raises:
         ModelError: there is no such model, or it is no pipeline.
     """
     from diffusers import DiffusionPipeline
+
+    config = load_config(model)
+    _require_libraries(model, config)
+    cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
+    with _loading(model), _no_random_weights(model):
+        return cls.from_pretrained(
+            _source(model),
+            dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            **components,
+        )
+
+
+def load_config(model: str, component: str | None = None) -> dict[str, Any]:
+    """The index of a pipeline, or the configuration of one of its components.
+
+    Raises:
+        ModelError: there is no such model, or it is no pipeline.
+    """
+    from diffusers import ConfigMixin, DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    with _loading(model):
+        if component is None:
+            return dict(DiffusionPipeline.load_config(_source(model)))
+        reader = type("Component", (ConfigMixin,), {"config_name": "config.json"})
+        return dict(reader.load_config(_source(model), subfolder=component))
+
+
+def _source(model: str) -> str:
+    """The folder or Hub id of a model."""
+    folder = EMBEDDED.get(model, Path(model))
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
+    if not folder.is_dir() and model.count("/") != 1:
+        raise ModelError(f"model {model}: {_UNKNOWN}")
+    return str(folder) if folder.is_dir() else model
+
+
+@contextlib.contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """One line for whatever stops a model from being loaded."""
     try:
-        folder = EMBEDDED.get(model, Path(model))
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
-        if not folder.is_dir() and model.count("/") != 1:
-            raise ModelError(f"model {model}: {_UNKNOWN}")
-        source = str(folder) if folder.is_dir() else model
-        config = DiffusionPipeline.load_config(source)
-        _require_libraries(model, config)
-        cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
-        with _no_random_weights(model):
-            return cls.from_pretrained(
-                source,
-                dtype=torch.float32,
-                use_safetensors=True,
-                low_cpu_mem_usage=find_spec("accelerate") is not None,
-                **components,
-            )
+        yield
     except RecacheError:
         raise
     except Exception as error:  # diffusers and the Hub raise many kinds, none of them ours

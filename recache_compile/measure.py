@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from recache_compile.compiled import Compiled
+from recache_compile.recording import DENOISER
 from recache_compile.stand_in import accelerate
 
 MIN_SQUARED_ERROR = 1e-10
@@ -53,19 +54,21 @@ def ssim(picture: Tensor, reference: Tensor) -> float:
 def compare(
     pipeline: Any,
     compiled: Compiled,
-    prompts: Sequence[str],
+    calls: Sequence[Mapping[str, Any]],
     seed: int,
     repeats: int = 3,
+    component: str = DENOISER,
     report: Callable[[str], None] = lambda stage: None,
 ) -> tuple[list[Measured], dict[int | None, list[Tensor]]]:
-    """Draw every prompt uncached and under every budget, from the same seeds.
+    """Make every call uncached and under every budget, from the same seeds.
 
     Args:
         pipeline: the uncached pipeline; its progress bar is turned off.
         compiled: what was compiled for it.
-        prompts: one picture each, seeds counting up from `seed`.
+        calls: arguments of the pipeline; one picture each, seeds counting up from `seed`.
         seed: of the first picture.
         repeats: timed generations of each kind, interleaved, each with its prologue; medians count.
+        component: the transformer that was compiled.
         report: told what begins.
 
     Returns:
@@ -76,15 +79,15 @@ def compare(
     pictures: dict[int | None, list[Tensor]] = {}
     for budget in (None, *compiled.plans):
         report("drawing uncached" if budget is None else f"drawing with budget {budget}")
-        chosen = _under(pipeline, compiled, budget)
-        drawn = [_draw(chosen, compiled, prompt, seed + number) for number, prompt in enumerate(prompts)]
+        chosen = _under(pipeline, compiled, component, budget)
+        drawn = [_draw(chosen, compiled, call, seed + number) for number, call in enumerate(calls)]
         pictures[budget] = [picture for picture in drawn if picture is not None]
     report("timing")
     times: dict[int | None, list[float]] = {budget: [] for budget in pictures}
     for _ in range(repeats):
         for budget, taken in times.items():
-            chosen = _under(pipeline, compiled, budget)  # anew, so that every generation runs its prologue
-            taken.append(seconds(lambda chosen=chosen: _draw(chosen, compiled, prompts[0], seed)))  # type: ignore[misc]
+            chosen = _under(pipeline, compiled, component, budget)  # anew: every generation runs its prologue
+            taken.append(seconds(lambda chosen=chosen: _draw(chosen, compiled, calls[0], seed)))  # type: ignore[misc]
     measured = []
     for budget, plan in compiled.plans.items():
         pairs = list(zip(pictures[budget], pictures[None], strict=True))
@@ -101,16 +104,17 @@ def compare(
     return measured, pictures if pictures[None] else {}
 
 
-def _under(pipeline: Any, compiled: Compiled, budget: int | None) -> Any:
+def _under(pipeline: Any, compiled: Compiled, component: str, budget: int | None) -> Any:
     """The pipeline itself, or a copy that runs on the engines."""
-    return pipeline if budget is None else accelerate(copy.copy(pipeline), compiled, budget)
+    return pipeline if budget is None else accelerate(copy.copy(pipeline), {component: compiled}, budget)
 
 
-def _draw(pipeline: Any, compiled: Compiled, prompt: str, seed: int) -> Tensor | None:
+def _draw(pipeline: Any, compiled: Compiled, call: Mapping[str, Any], seed: int) -> Tensor | None:
     """One picture (3, H, W) in [0, 1]; None where the pipeline's result has no images."""
     generator = torch.Generator().manual_seed(seed)
     steps = compiled.description.num_steps
-    images = getattr(pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="pt"), "images", None)
+    arguments = {"num_inference_steps": steps, "generator": generator, "output_type": "pt", **call}
+    images = getattr(pipeline(**arguments), "images", None)
     return None if images is None else images[0].detach().cpu()
 
 

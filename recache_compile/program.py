@@ -146,6 +146,11 @@ def table_name(row: Row) -> str:
     return row_name(tuple(min(kind, 1) for kind in row)).removesuffix("_1") if len(set(row)) == 1 else row_name(row)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def get_attribute(module: nn.Module, name: str) -> Any:
     """Follow a dotted name."""
     value: Any = module

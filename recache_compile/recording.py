@@ -89,6 +89,7 @@ class _StandIn:
     """Takes the place of a module's `forward`."""
 
     forward: Any
+    device: torch.device
     calls: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[Any, Any] = field(default_factory=dict)
 
@@ -96,20 +97,35 @@ class _StandIn:
         inputs = bind(inspect.signature(self.forward), args, kwargs)
         kind = _kind(inputs)
         if kind not in self.answers:
-            zeros = pytree.tree_map_only(Tensor, torch.zeros_like, self.forward(*args, **kwargs))
-            self.answers[kind] = zeros
+            self.answers[kind] = self._zeros(args, kwargs)
         self.calls.append(inputs)
         return self.answers[kind]
+
+    def _zeros(self, args: Any, kwargs: Any) -> Any:
+        """A result of the right shape, where the arguments are; the module may be on the meta device."""
+        device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if self.device.type == "meta":
+            args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        result = self.forward(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device), result)
 
 
 @contextlib.contextmanager
 def _standing_in(module: nn.Module) -> Iterator[_StandIn]:
-    stand_in = _StandIn(module.forward)
+    stand_in = _StandIn(module.forward, next(module.parameters()).device)
     module.forward = stand_in  # type: ignore[method-assign, assignment]
     try:
         yield stand_in
     finally:
         del module.forward
+
+
+def prompted(pipeline: Any, prompt: str, call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:
+    """Arguments of a pipeline call with the prompt filled in, where the pipeline takes one and none is given."""
+    arguments = dict(call)
+    if not any(name.startswith("prompt") for name in call):
+        arguments |= _accepted(pipeline, {"prompt": prompt if batch == 1 else [prompt] * batch})
+    return arguments
 
 
 def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

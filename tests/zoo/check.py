@@ -28,6 +28,7 @@ class Checked:
         hoisted: share of the parameters that are out of the step programs.
         full_error: largest error at budget = T against the original, relative to the largest value.
         cached_error: the same at budget = T/2 against the reference; None where there is no reference.
+        baked: inputs that were taken as constants.
     """
 
     sites: int
@@ -35,6 +36,7 @@ class Checked:
     hoisted: float
     full_error: float
     cached_error: float | None
+    baked: tuple[str, ...]
 
 
 def check(case: Case, granularity: str, module: nn.Module | None = None) -> Checked:
@@ -65,6 +67,7 @@ def check(case: Case, granularity: str, module: nn.Module | None = None) -> Chec
         hoisted=hoisted / max(1, sum(weight.numel() for weight in compiled.weights.values())),
         full_error=full_error,
         cached_error=cached_error,
+        baked=tuple(compiled.variants[0].fixed),
     )
 
 

@@ -1,0 +1,55 @@
+"""Types of command-line parameters."""
+
+import json
+from typing import Any
+
+import click
+
+from recache_compile.errors import ModelError, ScheduleError
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Whole numbers, separated by commas."""
+
+    name = "N,N,..."
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """See `click.ParamType`."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            raise ScheduleError(f"{self.what} {value!r}: expected whole numbers such as 5,10,15") from None
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """See `click.ParamType`."""
+        width, _, height = str(value).partition("x")
+        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise ModelError(f"size {value!r}: expected WIDTHxHEIGHT in pixels, such as 1024x768")
+        return int(width), int(height)
+
+
+class JsonObject(click.ParamType):  # type: ignore[type-arg]
+    """One JSON object."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """See `click.ParamType`."""
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            raise ModelError(f"call {value!r}: is no JSON ({error})") from None
+        if not isinstance(parsed, dict):
+            raise ModelError(f'call {value!r}: expected a JSON object, such as {{"guidance_scale": 3.5}}')
+        return parsed

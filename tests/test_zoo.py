@@ -1,0 +1,56 @@
+"""Every transformer class of `diffusers`: a representative dozen always, all of them in the slow set."""
+
+import pytest
+
+from recache_compile.errors import CaptureError
+from tests.zoo.check import check
+from tests.zoo.table import TOLERANCE, all_cases, transformer_classes
+
+CASES = all_cases()
+
+DOZEN = (
+    "FluxTransformer2DModel",
+    "SD3Transformer2DModel",
+    "PixArtTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "SanaTransformer2DModel",
+    "ZImageTransformer2DModel",
+    "Lumina2Transformer2DModel",
+    "WanTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel",
+    "StableAudioDiTModel",
+)
+"""Joint and single blocks, cross attention, skip connections, lists in and out, masks that the code reads, refiners,
+two streams of latents, in-place writes, audio."""
+
+UNREADABLE = ("HiDreamImageTransformer2DModel",)
+"""Their code decides by values of the latents: which experts get how many tokens."""
+
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in (*DOZEN, *UNREADABLE)]
+
+
+@pytest.mark.parametrize("granularity", ["stack", "block"])
+@pytest.mark.parametrize("name", [*DOZEN, *OTHERS])
+def test_both_budgets_are_right(name: str, granularity: str) -> None:
+    checked = check(CASES[name], granularity)
+    assert checked.full_error <= TOLERANCE
+    assert checked.cached_error is not None
+    assert checked.cached_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["output", "module"])
+@pytest.mark.parametrize("name", DOZEN)
+def test_the_full_budget_is_the_original(name: str, granularity: str) -> None:
+    assert check(CASES[name], granularity).full_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_code_that_reads_the_latents_is_named(name: str) -> None:
+    with pytest.raises(CaptureError, match="the model's code decides by values computed from hidden_states"):
+        check(CASES[name], "stack")
+
+
+def test_every_class_has_a_case() -> None:
+    assert set(transformer_classes()) <= set(CASES)
