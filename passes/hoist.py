@@ -1,6 +1,6 @@
 """Move all latents-independent work out of the step programs, into one prologue."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -35,8 +35,17 @@ class Hoist(Pass):
     and arithmetic on one tensor stay where they are used, which keeps the number of
     crossing values small.  The layout is kept in `meta["layout"]` of the new inputs, for
     `build_prologue`.
+
+    A row has a price: it is held once for every step.  Where all rows together would take
+    more than `row_bytes` per step, the largest values stay in the step, marked
+    `meta["stays"]`: the modulation of models whose timestep differs from token to token,
+    for example, is as large as their activations.
+
+    Args:
+        row_bytes: limit for one row; None: no limit.
     """
 
+    row_bytes: int | None = None
     name: ClassVar[str] = "hoist"
     requires: ClassVar[tuple[str, ...]] = ("specialise",)
 
@@ -44,7 +53,7 @@ class Hoist(Pass):
         """See the class."""
         graph = module.graph
         times = binding_times(graph)
-        crossing = boundary(graph)
+        crossing = affordable_boundary(graph, self.row_bytes)
         for kind, prefix in ((Kind.TABLE_ROW, "row"), (Kind.FIXED, "fixed")):
             timely = [node for node in crossing if (Binding.TIMESTEP in times[node]) == (kind is Kind.TABLE_ROW)]
             for dtype in dict.fromkeys(node.meta["val"].dtype for node in timely):
@@ -56,9 +65,20 @@ class Hoist(Pass):
         return bool(crossing) or len(graph.nodes) != before
 
 
-def boundary(graph: fx.Graph) -> list[fx.Node]:
-    """The latents-independent values that a step must be given, in graph order."""
+def affordable_boundary(graph: fx.Graph, row_bytes: int | None) -> list[fx.Node]:
+    """The boundary, once the largest timestep-dependent values stay in the step where a row would be too large."""
     times = binding_times(graph)
+    while True:
+        crossing = boundary(graph, times)
+        rows = [node for node in crossing if Binding.TIMESTEP in times[node]]
+        movable = [node for node in rows if node.op != "placeholder"]
+        if row_bytes is None or not movable or sum(node.meta["val"].nbytes for node in rows) <= row_bytes:
+            return crossing
+        max(movable, key=lambda node: node.meta["val"].nbytes).meta["stays"] = True
+
+
+def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]:
+    """The latents-independent values that a step must be given, in graph order."""
     crossing: set[fx.Node] = set()
     visited: set[fx.Node] = set()
     readers = [node for node in graph.nodes if node.op == "output" or Binding.LATENTS in times[node]]
@@ -69,7 +89,7 @@ def boundary(graph: fx.Graph) -> list[fx.Node]:
         if node in visited or stays:
             continue
         visited.add(node)
-        if is_cheap(node):
+        if is_cheap(node) or "stays" in node.meta:
             pending.extend(node.all_input_nodes)
         else:
             crossing.add(node)

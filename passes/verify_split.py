@@ -15,7 +15,8 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
 
     Every table that a step reads is made by the prologue in the same layout size and type;
     no weight is read on both sides, unless the model itself ties it; no matrix product
-    that does not depend on the latents is left in a step program.
+    that does not depend on the latents is left in a step program.  What `Hoist` left there
+    on purpose is excepted.
 
     Args:
         annotated: the program before the split.
@@ -41,7 +42,8 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
                 raise PassError(
                     f"split of {program.name}: it reads table {table} in another layout than {programs[0].name}"
                 )
-            torn = sorted(set(program.weights) & set(prologue.weights) - tied_weights(annotated))
+            shared = tied_weights(annotated) | staying_weights(program)
+            torn = sorted(set(program.weights) & set(prologue.weights) - shared)
             if torn:
                 raise PassError(f"split of {program.name}: the prologue reads the same weights {torn}")
 
@@ -49,7 +51,17 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
 def independent_matmuls(program: Program) -> list[str]:
     """Names of the matrix products that depend on neither latents nor history."""
     times = binding_times(program.module.graph)
-    return [node.name for node, time in times.items() if packet(node) in MATMULS and Binding.LATENTS not in time]
+    return [
+        node.name
+        for node, time in times.items()
+        if packet(node) in MATMULS and Binding.LATENTS not in time and "stays" not in node.meta
+    ]
+
+
+def staying_weights(program: Program) -> set[str]:
+    """Weights of what a step computes itself because its table would be too large."""
+    weights = program.module.graph.find_nodes(op="get_attr")
+    return {str(node.target) for node in weights if any("stays" in user.meta for user in node.users)}
 
 
 def tied_weights(program: Program) -> set[str]:

@@ -33,6 +33,9 @@ from recache_compile.schedule import Schedule, check_budgets
 
 Report = Callable[[str], None]
 
+MIN_TABLE_BYTES = 64 << 20
+"""Tables of this size are always worth it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -60,6 +63,11 @@ class Options:
     residual: bool | None
     hoist: bool
     roles: Mapping[str, Role | str]
+
+    @property
+    def num_steps(self) -> int:
+        """Length T of the denoising loop."""
+        return next(iter(self.schedules.values())).num_steps
 
 
 def compile_module(
@@ -152,7 +160,7 @@ def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options:
     for name, column in timesteps.items():
         if name not in inputs:
             raise CaptureError(f"timesteps: {name!r} is no timestep input; these are: {', '.join(inputs) or 'none'}")
-        expected = (next(iter(options.schedules.values())).num_steps, *inputs[name].shape)
+        expected = (options.num_steps, *inputs[name].shape)
         if tuple(column.shape) != expected:
             raise CaptureError(
                 f"timesteps {name!r}: shape {tuple(column.shape)}, expected (num_steps, *shape) = {expected}"
@@ -205,20 +213,27 @@ def rows_of(options: Options, num_sites: int) -> list[Row]:
     Whatever steps are chosen later, and wherever a generation starts, its rows are among these.
     """
     budgets = [schedule.budget for schedule in options.schedules.values()]
-    cached = [budget for budget in budgets if budget < next(iter(options.schedules.values())).num_steps]
+    cached = [budget for budget in budgets if budget < options.num_steps]
     anchors = min(options.forecaster.order + 1, max(cached, default=0))
     return [(anchor,) * num_sites for anchor in range(anchors + 1)]
+
+
+def row_limit(annotated: Program, num_steps: int) -> int:
+    """Bytes that the prologue may keep for each step, so that its tables stay small beside the weights."""
+    weights = sum(weight.nbytes for weight in annotated.weights.values())
+    return max(MIN_TABLE_BYTES, weights // 4) // num_steps
 
 
 def specialise(annotated: Program, options: Options, report: Report) -> dict[str, Program]:
     """One program for each row, and the prologue that they share."""
     hoist = options.hoist
     rows = rows_of(options, len(cache_points(annotated)))
+    limit = row_limit(annotated, options.num_steps)
     programs: dict[str, Program] = {}
     tables: dict[str, list[Program]] = {}
     for row in rows:
         report(f"specialising {row_name(row)}")
-        passes = (Specialise(row), Hoist(), Simplify()) if hoist else (Specialise(row), Simplify())
+        passes = (Specialise(row), Hoist(limit), Simplify()) if hoist else (Specialise(row), Simplify())
         programs[row_name(row)] = run_passes(annotated, passes).renamed(row_name(row))
         tables.setdefault(table_name(row), []).append(programs[row_name(row)])
     reads = {value.kind for program in programs.values() for value in program.inputs}

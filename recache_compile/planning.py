@@ -129,7 +129,7 @@ def plan_model(abstract: Abstract, options: Options, report: Callable[[str], Non
     return PlanFacts(
         model=abstract.name,
         size=abstract.size,
-        num_steps=next(iter(options.schedules.values())).num_steps,
+        num_steps=options.num_steps,
         forecaster=options.forecaster.name,
         order=options.forecaster.order,
         granularity=options.granularity.value,

@@ -76,7 +76,7 @@ def read_spec(file: Path) -> Abstract:
     dtype = _dtype(spec.dtype, file)
     try:
         with torch.device("meta"), quiet("diffusers.models.modeling_utils"):
-            module = transformer_class(spec.class_name)(**spec.config).to(dtype).eval()
+            module = _cast(transformer_class(spec.class_name)(**spec.config), dtype).eval()
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"{file}: {spec.class_name} does not take this config: {error}") from error
     inputs = {name: _read_input(entry, file) for name, entry in spec.inputs.items()}
@@ -95,6 +95,18 @@ def transformer_class(name: str) -> type[nn.Module]:
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ModelError(f"diffusers {diffusers.__version__} has no model class {name!r}")
     return cls
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The types that `from_pretrained` gives: some modules stay in float32, and so do buffers that are not stored."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    stored = {
+        name: tensor.to(dtype)
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point() and not kept & set(name.split("."))
+    }
+    module.load_state_dict(stored, strict=False, assign=True)
+    return module
 
 
 def on_meta(value: Any) -> Any:

@@ -39,12 +39,12 @@ class Checked:
     baked: tuple[str, ...]
 
 
-def check(case: Case, granularity: str, module: nn.Module | None = None) -> Checked:
-    """Compile a case with the eager runtime and run T steps under both budgets."""
-    module = case.build() if module is None else module
+def check(case: Case, granularity: str, runtime: str = "eager") -> Checked:
+    """Compile a case and run T steps under both budgets."""
+    module = case.build()
     inputs = case.inputs(Draw(0))
     compiled = rc.compile(
-        module, inputs, (BUDGET, NUM_STEPS), NUM_STEPS, granularity=granularity, runtime="eager", roles=case.roles
+        module, inputs, (BUDGET, NUM_STEPS), NUM_STEPS, granularity=granularity, runtime=runtime, roles=case.roles
     )
     steps = [step_inputs(compiled, inputs, step) for step in range(NUM_STEPS)]
     expected = [original(module, each) for each in steps]
