@@ -13,17 +13,20 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
 
     name = "N,N,..."
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, minimum: int | None = None) -> None:
+        self.what, self.minimum = what, minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """See `click.ParamType`."""
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(","))
+            numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             raise ScheduleError(f"{self.what} {value!r}: expected whole numbers such as 5,10,15") from None
+        if self.minimum is not None and min(numbers) < self.minimum:
+            raise ScheduleError(f"{self.what} {value!r}: expected {self.minimum} or more")
+        return numbers
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
