@@ -128,8 +128,11 @@ def use_free_row_rules(graph: fx.Graph) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         given = _arguments(node)
-        if node.target is aten.cat.default:
+        if node.target in (aten.cat.default, aten.concat.default, aten.concatenate.default):
             _retarget(node, ours.cat.default, given["tensors"], given["dim"])
+        elif node.target is aten.index_select.default:
+            skipped = [None] * (given["dim"] % given["self"].meta["val"].dim())
+            _retarget(node, aten.index.Tensor, given["self"], [*skipped, given["index"]])
         elif node.target is aten.linear.default:
             _retarget(node, ours.linear.default, given["input"], given["weight"], given["bias"])
         elif node.target is aten.layer_norm.default:

@@ -70,13 +70,19 @@ SCALAR_MATH = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten
 """Arithmetic that compilers fuse into its reader, when only one operand is a tensor."""
 
 
+FILLS = {aten.full, aten.zeros, aten.ones, aten.scalar_tensor}
+"""Operators that write one number everywhere."""
+
+
 def packet(node: fx.Node) -> object:
     """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), else the target itself."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether a call is a view or arithmetic on one tensor: repeating it costs less than storing its result."""
+    """Whether a call is a fill, a view or arithmetic on one tensor: repeating it costs less than storing its result."""
+    if packet(node) in FILLS:
+        return True
     if node.op != "call_function" or len(node.all_input_nodes) != 1:
         return False
     if node.target is operator.getitem:

@@ -1,5 +1,6 @@
 """Build the program that fills the tables which hoisted step programs read."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,11 +28,10 @@ class Pack:
     kind: Kind
     members: tuple[fx.Node, ...]
 
-    @property
-    def value(self) -> Value:
+    def value(self, rows: int | None) -> Value:
         """The prologue's result that fills it."""
         size = sum(padded(prod(node.meta["val"].shape)) for node in self.members)
-        shape = (None, size) if self.kind is Kind.TABLE_ROW else (size,)
+        shape = (rows, size) if self.kind is Kind.TABLE_ROW else (size,)
         return Value(f"{self.table}.{self.name}", Kind.TABLE, shape, self.members[0].meta["val"].dtype)
 
 
@@ -40,7 +40,8 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
 
     Its inputs are, per table, the timesteps of the steps that read it (rows, *shape), and
     the conditioning.  Its results are, per table, `fixed_*` (size,) and `row_*` (rows, size):
-    the timestep-dependent part is mapped over all rows at once (`torch.vmap`).
+    the timestep-dependent part is mapped over all rows at once (`torch.vmap`).  Where one of
+    its operators cannot be mapped over a free number of rows, a call makes one row.
 
     Args:
         annotated: the captured program with its cache points.
@@ -50,37 +51,45 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
         PassError: a step program reads a value that the captured program does not have.
     """
     packs = [pack for table, step in steps.items() for pack in _packs(annotated, table, step)]
-    prologue = _Prologue(annotated.module, packs)
-    values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table)]
-    values += [node.meta["value"] for node in prologue.conditioning]
-    rows = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
-    shapes = tuple({0: rows[value.name.rpartition("@")[2]]} if None in value.shape else {} for value in values)
+    with contextlib.suppress(Exception):  # torch raises many kinds, depending on the operator
+        return _build(annotated, packs, None)
     try:
-        exported = export_module(prologue, prologue.example(values), {}, dynamic_shapes=(shapes,)).run_decompositions(
-            {}
-        )
-    except Exception as error:  # torch raises many kinds, depending on the operator
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return _build(annotated, packs, 1)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PassError(
-            "build-prologue: an operator of the timestep-dependent part cannot be mapped over a free number of rows"
-            f" ({reason[0]}); compile without hoisting: hoist=False, --no-hoist"
+            f"build-prologue: the work that does not depend on the latents cannot be exported ({reason}); compile"
+            " without hoisting: hoist=False, --no-hoist"
         ) from error
+
+
+def _build(annotated: Program, packs: Sequence[Pack], rows: int | None) -> Program:
+    """The prologue for a number of rows; None: free."""
+    prologue = _Prologue(annotated.module, packs, rows)
+    values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table, rows)]
+    values += [node.meta["value"] for node in prologue.conditioning]
+    free = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
+    shapes = tuple({0: free[value.name.rpartition("@")[2]]} if None in value.shape else {} for value in values)
+    exported = export_module(
+        prologue, prologue.example(values), {}, dynamic_shapes=(shapes,) if values else None
+    ).run_decompositions({})
     names = {id(weight): name for name, weight in annotated.weights.items()}
     module = flatten(exported, names, "constant_prologue")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
         node.meta["value"] = value
         if not node.users:
             module.graph.erase_node(node)
-    module.graph.output_node().meta["values"] = tuple(pack.value for pack in packs)
+    module.graph.output_node().meta["values"] = tuple(pack.value(rows) for pack in packs)
     module.recompile()
     return Program("prologue", module, (*annotated.provenance, "build-prologue"))
 
 
 class _Prologue(nn.Module):
-    """The latents-independent part of a captured graph, cut out and mapped over table rows."""
+    """The latents-independent part of a captured graph, cut out and mapped over table rows, if there are several."""
 
-    def __init__(self, module: fx.GraphModule, packs: Sequence[Pack]) -> None:
+    def __init__(self, module: fx.GraphModule, packs: Sequence[Pack], num_rows: int | None) -> None:
         super().__init__()
+        self.num_rows = num_rows
         inputs = module.graph.find_nodes(op="placeholder")
         self.timesteps = [node for node in inputs if node.meta["value"].kind is Kind.TIMESTEP]
         self.conditioning = [node for node in inputs if node.meta["value"].kind is Kind.CONDITIONING]
@@ -97,8 +106,9 @@ class _Prologue(nn.Module):
         self.row_parts = nn.ModuleDict()
         for table, members in self.rows.items():
             part = _extract(module, [*self.timesteps, *self.shared], members)
-            use_free_row_rules(part.graph)
-            part.recompile()
+            if num_rows is None:
+                use_free_row_rules(part.graph)
+                part.recompile()
             self.row_parts[table] = part
 
     def example(self, values: Sequence[Value]) -> tuple[Tensor, ...]:
@@ -121,8 +131,11 @@ class _Prologue(nn.Module):
         fixed = dict(zip(self.shared, shared, strict=True))
         rows: dict[str, dict[fx.Node, Tensor]] = {}
         for at, (table, part) in enumerate(self.row_parts.items()):
-            mapped = torch.vmap(part, in_dims=(0,) * count + (None,) * len(shared))
-            results = mapped(*arguments[at * count : (at + 1) * count], *shared)
+            timesteps = arguments[at * count : (at + 1) * count]
+            if self.num_rows is None:
+                results = torch.vmap(part, in_dims=(0,) * count + (None,) * len(shared))(*timesteps, *shared)
+            else:
+                results = [result[None] for result in part(*(timestep[0] for timestep in timesteps), *shared)]
             rows[table] = dict(zip(self.rows[table], results, strict=True))
         return [
             torch.cat([_pad(_flat_rows(rows[pack.table][node])) for node in pack.members], 1)
@@ -150,10 +163,10 @@ def _packs(annotated: Program, table: str, step: Program) -> list[Pack]:
     return packs
 
 
-def _row_values(timesteps: Sequence[fx.Node], table: str) -> list[Value]:
+def _row_values(timesteps: Sequence[fx.Node], table: str, rows: int | None) -> list[Value]:
     """The timesteps of one table's rows."""
     facts = [node.meta["value"] for node in timesteps]
-    return [Value(f"{fact.name}@{table}", Kind.TIMESTEP, (None, *fact.shape), fact.dtype) for fact in facts]
+    return [Value(f"{fact.name}@{table}", Kind.TIMESTEP, (rows, *fact.shape), fact.dtype) for fact in facts]
 
 
 def _flat_rows(value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import fx
 
 from recache_compile.errors import PassError
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.ops import MATMULS, packet
+from recache_compile.passes.ops import MATMULS, is_cheap, packet
 from recache_compile.program import Binding, Kind, Program
 
 
@@ -69,11 +69,11 @@ def tied_weights(program: Program) -> set[str]:
     times = binding_times(program.module.graph)
 
     def readers(node: fx.Node) -> list[fx.Node]:
-        """What reads a weight, looking through what is computed from weights alone."""
+        """What reads a weight, looking through the cheap calls on weights alone, which steps repeat."""
         return [
             reader
             for user in node.users
-            for reader in ([user] if times[user] is not Binding.NOTHING else readers(user))
+            for reader in (readers(user) if times[user] is Binding.NOTHING and is_cheap(user) else [user])
         ]
 
     def is_tied(weight: fx.Node) -> bool:

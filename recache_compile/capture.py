@@ -102,8 +102,8 @@ def capture(
     assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
     trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Role.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
     try:
+        graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
         tensors = _describe(graph_module.graph, leaves, assigned, trace.constants)
     except CaptureError as error:
         raise CaptureError(f"capture of {type(module).__name__}: {error}") from None

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recache_compile.plan import Plan
-from recache_compile.program import MIN_ROWS, Kind, Program, table_name
+from recache_compile.program import MIN_ROWS, Kind, Program, makes_one_row, table_name
 
 
 def count_macs(program: Program, device: torch.device, rows: Mapping[str, int] | None = None) -> int:
@@ -75,10 +75,12 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, c
             if value.kind is Kind.FEATURE:
                 slots[value.site, step.slot] = value.nbytes
     prologue = programs.get("prologue")
-    tables = 0
-    for value in prologue.outputs if prologue else ():
-        tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if None in value.shape else 1)
+    tables = prologue_macs = 0
+    if prologue is not None:
+        for value in prologue.outputs:
+            tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if len(value.shape) > 1 else 1)
+        calls = len(plan.steps) if makes_one_row(prologue) else 1
+        prologue_macs = calls * count_macs(prologue, device, rows)
     steps = tuple(each[step.program] for step in plan.steps)
-    prologue_macs = count_macs(prologue, device, rows) if prologue else 0
     full = capture_macs * len(plan.steps)
     return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)

@@ -3,10 +3,10 @@
 import contextlib
 import copy
 import logging
-import operator
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,6 +15,25 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from recache_compile.program import get_attribute
+from recache_compile.regions import inline_regions
+
+aten = torch.ops.aten
+
+_FILLS = {
+    **dict.fromkeys((aten.zeros_like, aten.new_zeros), 0),
+    **dict.fromkeys((aten.ones_like, aten.new_ones), 1),
+    **dict.fromkeys((aten.full_like, aten.new_full)),
+}
+"""Calls that fill a tensor, and with what; None: with their last argument."""
+
+_RESHAPES = {
+    aten.view_as: aten.reshape.default,
+    aten.reshape_as: aten.reshape.default,
+    aten.expand_as: aten.expand.default,
+}
+
+_PLAIN = (Tensor, int, float, str, type(None))
+"""Types of arguments that hold nothing."""
 
 
 def export_module(
@@ -23,11 +42,17 @@ def export_module(
     """`torch.export` in non-strict mode, without gradients and without its log lines.
 
     A graph that writes to tensors is made functional, so that passes may move and merge calls.
+    Views among the arguments are copied: export would guard on the tensor that they lie in.
     """
+    args, kwargs = pytree.tree_map_only(Tensor, _owned, (args, dict(kwargs)))
     with torch.no_grad(), warnings.catch_warnings(), quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
-        exported = torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         return exported.run_decompositions({}) if any(map(writes, _all_nodes(exported.graph_module))) else exported
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -47,21 +72,21 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     """A graph module that takes and returns flat tensors, and shares the program's weights.
 
     The weights are detached: they keep their memory when the module is cast or moved later.
-    Regions are inlined, and views become reshapes: passes may then change the strides of
-    any value.
+    Regions are inlined.  Views become reshapes: passes may then change the strides of any
+    value.  What reads the shape and type of a value alone does not read the value.
 
     Args:
         exported: what `export_module` made.
         names: name of a weight by the `id` of its tensor, so that a tied weight has one name.
-        prefix: other tensors, constants of the code, are named after it and numbered.
+        prefix: other tensors, constants of the code, are named after it and numbered; equal ones are one.
     """
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
     inline_regions(module)
     graph = copy.deepcopy(module.graph)
     graph.set_codegen(CodeGen())
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
+    for node in graph.nodes:
+        write_out_shapes(node)
     known = dict(names)
     weights: dict[str, Tensor] = {}
     for node in list(graph.nodes):
@@ -69,7 +94,10 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
             graph.erase_node(node)
         elif node.op == "get_attr":
             weight = get_attribute(module, str(node.target))
-            node.target = known.setdefault(id(weight), f"{prefix}_{len(known)}")
+            if id(weight) not in known:
+                constants = {name: other for name, other in weights.items() if name.startswith(prefix)}
+                known[id(weight)] = _equal(weight, constants) or f"{prefix}_{len(known)}"
+            node.target = known[id(weight)]
             weights.setdefault(node.target, weight.detach())
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
@@ -79,56 +107,69 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     return fx.GraphModule(weights, graph)
 
 
-def inline_regions(module: fx.GraphModule) -> None:
-    """Replace calls of `torch.no_grad` and `torch.autocast` regions by what is in them.
-
-    Raises:
-        ValueError: a region casts to half precision, which inlining would lose.
-    """
-    regions = torch.ops.higher_order
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.target is regions.wrap_with_set_grad_enabled:
-            _, region, *arguments = node.args
-        elif node.target is regions.wrap_with_autocast:
-            _, dtype, enabled, _, region, *arguments = node.args
-            if enabled and dtype not in (None, torch.float32):
-                raise ValueError(f"the model runs a part of itself under torch.autocast to {dtype}")
-        else:
-            continue
-        inner = getattr(module, region.target)
-        inline_regions(inner)
-        with graph.inserting_before(node):
-            results = _copy_into(graph, module, inner, arguments)
-        for user in list(node.users):
-            assert user.target is operator.getitem
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not region.users:
-            graph.erase_node(region)
+def write_out_shapes(node: fx.Node) -> None:
+    """Replace a call that reads only the shape or type of an argument by one that has them as numbers."""
+    value, kind = node.meta.get("val"), getattr(node.target, "overloadpacket", None)
+    first: Any = node.args[0] if node.args else None
+    if node.target is aten.view.default:
+        node.target = aten.reshape.default
+    elif not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return
+    elif kind in _FILLS:
+        fill = node.args[-1] if _FILLS[kind] is None else _FILLS[kind]
+        node.target, node.args = aten.full.default, (list(value.shape), fill)
+        node.kwargs = {"dtype": value.dtype, "device": value.device}
+    elif kind in _RESHAPES:
+        node.target, node.args = _RESHAPES[kind], (first, list(value.shape))
+    elif kind is aten.type_as and first.meta["val"].device == value.device:
+        node.target, node.args = aten.to.dtype, (first, value.dtype)
 
 
-def _copy_into(graph: fx.Graph, module: fx.GraphModule, inner: fx.GraphModule, arguments: list[fx.Node]) -> Any:
-    """Copy the nodes of `inner` to the insertion point; what it returns, as nodes."""
-    copies = dict(zip(inner.graph.find_nodes(op="placeholder"), arguments, strict=True))
-    for node in inner.graph.nodes:
-        if node.op == "get_attr":
-            name = f"{module._get_name()}_{node.target}_{id(inner)}"
-            setattr(module, name, get_attribute(inner, str(node.target)))
-            copies[node] = graph.get_attr(name)
-            copies[node].meta = dict(node.meta)
-        elif node.op not in ("placeholder", "output"):
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.node.map_arg(inner.graph.output_node().args[0], copies.__getitem__)
+def _equal(tensor: Tensor, others: Mapping[str, Tensor]) -> str | None:
+    """Name of a tensor with the same type, place and values."""
+    for name, other in others.items():
+        if (other.dtype, other.device) == (tensor.dtype, tensor.device) and not tensor.is_meta and other.equal(tensor):
+            return name
+    return None
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of nested arguments by dotted name, in `torch.export`'s order."""
-    if not any(isinstance(value, (list, tuple, dict)) for value in arguments.values()):
+    if all(isinstance(value, _PLAIN) for value in arguments.values()):
         return dict(arguments)
+    open_objects(arguments)
     flat, _ = pytree.tree_flatten_with_path(dict(arguments))
     return {dotted_name(path): leaf for path, leaf in flat}
+
+
+def open_objects(arguments: Mapping[str, Any]) -> None:
+    """Let `torch.utils._pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
+    pending: list[Any] = [dict(arguments)]
+    while pending:
+        for leaf in pytree.tree_leaves(pending.pop()):
+            if hasattr(leaf, "__dict__") and not isinstance(leaf, (*_PLAIN, nn.Module, Enum)) and not callable(leaf):
+                if type(leaf) not in pytree.SUPPORTED_NODES:
+                    _register(type(leaf))
+                pending.append(leaf)
+
+
+def _register(cls: type) -> None:
+    """Flatten the instances of a class into their attributes, by name."""
+
+    def flatten_attributes(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
+        names = tuple(sorted(vars(instance)))
+        return [vars(instance)[name] for name in names], names
+
+    def flatten_with_keys(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
+        values, names = flatten_attributes(instance)
+        return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], names
+
+    def unflatten(values: Any, names: Any) -> Any:
+        instance: Any = object.__new__(cls)
+        vars(instance).update(zip(names, values, strict=True))
+        return instance
+
+    pytree.register_pytree_node(cls, flatten_attributes, unflatten, flatten_with_keys_fn=flatten_with_keys)
 
 
 def dotted_name(path: Any) -> str:

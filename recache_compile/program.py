@@ -132,6 +132,11 @@ class Program:
         return replace(self, name=name)
 
 
+def makes_one_row(prologue: Program) -> bool:
+    """Whether a call of a prologue makes one row of its tables, and not any number of rows."""
+    return any(value.shape[0] == 1 for value in prologue.outputs if len(value.shape) == 2)
+
+
 def row_name(row: Row) -> str:
     """ "recompute" and "forecast_h" for uniform rows; mixed rows are spelled out."""
     kinds = set(row)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +32,16 @@ def denoiser_of(pipeline: Any, component: str) -> nn.Module:
     """One of the pipeline's transformers.
 
     Raises:
-        ModelError: it has none of that name.
+        ModelError: it has none of that name, or one that is compiled already.
     """
     found = denoisers_of(pipeline)
     if component not in found:
         there = f"; it has {', '.join(found)}" if found else ""
         raise ModelError(f"{type(pipeline).__name__}: has no {component} to compile{there}")
+    if not any(parameter.numel() for parameter in found[component].parameters()):
+        raise ModelError(
+            f"{type(pipeline).__name__}: its {component} has no weights; give it back the one it was made of"
+        )
     return found[component]
 
 
@@ -146,12 +151,9 @@ def _kind(inputs: Mapping[str, Any]) -> Any:
 
 
 def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
-    """What calls of one kind say about steps, if they were made equally often in every step."""
-    per_step, rest = divmod(len(calls), num_steps)
-    if rest or not per_step:
-        return Example(calls[0], {}, {})
-    steps = [named_leaves(inputs) for inputs in calls[::per_step]]
-    tensors = {name: leaf for name, leaf in steps[0].items() if isinstance(leaf, Tensor)}
+    """What calls of one kind say about steps."""
+    steps = [named_leaves(inputs) for inputs in _first_calls(calls, num_steps)]
+    tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
     columns = {name: [leaves[name] for leaves in steps] for name in tensors}
     known = {name for names in ROLE_NAMES.values() for name in names}
     roles = {
@@ -160,7 +162,27 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
         if name not in known and not all(torch.equal(tensor, other) for other in columns[name])
     }
     timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Role.TIMESTEP]
+    if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
+        timely = []
     return Example(calls[0], {name: torch.stack(columns[name]) for name in timely}, roles)
+
+
+def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """The first call of every step: a step begins where the timestep changes.
+
+    Where no input is known to be a timestep, all steps must have equally many calls.
+    """
+    timesteps = [
+        {name: leaf for name, leaf in named_leaves(inputs).items() if _usual_role(name) is Role.TIMESTEP}
+        for inputs in calls
+    ]
+    if not timesteps[0]:
+        per_step, rest = divmod(len(calls), num_steps)
+        return [] if rest else calls[::per_step]
+    begins = (
+        any(not torch.equal(before[name], now[name]) for name in now) for before, now in itertools.pairwise(timesteps)
+    )
+    return [calls[0], *itertools.compress(calls[1:], begins)]
 
 
 def _usual_role(name: str) -> Role:

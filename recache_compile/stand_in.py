@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from recache_compile.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError, ModelError
+from recache_compile.export import named_leaves
 from recache_compile.program import Role
 from recache_compile.recording import DENOISER
 from recache_compile.runtimes.dispatcher import Dispatcher
+from recache_compile.runtimes.seen import Seen
 
 Fallback = Literal["eager"]
 
@@ -39,14 +42,16 @@ def accelerate(
 
     Raises:
         DispatchError: the budget was not compiled.
-        ModelError: there is nothing to fall back to.
+        ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
     parts = {DENOISER: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
     stand_ins = {}
     for name, each in parts.items():
-        original = getattr(pipeline, name, None)
+        if not hasattr(pipeline, name):
+            raise ModelError(f"{type(pipeline).__name__}: has no component {name} whose place could be taken")
+        original = getattr(pipeline, name)
         if isinstance(original, CompiledTransformer):
             original = original.original
         if fallback and original is None:
@@ -55,26 +60,23 @@ def accelerate(
         stand_ins[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
     for name, stand_in in stand_ins.items():
         setattr(pipeline, name, stand_in)
-    _accept_budget(pipeline, tuple(stand_ins))
+    _accept_budget(pipeline)
     return pipeline
 
 
-def _accept_budget(pipeline: Any, names: tuple[str, ...]) -> None:
+def _accept_budget(pipeline: Any) -> None:
     """Give the pipeline's call a `budget`, and let its transformers know where a generation begins."""
     base = getattr(type(pipeline), "_recache_base", type(pipeline))
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
-        stand_ins = [getattr(self, name) for name in names]
-        before = [each.budget for each in stand_ins]
-        for each in stand_ins:
-            each.budget = each.budget if budget is None else budget
-            each.begin()
-        try:
+        stand_ins = [each for each in self.components.values() if isinstance(each, CompiledTransformer)]
+        if budget is not None and not stand_ins:
+            raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
+        with contextlib.ExitStack() as stack:
+            for each in stand_ins:
+                stack.enter_context(each.generation(self, budget))
             return base.__call__(self, *args, **kwargs)
-        finally:
-            for each, its_budget in zip(stand_ins, before, strict=True):
-                each.budget = its_budget
 
     pipeline.__class__ = type(
         base.__name__, (base,), {"__call__": call, "_recache_base": base, "__module__": base.__module__}
@@ -86,6 +88,7 @@ class CompiledTransformer(nn.Module):
 
     The step is what the pipeline tells through `cache_context`, else what its scheduler
     says, else the place of the timestep in the scheduler's table; calls are never counted.
+    The guidance branch is what the pipeline tells, else it is known by its conditioning.
     The first step of a generation is recomputed, wherever in the schedule it is.
 
     Args:
@@ -100,9 +103,11 @@ class CompiledTransformer(nn.Module):
         self._compiled = compiled
         self._pipeline = pipeline
         self._dispatchers: dict[int, Dispatcher] = {}
-        self._branch = ""
+        self._branch: str | None = None
+        self._branches = _Branches()
         self._told: int | None = None
         self._last: int | None = None
+        self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
         self.budget = budget
 
@@ -140,9 +145,24 @@ class CompiledTransformer(nn.Module):
         """Where the engines run."""
         return self._compiled.variants[0].device
 
-    def begin(self) -> None:
-        """A generation begins: its first step is whatever comes next."""
-        self._last = None
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
+        """One with a state of its own, on the same engines and weights."""
+        pipeline = memo.get(id(self._pipeline), self._pipeline)
+        return CompiledTransformer(self._compiled, pipeline, self._budget, self.original)
+
+    @contextlib.contextmanager
+    def generation(self, pipeline: Any, budget: int | None = None) -> Iterator[None]:
+        """One call of a pipeline, under a budget of its own if it is given one.
+
+        Its first step is whatever comes first.
+        """
+        before = self._pipeline, self._budget
+        self.budget = before[1] if budget is None else budget
+        self._pipeline, self._last = pipeline, None
+        try:
+            yield
+        finally:
+            self._pipeline, self._budget = before
 
     @contextlib.contextmanager
     def cache_context(self, name: str, step_index: int | None = None, **facts: Any) -> Iterator[None]:
@@ -175,38 +195,108 @@ class CompiledTransformer(nn.Module):
         return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
-        dispatcher, step = self._dispatchers[self._budget], self._step(inputs)
+        dispatcher, leaves = self._dispatchers[self._budget], named_leaves(inputs)
+        step = self._step(leaves)
         if self._last is None or step < self._last:
             dispatcher.reset(start=step)
+            self._branches = _Branches()
         self._last = step
-        return dispatcher(step=step, branch=self._branch, **inputs)
+        branch = self._branch
+        if branch is None:
+            this = self._compiled.variants[0]
+            branch = self._branches.find(step, leaves, {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)})
+        return dispatcher(step=step, branch=branch, **inputs)
 
-    def _step(self, inputs: Mapping[str, Any]) -> int:
+    def _step(self, leaves: Mapping[str, Any]) -> int:
         scheduler = self._pipeline.scheduler
         steps, compiled = len(scheduler.timesteps), self._compiled.description.num_steps
         if steps != compiled:
             raise MismatchError(
-                f"the pipeline runs {steps} steps, but {compiled} were compiled: pass num_inference_steps={compiled},"
-                f" or compile with num_steps={steps}"
+                f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
             )
         if self._told is not None:
             return self._told
-        if hasattr(scheduler, "step_index"):
-            return int(scheduler.begin_index or 0) if scheduler.step_index is None else int(scheduler.step_index)
-        return self._step_of_timestep(inputs)
+        if not hasattr(scheduler, "step_index"):
+            return self._step_of_timestep(leaves)
+        if scheduler.step_index is not None:
+            return int(scheduler.step_index)
+        begin = getattr(scheduler, "begin_index", None)
+        return min(self._places(leaves), default=0) if begin is None else int(begin)
 
-    def _step_of_timestep(self, inputs: Mapping[str, Any]) -> int:
+    def _step_of_timestep(self, leaves: Mapping[str, Any]) -> int:
         """Look the timestep up, for schedulers that do not tell their step."""
-        table = self._pipeline.scheduler.timesteps
-        given = [
-            inputs[name]
-            for name in self._compiled.variants[0].names(Role.TIMESTEP)
-            if isinstance(inputs.get(name), Tensor)
-        ]
-        found = {int(at) for tensor in given for at in (table == tensor.flatten()[0].to(table.device)).nonzero()}
+        found = self._places(leaves)
         if len(found) != 1:
             raise DispatchError(
                 f"{type(self._pipeline.scheduler).__name__} does not tell its step, and the timestep is"
                 f" {'at several places' if found else 'not'} in its table; use another scheduler"
             )
         return found.pop()
+
+    def _places(self, leaves: Mapping[str, Any]) -> set[int]:
+        """Where in the scheduler's table the timestep is."""
+        table = self._pipeline.scheduler.timesteps
+        given = [leaves.get(name) for name in self._compiled.variants[0].names(Role.TIMESTEP)]
+        return {
+            int(at)
+            for tensor in given
+            if isinstance(tensor, Tensor)
+            for at in (table == tensor.flatten()[0].to(table.device)).nonzero()
+        }
+
+
+def _remedy(scheduler: Any, compiled: int) -> str:
+    """What to do where the number of steps is not the compiled one."""
+    steps, asked = len(scheduler.timesteps), getattr(scheduler, "num_inference_steps", None)
+    if asked in (None, steps):
+        return f"pass num_inference_steps={compiled}, or compile with num_steps={steps}"
+    return (
+        f"{type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
+        f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
+    )
+
+
+@dataclass(slots=True)
+class _Branches:
+    """Knows the guidance branches of a generation by their conditioning, where the pipeline does not name them.
+
+    Each of them is called once a step.  Conditioning that none of them had is a new branch;
+    if there is but one and it was not called yet, it is that one's, which has changed.
+    """
+
+    seen: list[dict[str, Seen]] = field(default_factory=list)
+    step: int | None = None
+    called: set[int] = field(default_factory=set)
+
+    def find(self, step: int, leaves: Mapping[str, Any], changing: Collection[str]) -> str:
+        """Name of the branch that a call belongs to.
+
+        Args:
+            step: of the call.
+            leaves: its arguments.
+            changing: names of those that are other tensors in every step.
+        """
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and name not in changing}
+        if step != self.step:
+            self.step, self.called = step, set()
+        free = [number for number in range(len(self.seen)) if number not in self.called]
+        # those of the very same tensors first: on a GPU, comparing values would stall the loop
+        free.sort(key=lambda number: not _are(self.seen[number], tensors))
+        number = next((each for each in free if _still_are(self.seen[each], tensors)), None)
+        if number is None:
+            number = 0 if free and len(self.seen) == 1 else len(self.seen)
+            self.seen[number:] = [{name: Seen.now(tensor) for name, tensor in tensors.items()}]
+        self.called.add(number)
+        return str(number)
+
+
+def _are(seen: Mapping[str, Seen], tensors: Mapping[str, Tensor]) -> bool:
+    return all(name in seen and seen[name].tensor is tensor for name, tensor in tensors.items())
+
+
+def _still_are(seen: Mapping[str, Seen], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the tensors that were seen, or others with their values."""
+    kinds = {name: (each.values.shape, each.values.dtype) for name, each in seen.items()}
+    return kinds == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} and all(
+        each.still_is(tensors[name]) for name, each in seen.items()
+    )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,11 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from recache_compile.errors import CaptureError
 from recache_compile.export import dotted_name, export_module, named_leaves
-
-_TO_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.item, Tensor.__array__}
-_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
-_REPEATING = {torch.repeat_interleave, Tensor.repeat_interleave}
+from recache_compile.known_values import READS, TO_PYTHON, KnownValues, is_mask
+from recache_compile.regions import ordinary_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +46,24 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         CaptureError: it cannot be exported.
     """
     tensors = {name: leaf for name, leaf in named_leaves(arguments).items() if isinstance(leaf, Tensor)}
-    with _evaluating(module):
-        read = inputs_read(lambda: module(**_copied(arguments)), tensors)
-        try:
+    # Parts that are compiled already would hide what they do.
+    with _evaluating(module), torch.compiler.set_stance("force_eager"):
+        given = _copied(arguments)
+        attributes = _attributes(given)
+        read = inputs_read(lambda: module(**given), tensors)
+        if _attributes(given) != attributes:
+            raise CaptureError(
+                f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program cannot;"
+                " compile the calls that only read it"
+            )
+        with (
+            contextlib.suppress(Exception),
+            ordinary_attention(),
+        ):  # torch.export raises whatever the model's code provokes
             return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
-        except Exception as error:  # torch.export raises whatever the model's code provokes
-            constants = {name: tensors[name] for name in sorted(read - set(variable))}
-            if not constants:
-                raise CaptureError(_explain(module, error, read)) from error
+        constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
-            with _bound(module, constants), Constants():
+            with _bound(module, constants), ordinary_attention(), KnownValues():
                 return Trace(_fixed_sizes(export_module(module, (), _without(arguments, constants))), constants)
         except Exception as error:
             raise CaptureError(_explain(module, error, read & set(variable))) from error
@@ -116,6 +119,13 @@ def _bound(module: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[None]
             module.forward = own  # type: ignore[method-assign]
 
 
+def _attributes(arguments: Mapping[str, Any]) -> list[int]:
+    """What the objects among the arguments hold, by identity.  (Containers are left out: a copy is given.)"""
+    leaves = pytree.tree_leaves(dict(arguments), is_leaf=lambda value: hasattr(value, "__dict__"))
+    objects = [leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)]
+    return [id(leaf) for each in objects for leaf in pytree.tree_leaves(each)]
+
+
 def _without(arguments: Mapping[str, Any], constants: Mapping[str, Tensor]) -> dict[str, Any]:
     return _replaced(arguments, lambda name, leaf: None if name in constants else leaf)
 
@@ -146,6 +156,8 @@ def inputs_read(call: Callable[[], Any], tensors: Mapping[str, Tensor]) -> froze
 class _Dependence(TorchDispatchMode):
     """Follows every value back to the inputs that it was computed from."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.read: set[str] = set()
@@ -155,22 +167,25 @@ class _Dependence(TorchDispatchMode):
 
     def sources(self, value: Any) -> frozenset[str]:
         """The inputs that the tensors in `value` were computed from."""
-        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        return frozenset().union(*(self._sources.get(leaf, ()) for leaf in leaves))
+        found: frozenset[str] = frozenset()
+        for leaf in _tensors(value):
+            found |= self._sources.get(leaf, frozenset())
+            if leaf._base is not None:  # written through another view
+                found |= self._sources.get(leaf._base, frozenset())
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         names = self.sources((args, kwargs))
-        if _TAGS & set(func.tags):
-            if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
-                self.read |= self.sources([index for index in args[1] if index is not None and _is_mask(index)])
-            else:
-                self.read |= names
-        if names:
-            for leaf in pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self._sources[leaf] = names | self._sources.get(leaf, frozenset())
+        if READS & set(getattr(func, "tags", ())):
+            is_index = func.overloadpacket is torch.ops.aten.index
+            masks = [index for index in args[1] if index is not None and is_mask(index)] if is_index else []
+            self.read |= self.sources(masks) if is_index else names
+        result = func(*args, **kwargs)
+        for leaf in _tensors(result) if names else ():
+            for tensor in (leaf, leaf._base):
+                if tensor is not None:
+                    self._sources[tensor] = names | self._sources.get(tensor, frozenset())
         return result
 
 
@@ -182,43 +197,10 @@ class _PythonReads(TorchFunctionMode):
         self._dependence = dependence
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_PYTHON:
+        if func in TO_PYTHON:
             self._dependence.read |= self._dependence.sources(args[:1])
         return func(*args, **(kwargs or {}))
 
 
-class Constants(TorchFunctionMode):
-    """While a model is traced: computes what depends on constants alone for real, outside of the trace."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if tensors and all(map(_is_real, tensors)):
-            with unset_fake_temporarily(), disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        if func in _INDEXING:
-            args = (args[0], _whole_numbers(args[1]), *args[2:])
-        if func in _REPEATING and len(args) > 1 and isinstance(args[1], Tensor) and _is_real(args[1]):
-            kwargs = {"output_size": int(args[1].sum()), **kwargs}
-        return func(*args, **kwargs)
-
-
-def _is_real(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _is_mask(index: Tensor) -> bool:
-    return index.dtype in (torch.bool, torch.uint8)
-
-
-def _whole_numbers(index: Any) -> Any:
-    """Masks that are constants as whole numbers: the size of the result is then known."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(part, Tensor) and _is_real(part) and _is_mask(part) for part in parts):
-        return index
-    converted: list[Any] = []
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        for part in parts:
-            is_mask = isinstance(part, Tensor) and _is_real(part) and _is_mask(part)
-            converted.extend(part.nonzero(as_tuple=True) if is_mask else (part,))
-    return tuple(converted)
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError
 from recache_compile.plan import Plan
-from recache_compile.program import MIN_ROWS, Kind, Value, table_name
+from recache_compile.program import MIN_ROWS, Kind, Value, makes_one_row, table_name
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.seen import Seen
 
@@ -29,7 +29,7 @@ class Tables:
     def __init__(self, variant: Variant, plan: Plan, start: int = 0, revision: Revision | None = None) -> None:
         self._variant = variant
         self._revision = revision or Revision()
-        self._computed_at = self._revision.number
+        self._computed_at: int | None = None
         self._tables = [table_name(step.row) for step in plan.steps]
         self._reads = [
             tuple(value for value in variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
@@ -113,18 +113,25 @@ class Tables:
         return match
 
     def _run(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        program = self._variant.programs["prologue"]
+        """Fill the rows of those steps whose timesteps are known."""
         known = [step for step in steps if all(column[step] is not None for column in self._timesteps.values())]
+        one_by_one = makes_one_row(self._variant.programs["prologue"])
+        for group in [[step] for step in known] if one_by_one else [known]:
+            self._fill(group, tensors, 1 if one_by_one else MIN_ROWS)
+
+    def _fill(self, steps: Sequence[int], tensors: Mapping[str, Tensor], min_rows: int) -> None:
+        """One call of the prologue."""
+        program = self._variant.programs["prologue"]
         readers: dict[str, list[int]] = {}
-        for step in known:
+        for step in steps:
             readers.setdefault(self._tables[step], []).append(step)
         arguments = []
         for value in program.inputs:
             if value.kind is Kind.TIMESTEP:
                 name, _, table = value.name.rpartition("@")
                 column = self._timesteps[name]
-                stack = [tensor for step in readers.get(table, known[:1]) if (tensor := column[step]) is not None]
-                arguments.append(torch.stack([*stack, *stack[:1] * (MIN_ROWS - len(stack))]))
+                stack = [tensor for step in readers.get(table, steps[:1]) if (tensor := column[step]) is not None]
+                arguments.append(torch.stack([*stack, *stack[:1] * (min_rows - len(stack))]))
             else:
                 arguments.append(tensors[value.name].contiguous())
         results = self._variant.engines["prologue"](arguments)

@@ -77,6 +77,8 @@ class CachedReference:
         latents: names of the noisy inputs, dotted where they are nested.
         recompute_steps: the other steps are cached.
         increments: forecast what a block adds to its input; else what it returns.
+        names: of the modules whose results are cached; by default the blocks, which are the
+            outermost members of module lists.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class CachedReference:
         forecaster: str = "taylor",
         order: int = 1,
         increments: bool = False,
+        names: tuple[str, ...] = (),
     ) -> None:
         self.module, self.recompute_steps, self.increments = module, recompute_steps, increments
         self.forecaster, self.order = forecaster, order
         self.step = 0
         self.histories: dict[tuple[str, int], FeatureHistory] = {}
         self.bases: dict[tuple[str, int], int | None] = {}
-        self.blocks = dict(outermost_list_members(module))
+        self.blocks = {name: module.get_submodule(name) for name in names} or dict(outermost_list_members(module))
         self.dependent = self._dependent_results(inputs, latents)
 
     def __call__(self, step: int, **inputs: Any) -> tuple[Any, ...]:

@@ -1,6 +1,5 @@
 """Equality with the original and with an independent reference; the structure of the programs."""
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +10,17 @@ import torch
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.compiler import Example, distinct
 from recache_compile.errors import RecacheError
 from recache_compile.forecasters import get_forecaster
 from recache_compile.plan import make_plan
 from recache_compile.policies.base import Problem
 from recache_compile.program import Kind
-from recache_compile.runtimes.base import Variant
 from recache_compile.schedule import Schedule
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
 from tests.reference import CachedReference
 
+LATENTS = ("hidden_states",)
 RUNTIMES = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
@@ -47,11 +47,11 @@ def test_small_budget_equals_the_hooked_model_call_by_call(
     runtime: str, flux: torch.nn.Module, request: pytest.FixtureRequest
 ) -> None:
     compiled = request.getfixturevalue(runtime)
-    reference = CachedReference(copy.deepcopy(flux), compiled.schedules[3].recompute_steps, "taylor", 1)
+    reference = CachedReference(flux, flux_inputs(), LATENTS, compiled.schedules[3].recompute_steps)
     run = compiled.dispatcher(budget=3)
     for step in range(NUM_STEPS):
         inputs = loop_inputs(step, flux_inputs())
-        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)[0]) <= 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def test_another_forecaster_is_another_table_for_the_same_engines(
     schedule = Schedule((0, 1, 3, 4, 7, 9), NUM_STEPS)
     plan = make_plan(schedule, get_forecaster(forecaster, order), num_sites=1)
     run = replace(deep, plans={6: plan}).dispatcher(budget=6)
-    reference = CachedReference(copy.deepcopy(flux), schedule.recompute_steps, forecaster, order)
+    reference = CachedReference(flux, flux_inputs(), LATENTS, schedule.recompute_steps, forecaster, order)
     for step in range(NUM_STEPS):
         inputs = loop_inputs(step, flux_inputs())
-        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+        assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)[0]) <= 1e-4
 
 
 def test_output_granularity_forecasts_the_prediction(flux: torch.nn.Module) -> None:
@@ -115,13 +115,7 @@ def counted(compiled: rc.Compiled) -> tuple[rc.Compiled, Counter[str]]:
     """The same compiled model with engines that count their calls."""
     calls: Counter[str] = Counter()
     variants = tuple(
-        Variant(
-            each.inputs,
-            each.device,
-            each.programs,
-            {n: CountingEngine(n, e, calls) for n, e in each.engines.items()},
-            each.timesteps,
-        )
+        replace(each, engines={name: CountingEngine(name, engine, calls) for name, engine in each.engines.items()})
         for each in compiled.variants
     )
     return replace(compiled, variants=variants), calls
@@ -168,18 +162,32 @@ def test_budgets_share_all_programs(flux: torch.nn.Module) -> None:
     assert set(compiled.variants[0].programs) == {"prologue", "recompute", "forecast_1", "forecast_2"}
 
 
+@pytest.mark.parametrize(
+    ("budgets", "order", "most"), [((3,), 3, 3), ((2, 6), 3, 4), ((6,), 0, 1), ((1, 12), 2, 1), ((12,), 1, 0)]
+)
+def test_there_is_a_forecast_from_every_number_of_anchors_a_budget_can_hold(
+    budgets: tuple[int, ...], order: int, most: int
+) -> None:
+    """Whatever the schedule: here all anchors but one come in the end, where no step needs them."""
+    policy = {budget: (0, *range(NUM_STEPS - budget + 1, NUM_STEPS)) for budget in budgets}
+    options = {"num_steps": NUM_STEPS, "forecaster": "newton", "order": order, "runtime": "eager"}
+    compiled = rc.compile(Choice(), {"sample": torch.ones(2, 4)}, budgets, policy=policy, **options)
+    expected = {"recompute", *(f"forecast_{anchors}" for anchors in range(1, most + 1))}
+    assert set(compiled.variants[0].programs) == expected
+
+
 def test_several_shapes_share_weights_and_keep_apart(flux: torch.nn.Module) -> None:
     examples = [flux_inputs(batch=1), flux_inputs(batch=2)]
     compiled = rc.compile(flux, examples, budgets=(3,), num_steps=NUM_STEPS, runtime="eager")
     assert sum(weight.numel() for weight in compiled.weights.values()) == sum(p.numel() for p in flux.parameters())
     run = compiled.dispatcher(budget=3)
     references = [
-        CachedReference(copy.deepcopy(flux), compiled.schedules[3].recompute_steps, "taylor", 1) for _ in examples
+        CachedReference(flux, example, LATENTS, compiled.schedules[3].recompute_steps) for example in examples
     ]
     for step in range(NUM_STEPS):
         for example, reference in zip(examples, references, strict=True):
             inputs = loop_inputs(step, example)
-            assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)) <= 1e-4
+            assert relative_error(run(step=step, **inputs)[0], reference(step, **inputs)[0]) <= 1e-4
 
 
 def test_bfloat16_forecast_is_accumulated_in_float32() -> None:
@@ -207,7 +215,7 @@ class WrongPolicy:
     [
         ({"budgets": (0,)}, "budget 0"),
         ({"budgets": (13,)}, "expected 1..12"),
-        ({"granularity": "block"}, "granularity 'block' is unknown"),
+        ({"granularity": "layer"}, "granularity 'layer' is unknown; choose output, stack, block, module"),
         ({"forecaster": "magic"}, "forecaster 'magic' is unknown"),
         ({"policy": "magic"}, "policy 'magic' is neither"),
         ({"policy": {3: (1, 2, 3)}}, "step 0 is missing"),
@@ -232,14 +240,45 @@ def test_a_timetable_of_another_length_is_refused(flux: torch.nn.Module) -> None
         rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=10, timesteps={"timestep": timesteps()})
 
 
-def test_examples_that_differ_in_more_than_shapes_are_refused(flux: torch.nn.Module) -> None:
-    one, two = flux_inputs(), flux_inputs(batch=2)
-    with pytest.raises(RecacheError, match=r"may differ in shapes only, but \['return_dict_'\] differ|may differ"):
-        rc.compile(
-            flux, [one, {**two, "controlnet_blocks_repeat": True}], budgets=(3,), num_steps=NUM_STEPS, runtime="eager"
-        )
+class Choice(torch.nn.Module):
+    """Another number of results, or of sites, where a constant says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+
+    def forward(self, sample: Tensor, both: bool = False, wide: bool = False) -> tuple[Tensor, ...]:
+        first = self.blocks[0](sample)
+        results = (first + self.blocks[1](first),) if wide else (self.blocks[1](first),)
+        return results + results * both
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"both": True}, "returns another structure"), ({"wide": True}, "one has 2 cache sites, the first has 1")],
+)
+def test_examples_that_differ_in_results_or_sites_are_refused(change: dict[str, bool], message: str) -> None:
+    one = {"sample": torch.ones(2, 4)}
+    with pytest.raises(RecacheError, match=message):
+        rc.compile(Choice(), [one, one | change], budgets=(2,), num_steps=4, runtime="eager")
+
+
+def test_no_example_at_all_is_refused(flux: torch.nn.Module) -> None:
     with pytest.raises(RecacheError, match="example_inputs is empty"):
         rc.compile(flux, [], budgets=(3,), num_steps=NUM_STEPS)
+
+
+def test_examples_of_one_kind_are_one() -> None:
+    one = {"sample": torch.ones(2, 4), "more": [torch.ones(1), None]}
+    same = {"sample": torch.zeros(2, 4), "more": [torch.zeros(1), None]}
+    others = [
+        one | {"sample": torch.ones(3, 4)},
+        one | {"sample": torch.ones(2, 4, dtype=torch.bfloat16)},
+        one | {"more": [torch.ones(1), 1.0]},
+        {"sample": torch.ones(2, 4)},
+    ]
+    examples = [Example(inputs, {}, {}) for inputs in (one, same, *others, one)]
+    assert [id(each) for each in distinct(examples)] == [id(examples[at]) for at in (0, 2, 3, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,10 @@ def test_runtimes_see_no_compiler(file: Path) -> None:
     assert not sees(file, *above)
 
 
+def test_what_stands_above_the_rooms_exists() -> None:
+    assert all((ROOT / "recache_compile" / f"{name}.py").is_file() for name in CORE)
+
+
 def test_nothing_imports_the_command_line() -> None:
     files = [file for folder in (*ROOMS, "recache_compile") for file in (ROOT / folder).rglob("*.py")]
     assert not [file for file in files if sees(file, "recache_compile.cli")]

@@ -16,6 +16,38 @@ def test_mask_round_trip(case: tuple[int, set[int]]) -> None:
     assert schedule.budget == schedule.mask.count("1") == len(steps | {0})
 
 
+SCHEDULES = st.integers(1, 40).flatmap(
+    lambda total: st.sets(st.integers(0, total - 1)).map(lambda steps: Schedule(tuple(steps | {0}), total))
+)
+
+
+@given(SCHEDULES, st.data())
+def test_a_start_in_the_middle_is_recomputed_and_what_comes_later_stays(
+    schedule: Schedule, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, schedule.num_steps - 1))
+    rest = schedule.starting_at(start)
+    assert rest.num_steps == schedule.num_steps - start
+    assert rest.mask == "1" + schedule.mask[start + 1 :]
+    assert rest.budget <= schedule.budget
+    again = data.draw(st.integers(0, rest.num_steps - 1))
+    assert rest.starting_at(again) == schedule.starting_at(start + again)
+
+
+def test_known_starts() -> None:
+    schedule = Schedule((0, 4, 8), 12)
+    assert schedule.starting_at(0) == schedule
+    assert schedule.starting_at(3) == Schedule((0, 1, 5), 9)
+    assert schedule.starting_at(4) == Schedule((0, 4), 8)
+    assert schedule.starting_at(11) == Schedule((0,), 1)
+
+
+@pytest.mark.parametrize("start", [12, 13])
+def test_a_start_after_the_end_is_refused(start: int) -> None:
+    with pytest.raises(ScheduleError):
+        Schedule((0, 4, 8), 12).starting_at(start)
+
+
 def test_steps_are_sorted() -> None:
     assert Schedule((5, 0, 3), 8).recompute_steps == (0, 3, 5)
 

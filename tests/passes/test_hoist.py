@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from recache_compile.errors import PassError
 from recache_compile.passes.base import PassResult, run_passes
+from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.hoist import ALIGNMENT, Entry, Hoist, boundary, layout, padded
 from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify
@@ -143,9 +144,12 @@ def test_the_new_inputs_are_described() -> None:
     )
 
 
-@pytest.mark.parametrize("granularity", list(Granularity))
-def test_attention_models_compute_the_same_bit_for_bit(granularity: Granularity) -> None:
-    program = specialised(Attention(), granularity=granularity)
+@pytest.mark.parametrize(
+    ("granularity", "sites"),
+    [(Granularity.OUTPUT, 1), (Granularity.STACK, 1), (Granularity.BLOCK, 2), (Granularity.MODULE, 2)],
+)
+def test_attention_models_compute_the_same_bit_for_bit(granularity: Granularity, sites: int) -> None:
+    program = specialised(Attention(), (0,) * sites, granularity)
     assert_same(program, Hoist()(program).program)
 
 
@@ -211,7 +215,8 @@ def test_specialise_must_have_run() -> None:
 )
 def test_what_crosses_is_the_last_value_that_is_not_cheap(forward: Forward, crossing: list[str]) -> None:
     program, result = hoisted(forward)
-    assert [node.name for node in boundary(program.module.graph)] == crossing
+    graph = program.module.graph
+    assert [node.name for node in boundary(graph, binding_times(graph))] == crossing
     assert result.modified is bool(crossing)
     assert_same(program, result.program)
 
@@ -300,3 +305,41 @@ def test_a_value_that_latents_are_written_to_stays_in_the_step() -> None:
     packed = pack(result.program, record.values)
     expected, actual = (call(each, {**other, **packed})["prediction_0"] for each in (program, result.program))
     assert torch.equal(actual, expected)
+
+
+def modulated(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """A row of 16 bytes, one of 120 that is made of one of 480, and a value of the conditioning."""
+    small, large = self.embed(timestep), self.time(timestep.cos().expand(30, 1)).sum(1)
+    return hidden * small + (hidden.mean() * large).sum() + context.exp().sum()
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows", "staying"),
+    [
+        (None, ["linear", "sum_1"], []),
+        (136, ["linear", "sum_1"], []),
+        (135, ["linear", "cos"], ["sum_1", "linear_1"]),
+    ],
+)
+def test_the_largest_rows_stay_in_the_step_where_a_row_is_too_large(
+    row_bytes: int | None, rows: list[str], staying: list[str]
+) -> None:
+    program = specialised(Formula(modulated))
+    step = Hoist(row_bytes)(program).program
+    (row,) = [node for node in step.module.graph.nodes if node.name == "row_float32"]
+    assert [entry.node for entry in row.meta["layout"]] == rows
+    assert {node.name for node in step.module.graph.nodes if "stays" in node.meta} == set(staying)
+    assert_same(program, step)
+
+
+def test_what_depends_on_the_conditioning_alone_is_hoisted_whatever_the_limit() -> None:
+    step = Hoist(0)(specialised(Formula(modulated))).program
+    assert packed_inputs(step) == {"row_float32": (64,), "fixed_float32": (64,)}
+    assert packed_inputs(Hoist(0)(specialised(Attention())).program)["fixed_float32"] == (256,)
+
+
+@pytest.mark.parametrize("row_bytes", [0, 4, 32, 64, None])
+@pytest.mark.parametrize("module", [Attention(), Formula(modulated)], ids=["attention", "formula"])
+def test_the_limit_changes_no_value(module: torch.nn.Module, row_bytes: int | None) -> None:
+    program = specialised(module)
+    assert_same(program, Hoist(row_bytes)(program).program)

@@ -36,10 +36,34 @@ return [linear_1]"""
     )
 
 
-def test_cache_points_change_no_value() -> None:
+def test_a_base_that_is_a_site_is_read_through_its_point() -> None:
+    assert (
+        show(annotated(Plain(2), Granularity.BLOCK))
+        == """\
+hidden_states: latents 1x3x4
+timestep: timestep 1
+blocks_0_linear_weight: weight blocks.0.linear.weight
+blocks_1_linear_weight: weight blocks.1.linear.weight
+out_weight: weight out.weight
+sin = aten.sin.default(timestep)
+mul = aten.mul.Tensor(hidden_states, sin)
+linear = aten.linear.default(mul, blocks_0_linear_weight)
+add = aten.add.Tensor(hidden_states, linear)  # site 0 less hidden_states
+cache_point_default = recache.cache_point.default(add, 0, hidden_states)
+mul_1 = aten.mul.Tensor(cache_point_default, sin)
+linear_1 = aten.linear.default(mul_1, blocks_1_linear_weight)
+add_1 = aten.add.Tensor(cache_point_default, linear_1)  # site 1 less add
+cache_point_default_1 = recache.cache_point.default(add_1, 1, cache_point_default)
+linear_2 = aten.linear.default(cache_point_default_1, out_weight)
+return [linear_2]"""
+    )
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_cache_points_change_no_value(granularity: Granularity) -> None:
     for module in (Attention(), Heads()):
         inputs = example(module)
-        assert torch.equal(call(annotated(module), inputs)["prediction_0"], module(**inputs))
+        assert torch.equal(call(annotated(module, granularity), inputs)["prediction_0"], module(**inputs))
 
 
 def test_a_cache_point_is_described_like_its_value() -> None:

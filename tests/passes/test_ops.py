@@ -63,9 +63,24 @@ def test_captured_dropout_in_training_is_random() -> None:
     assert len([node for node in graph.nodes if is_random(node)]) == 1
 
 
-@pytest.mark.parametrize("target", [aten.randn_like.default, aten.bernoulli.default, aten.dropout.default])
+@pytest.mark.parametrize("target", [aten.randn_like.default, aten.bernoulli.default])
 def test_draws_are_random(target: object) -> None:
     assert is_random(one_call(target))
+
+
+@pytest.mark.parametrize(
+    ("probability", "training", "random"), [(0.5, True, True), (0.5, False, False), (0.0, True, False)]
+)
+def test_dropout_is_random_only_when_it_is_on(probability: float, training: bool, random: bool) -> None:
+    assert is_random(one_call(aten.dropout.default, probability, training)) is random
+
+
+def test_captured_dropout_at_inference_is_not_random() -> None:
+    (dropout,) = calls_named(
+        Formula(lambda self, hidden, timestep, context: functional.dropout(hidden, 0.5, self.training)), aten.dropout
+    )
+    assert torch.Tag.nondeterministic_seeded in dropout.target.tags
+    assert not is_random(dropout)
 
 
 def test_placeholders_and_arithmetic_are_not_random() -> None:
@@ -131,5 +146,11 @@ def test_a_cache_point_is_an_identity_that_does_not_alias() -> None:
     assert marked.data_ptr() != value.data_ptr()
 
 
-def test_a_cache_point_obeys_the_rules_of_operators() -> None:
-    torch.library.opcheck(CACHE_POINT, (torch.randn(2, 3), 0), test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("base", [(), (None,), (torch.randn(2, 3),)], ids=["left out", "none", "given"])
+def test_a_cache_point_obeys_the_rules_of_operators(base: tuple[object, ...]) -> None:
+    torch.library.opcheck(CACHE_POINT, (torch.randn(2, 3), 0, *base), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_cache_point_does_not_change_its_value_by_the_base() -> None:
+    value = torch.randn(2, 3)
+    assert torch.equal(CACHE_POINT(value, 0, torch.randn(2, 3)), value)

@@ -81,6 +81,32 @@ def test_casts_that_change_something_stay(forward: Forward) -> None:
     assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
 
 
+def test_reshapes_that_change_nothing_are_removed() -> None:
+    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        same = hidden.transpose(1, 2).transpose(1, 2)[:, 0:].reshape(1, 3, 4).view(1, 3, 4).expand(1, -1, 4)
+        return same.sin()
+
+    program, result = simplified(forward)
+    assert targets(result.program) == ["aten.transpose.int", "aten.transpose.int", "aten.sin.default"]
+    inputs = example(Attention())
+    assert torch.equal(call(result.program, inputs)["prediction_0"], call(program, inputs)["prediction_0"])
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, hidden, timestep, context: hidden[:, :2],
+        lambda self, hidden, timestep, context: hidden.reshape(1, 4, 3),
+        lambda self, hidden, timestep, context: hidden[:, :1].expand(1, 3, 4),
+        lambda self, hidden, timestep, context: hidden.view(torch.int32),
+    ],
+    ids=["part", "other shape", "repeated", "other dtype"],
+)
+def test_reshapes_that_change_something_stay(forward: Forward) -> None:
+    program, result = simplified(forward)
+    assert targets(result.program)[-1] == targets(program)[-1]
+
+
 def test_checks_are_removed() -> None:
     graph = fx.Graph()
     value = graph.placeholder("value")

@@ -266,3 +266,159 @@ def test_cached_step_runs_nothing_of_blocks_that_write_in_place() -> None:
     program = specialised(module, (1,))
     assert names(program)[0] == ["coefficients", "history_0_0"]
     assert list(program.weights) == ["out.weight"]
+
+
+class Added(nn.Module):
+    """What a block adds to its input, without the addition."""
+
+    def __init__(self, module: nn.Module, number: int) -> None:
+        super().__init__()
+        self.block = module.blocks[number]
+
+    def forward(self, hidden: Tensor, scale: Tensor) -> Tensor:
+        return self.block.linear(hidden * scale)
+
+
+def residual(module: nn.Module, row: Row, inputs: dict[str, Tensor] | None = None) -> Program:
+    """A step program that caches what every block adds."""
+    return Specialise(row)(annotated(module, Granularity.BLOCK, inputs)).program
+
+
+def test_a_recomputed_site_with_a_base_returns_the_difference() -> None:
+    program = residual(Plain(), (0,))
+    assert (
+        show(program)
+        == """\
+hidden_states: latents 1x3x4
+timestep: timestep 1
+blocks_0_linear_weight: weight blocks.0.linear.weight
+out_weight: weight out.weight
+sin = aten.sin.default(timestep)
+mul = aten.mul.Tensor(hidden_states, sin)
+linear = aten.linear.default(mul, blocks_0_linear_weight)
+add = aten.add.Tensor(hidden_states, linear)  # site 0 less hidden_states
+linear_1 = aten.linear.default(add, out_weight)
+sub_tensor = aten.sub.Tensor(add, hidden_states)
+return [linear_1, sub_tensor]"""
+    )
+    assert program.outputs[1] == Value("feature_0", Kind.FEATURE, (1, TOKENS, WIDTH), torch.float32, site=0)
+
+
+def test_a_forecast_site_with_a_base_is_added_to_it() -> None:
+    program = residual(Plain(), (2,))
+    assert (
+        show(program)
+        == """\
+hidden_states: latents 1x3x4
+coefficients: coefficients 2
+history_0_0: history 1x3x4
+history_0_1: history 1x3x4
+out_weight: weight out.weight
+select_int = aten.select.int(coefficients, 0, 0)
+mul_tensor = aten.mul.Tensor(history_0_0, select_int)
+select_int_1 = aten.select.int(coefficients, 0, 1)
+mul_tensor_1 = aten.mul.Tensor(history_0_1, select_int_1)
+add_tensor = aten.add.Tensor(mul_tensor, mul_tensor_1)
+add_tensor_1 = aten.add.Tensor(hidden_states, add_tensor)
+linear_1 = aten.linear.default(add_tensor_1, out_weight)
+return [linear_1]"""
+    )
+
+
+def test_recompute_with_bases_is_exact() -> None:
+    module = Attention(3)
+    inputs = example(module)
+    results = call(residual(module, (0, 0, 0)), inputs)
+    assert torch.equal(results["prediction_0"], module(**inputs))
+    embedding, hidden = module.time(inputs["timestep"][:, None]), inputs["hidden_states"]
+    for number, block in enumerate(module.blocks):
+        after = block(hidden, embedding, inputs["encoder_hidden_states"])
+        assert torch.equal(results[f"feature_{number}"], after - hidden)
+        hidden = after
+
+
+@pytest.mark.parametrize("row", [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 0), (2, 0, 1), (1, 2, 0)])
+def test_rows_with_bases_follow_the_stream_block_by_block(row: Row) -> None:
+    """What a block reads and adds to is what the step made before it, computed or forecast."""
+    module = Plain(3)
+    program = residual(module, row)
+    inputs, held, weights = example(module), history(program), torch.tensor([1.5, -0.5])
+    hidden, features = inputs["hidden_states"], {}
+    for site, anchors in enumerate(row):
+        if anchors:
+            added = sum(weights[slot] * held[f"history_{site}_{slot}"] for slot in range(anchors))
+        else:
+            added = features[f"feature_{site}"] = Added(module, site)(hidden, inputs["timestep"].sin())
+        hidden = hidden + added
+    results = call(program, {**inputs, **held, "coefficients": weights[: max(row)]})
+    torch.testing.assert_close(results.pop("prediction_0"), module.out(hidden))
+    torch.testing.assert_close(results, features)
+
+
+def test_cached_step_with_bases_reads_the_latents_and_no_block_weights() -> None:
+    program = residual(Plain(3), (1, 1, 1))
+    assert list(program.weights) == ["out.weight"]
+    assert names(program)[0] == ["hidden_states", "coefficients", *(f"history_{site}_0" for site in range(3))]
+
+
+def test_forecasting_the_stored_difference_gives_back_the_value() -> None:
+    """One anchor of weight one at the same latents: nothing has changed since."""
+    module = Attention(2)
+    inputs = example(module)
+    recomputed = call(residual(module, (0, 0)), inputs)
+    held = {f"history_{site}_0": recomputed[f"feature_{site}"] for site in range(2)}
+    cached = call(residual(module, (1, 1)), {**inputs, **held, "coefficients": torch.ones(1)})
+    torch.testing.assert_close(cached["prediction_0"], recomputed["prediction_0"])
+
+
+def test_a_bfloat16_difference_is_taken_in_float32_and_rounded_once() -> None:
+    module = Plain(2).to(torch.bfloat16)
+    inputs = example(module, dtype=torch.bfloat16)
+    program = residual(module, (0, 0), inputs)
+    results = call(program, inputs)
+    first = module.blocks[0](inputs["hidden_states"], inputs["timestep"].sin())
+    second = module.blocks[1](first, inputs["timestep"].sin())
+    assert [value.dtype for value in program.outputs] == [torch.bfloat16] * 3
+    assert torch.equal(results["prediction_0"], module(**inputs))
+    assert torch.equal(results["feature_0"], (first.float() - inputs["hidden_states"].float()).bfloat16())
+    assert torch.equal(results["feature_1"], (second.float() - first.float()).bfloat16())
+    subtractions = program.module.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor)
+    assert [node.meta["val"].dtype for node in subtractions] == [torch.float32] * 2
+
+
+def test_a_bfloat16_forecast_is_added_in_float32_and_rounded_once() -> None:
+    module = Plain().to(torch.bfloat16)
+    module.out = nn.Identity()
+    inputs = example(module, dtype=torch.bfloat16)
+    program = residual(module, (2,), inputs)
+    held, weights = history(program), torch.tensor([1.625, -0.7501])
+    terms = [held[f"history_0_{slot}"].float() * weight for slot, weight in enumerate(weights)]
+    expected = inputs["hidden_states"].float() + (terms[0] + terms[1])
+    result = call(program, {**inputs, **held, "coefficients": weights})["prediction_0"]
+    assert torch.equal(result, expected.bfloat16())
+    twice = inputs["hidden_states"] + (terms[0] + terms[1]).bfloat16()
+    assert not torch.equal(result, twice)
+
+
+def test_a_difference_of_float64_stays_in_float64() -> None:
+    module = Plain().double()
+    inputs = example(module, dtype=torch.float64)
+    results = call(residual(module, (0,), inputs), inputs)
+    after = module.blocks[0](inputs["hidden_states"], inputs["timestep"].sin())
+    assert torch.equal(results["feature_0"], after - inputs["hidden_states"])
+
+
+def test_a_base_of_the_stack_is_what_goes_into_its_first_block() -> None:
+    module = Plain(3)
+    program = annotated(module, Granularity.STACK, residual=True)
+    inputs, weights = example(module), torch.tensor([2.0, -0.5])
+    results = call(Specialise((0,))(program).program, inputs)
+    hidden = inputs["hidden_states"]
+    for block in module.blocks:
+        hidden = block(hidden, inputs["timestep"].sin())
+    assert torch.equal(results["feature_0"], hidden - inputs["hidden_states"])
+    forecast = Specialise((2,))(program).program
+    held = history(forecast)
+    result = call(forecast, {**inputs, **held, "coefficients": weights})["prediction_0"]
+    added = 2 * held["history_0_0"] - 0.5 * held["history_0_1"]
+    torch.testing.assert_close(result, module.out(inputs["hidden_states"] + added))

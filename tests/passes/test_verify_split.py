@@ -6,6 +6,8 @@ from torch import Tensor, fx
 
 from recache_compile.errors import PassError
 from recache_compile.passes.base import copy_module, run_passes
+from recache_compile.passes.hoist import Hoist
+from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import independent_matmuls, tied_weights, verify_split
@@ -55,6 +57,15 @@ def test_a_weight_that_the_model_ties_may_be_read_on_both_sides() -> None:
     assert set(parts.prologue.weights) == set(parts.steps["recompute"].weights) == {"linear.weight", "linear.bias"}
     assert tied_weights(parts.annotated) == {"linear.weight", "linear.bias"}
     verify(parts)
+
+
+def test_products_that_stay_because_their_table_would_be_too_large_are_accepted() -> None:
+    """The second modulation stays: the embedding that both read is smaller."""
+    whole = annotated(Attention())
+    step = run_passes(whole, (Specialise((0,)), Hoist(row_bytes=16), Simplify())).renamed("recompute")
+    prologue = build_prologue(whole, {"recompute": step})
+    assert "blocks.1.modulation.weight" in set(step.weights) - set(prologue.weights)
+    verify_split(whole, prologue, {"recompute": [step]})
 
 
 def test_a_weight_that_only_the_split_reads_twice_is_refused(parts: Split) -> None:

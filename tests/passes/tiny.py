@@ -135,11 +135,15 @@ def captured(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> t
 
 
 def annotated(
-    module: nn.Module, granularity: Granularity = Granularity.STACK, inputs: Mapping[str, Tensor] | None = None
+    module: nn.Module,
+    granularity: Granularity = Granularity.STACK,
+    inputs: Mapping[str, Tensor] | None = None,
+    residual: bool | None = None,
 ) -> Program:
     """The module as a program with cache points."""
     program, made = captured(module, inputs)
-    return run_passes(program, (FindCacheSites(granularity, made.containers), InsertCachePoints(), Simplify()))
+    find = FindCacheSites(granularity, made.containers, residual)
+    return run_passes(program, (find, InsertCachePoints(), Simplify()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,7 @@ def _line(node: fx.Node) -> str:
     if node.op == "get_attr":
         return f"{node.name}: weight {node.target}"
     site = f"  # site {node.meta['site']}" if "site" in node.meta else ""
+    site += f" less {node.meta['base']}" if "base" in node.meta else ""
     kwargs = "".join(f", {key}={value}" for key, value in node.kwargs.items())
     return f"{node.name} = {node.target}({', '.join(map(str, node.args))}{kwargs}){site}"
 

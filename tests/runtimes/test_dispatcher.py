@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.errors import DispatchError
-from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs
-from tests.test_compiler import counted, relative_error
+from recache_compile.errors import DispatchError, MismatchError
+from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps
+from tests.reference import CachedReference
+from tests.test_compiler import LATENTS, counted, relative_error
 
 
 def generation(run: Any, inputs: dict[str, torch.Tensor], branch: str = "") -> list[torch.Tensor]:
@@ -114,14 +115,17 @@ def test_reset_starts_a_new_generation(eager: rc.Compiled) -> None:
     [
         ({"hidden_states": torch.zeros(1, 9, 8)}, r"hidden_states is float32\[1, 9, 8\], compiled float32\[1, 16, 8\]"),
         ({"timestep": torch.zeros(1, dtype=torch.int64)}, r"timestep is int64\[1\], compiled float32\[1\]"),
-        ({"guidance": None}, "'guidance' is missing"),
+        ({"guidance": None}, r"guidance is None, compiled float32\[1\]"),
         ({"hidden_states": torch.zeros(1, 16, 8, device="meta")}, "is on meta"),
-        ({"joint_attention_kwargs": {"scale": 0.5}}, "'joint_attention_kwargs.scale' is 0.5, but nothing was captured"),
-        ({"controlnet_block_samples": [torch.zeros(1)]}, "is a tensor, but nothing was captured"),
+        ({"joint_attention_kwargs": {"scale": 0.5}}, "joint_attention_kwargs.scale is 0.5, compiled without"),
+        (
+            {"controlnet_block_samples": [torch.zeros(1)]},
+            r"controlnet_block_samples.0 is float32\[1\], compiled without; .* compile for them too",
+        ),
     ],
 )
 def test_calls_that_do_not_fit_are_refused(change: dict[str, Any], message: str, eager: rc.Compiled) -> None:
-    with pytest.raises(DispatchError, match=message):
+    with pytest.raises(MismatchError, match=message):
         eager.dispatcher(budget=3)(step=0, **(loop_inputs(0, flux_inputs()) | change))
 
 
@@ -133,6 +137,83 @@ def test_steps_out_of_order_are_refused(steps: tuple[int, ...], message: str, ea
     with pytest.raises(DispatchError, match=message):
         for step in steps:
             run(step=step, **loop_inputs(min(step, 11), flux_inputs()))
+
+
+def calls_from(start: int, run: Any) -> list[torch.Tensor]:
+    run.reset(start=start)
+    return [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(start, NUM_STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("start", "recompute", "cached"),
+    [
+        (0, 3, {"forecast_1": 3, "forecast_2": 6}),
+        (4, 2, {"forecast_1": 3, "forecast_2": 3}),
+        (6, 2, {"forecast_1": 1, "forecast_2": 3}),
+        (7, 2, {"forecast_2": 3}),
+        (9, 1, {"forecast_1": 2}),
+        (11, 1, {}),
+    ],
+)
+def test_a_start_in_the_middle_recomputes_there_and_where_the_schedule_says(
+    start: int, recompute: int, cached: dict[str, int], eager: rc.Compiled, flux: torch.nn.Module
+) -> None:
+    assert eager.schedules[3].recompute_steps == (0, 4, 8)
+    compiled, calls = counted(eager)
+    results = calls_from(start, compiled.dispatcher(budget=3))
+    assert calls == {"prologue": 1, "recompute": recompute, **cached}
+    by_hand = tuple(sorted({start, *(step for step in (0, 4, 8) if step > start)}))
+    reference = CachedReference(flux, flux_inputs(), LATENTS, by_hand)
+    for step, result in enumerate(results, start):
+        assert relative_error(result, reference(step, **loop_inputs(step, flux_inputs()))[0]) <= 1e-4
+
+
+def test_a_start_in_the_middle_equals_a_schedule_that_was_compiled_for_it(
+    eager: rc.Compiled, flux: torch.nn.Module
+) -> None:
+    start = 3
+    by_hand = rc.compile(
+        flux,
+        flux_inputs(),
+        budgets=(3,),
+        num_steps=NUM_STEPS - start,
+        policy={3: (0, 1, 5)},
+        timesteps={"timestep": timesteps()[start:]},
+        runtime="eager",
+    ).dispatcher(budget=3)
+    for step, result in enumerate(calls_from(start, eager.dispatcher(budget=3)), start):
+        (expected,) = by_hand(step=step - start, **loop_inputs(step, flux_inputs()))
+        assert relative_error(result, expected) <= 1e-6
+
+
+def test_starts_do_not_leak_into_each_other(eager: rc.Compiled) -> None:
+    shared = eager.dispatcher(budget=3)
+    for start in (0, 5, 5, 0, 2):
+        alone = calls_from(start, eager.dispatcher(budget=3))
+        assert all(map(torch.equal, calls_from(start, shared), alone))
+
+
+def test_the_first_step_starts_again_wherever_it_is(eager: rc.Compiled) -> None:
+    run = eager.dispatcher(budget=3)
+    first = calls_from(5, run)
+    for step in (5, 6):
+        (again,) = run(step=step, **loop_inputs(step, flux_inputs()))
+        assert torch.equal(again, first[step - 5])
+    with pytest.raises(DispatchError, match="step 0 does not follow step 6: .* or start again at step 5"):
+        run(step=0, **loop_inputs(0, flux_inputs()))
+
+
+@pytest.mark.parametrize("start", [-1, NUM_STEPS])
+def test_a_start_outside_of_the_loop_is_refused(start: int, eager: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match=rf"start {start}: expected 0\.\.11"):
+        eager.dispatcher(budget=3).reset(start=start)
+
+
+def test_timesteps_are_learned_from_a_start_in_the_middle(eager: rc.Compiled, flux: torch.nn.Module) -> None:
+    plain = rc.compile(flux, flux_inputs(), budgets=(3,), num_steps=NUM_STEPS, runtime="eager")
+    learning, known = plain.dispatcher(budget=3), calls_from(7, eager.dispatcher(budget=3))
+    for _ in range(2):
+        assert max(map(relative_error, calls_from(7, learning), known)) <= 1e-6
 
 
 def test_an_unknown_budget_names_those_there_are(eager: rc.Compiled) -> None:
@@ -162,7 +243,7 @@ def compile_scaled(model: Scaled, **changes: Any) -> rc.Compiled:
 
 def test_a_constant_that_is_left_out_has_its_default() -> None:
     run = compile_scaled(Scaled(), scale=2.0).dispatcher(budget=2)
-    with pytest.raises(DispatchError, match=r"input 'scale' is 1\.0, but 2\.0 was captured"):
+    with pytest.raises(MismatchError, match=r"no engine for these inputs: scale is 1\.0, compiled 2\.0; compile"):
         run(step=0, **scaled())
     compile_scaled(Scaled()).dispatcher(budget=2)(step=0, **scaled(scale=1.0))
 

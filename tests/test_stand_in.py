@@ -1,18 +1,15 @@
-"""Pipelines: loading, recording and standing in for the transformer."""
+"""Standing in for the transformer of the embedded pipeline."""
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.errors import DispatchError, ModelError, RuntimeUnavailableError
+from recache_compile.errors import DispatchError
 from recache_compile.loading import load_pipeline
 from recache_compile.measure import psnr
-from recache_compile.recording import record_examples
 from tests.conftest import PROMPT
 
 STEPS = 8
@@ -113,49 +110,3 @@ def test_what_was_not_compiled_is_refused(
     rc.accelerate(pipeline, compiled)
     with pytest.raises(DispatchError, match=message):
         draw(pipeline, **options)
-
-
-def test_a_recording_knows_shapes_and_timesteps(pipeline: Any) -> None:
-    (example,) = record_examples(pipeline, STEPS, {"prompt": PROMPT, "guidance_scale": 3.0})
-    assert example.inputs["hidden_states"].shape == (1, 64, 48)
-    assert torch.allclose(example.timesteps["timestep"][:, 0] * 1000, pipeline.scheduler.timesteps)
-    assert "forward" not in vars(pipeline.transformer)
-
-
-def test_a_recording_that_fails_restores_the_transformer(pipeline: Any) -> None:
-    with pytest.raises(ModelError, match="recording a call"):
-        record_examples(pipeline, STEPS, {"prompt": "a purple elephant"})
-    assert "forward" not in vars(pipeline.transformer)
-
-
-def test_a_pipeline_without_transformer_is_refused() -> None:
-    with pytest.raises(ModelError, match="no transformer to compile"):
-        rc.compile(object())
-
-
-def test_unknown_models_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "index").mkdir()
-    with pytest.raises(ModelError, match="holds no pipeline"):
-        load_pipeline(str(tmp_path / "index"))
-    with pytest.raises(ModelError, match="not an embedded model"):
-        load_pipeline("no such model")
-
-
-def test_a_damaged_pipeline_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ModelError, match=str(tmp_path)):
-        load_pipeline(str(tmp_path))
-
-
-def test_a_missing_optional_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = {
-        "_class_name": "FluxPipeline",
-        "_diffusers_version": "0.42.0",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-    }
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    monkeypatch.setattr("recache_compile.loading.find_spec", lambda name: None)
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"text_encoder needs the package transformers; pip install .*\[hub\]"
-    ):
-        load_pipeline(str(tmp_path))
