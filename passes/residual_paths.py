@@ -1,51 +1,73 @@
 """Follow a residual stream backwards: which value was it before the additions?"""
 
 import operator
-from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
 from recache_compile.passes.ops import aten, packet
 
-_SAME_VALUE = {aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.dropout, aten.alias, aten.detach, aten.clamp}
+_SAME_VALUE = {
+    aten.to,
+    aten._to_copy,
+    aten.clone,
+    aten.contiguous,
+    aten.dropout,
+    aten.alias,
+    aten.detach,
+    aten.clamp,
+    aten.clip,
+}
 _SPLITS = {aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split}
 
-Window = tuple[int, int] | None
-"""Part of a value along one dimension: (dimension, first element)."""
+
+class Window(NamedTuple):
+    """Of two values one is a part of the other, along a dimension from an element on.
+
+    Args:
+        dim: the dimension.
+        start: the first element.
+        within: the followed value is a part of the node's; otherwise it is the other way round.
+    """
+
+    dim: int
+    start: int
+    within: bool = True
 
 
 def residual_base(node: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node | None:
     """The value outside of a region that reaches `node` through additions only, else None.
 
-    Casts, clones and clamps are looked through, and so are slices of concatenations: a
-    block may add to two streams at once.  Where several values do, the one in front wins:
-    additions are written stream first.
+    Casts, clones and clamps are looked through, and so are slices of concatenations (a
+    block may add to two streams at once) and concatenations of slices (it may add to one part
+    of a stream).  A slice of a value from outside counts as one from outside.  Where several
+    values do, the one in front wins: additions are written stream first.
 
     Args:
         node: a value made inside the region.
         inside: whether a node belongs to the region.
     """
     target = node.meta["val"]
-    pending: deque[tuple[fx.Node, Window]] = deque([(node, None)])
-    visited: set[tuple[fx.Node, Window]] = set()
+    pending: list[tuple[fx.Node, Window | None]] = [(node, None)]
+    visited: set[tuple[fx.Node, Window | None]] = set()
     while pending:
-        state = pending.popleft()
+        state = pending.pop()
         this, window = state
-        if state in visited or not isinstance(this.meta.get("val"), Tensor):
+        value = this.meta.get("val")
+        if state in visited or not isinstance(value, Tensor):
             continue
         visited.add(state)
-        if not inside(this):
-            value = this.meta["val"]
-            if window is None and value.shape == target.shape and value.is_floating_point():
-                return this
-            continue
-        pending.extend(_before(this, window))
+        before = _before(this, window) if inside(this) else []
+        is_slice = any(after is not None and after.within and not inside(source) for source, after in before)
+        if inside(this) and not is_slice:
+            pending.extend(reversed(before))
+        elif window is None and value.shape == target.shape and value.is_floating_point():
+            return this
     return None
 
 
-def _before(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
+def _before(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
     """What `node` continues, by addition or as it is."""
     if node.op != "call_function":
         return []
@@ -55,40 +77,45 @@ def _before(node: fx.Node, window: Window) -> list[tuple[fx.Node, Window]]:
     if kind is aten.add and "alpha" not in node.kwargs:
         shape = node.meta["val"].shape
         return [(source, window) for source in node.all_input_nodes if source.meta["val"].shape == shape]
-    if kind is aten.slice and window is None:
+    if kind is aten.slice:
         source, dim, start, *_ = (*node.args, 0, 0)
-        return [(source, _positive(source, dim, start))]  # type: ignore[list-item, arg-type]
-    if kind is aten.cat and window is not None:
-        return _member(node, window)
-    if node.target is operator.getitem and window is None:
-        return _part(node)
+        return _of_larger(source, dim, start, window)
+    if kind is aten.cat:
+        return _of_parts(node, window)
+    if node.target is operator.getitem and packet(node.all_input_nodes[0]) in _SPLITS:
+        return _of_split(node, window)
     return []
 
 
-def _positive(source: Any, dim: int, start: int | None) -> Window:
-    value = source.meta["val"]
-    dim, start = dim % value.dim(), start or 0
-    return (dim, start + value.shape[dim] if start < 0 else start)
+def _of_larger(source: Any, dim: Any, start: Any, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+    """A slice of `source`: the value is a part of it, or was its part to begin with."""
+    shape = source.meta["val"].shape
+    dim, start = dim % len(shape), start or 0
+    start = start + shape[dim] if start < 0 else start
+    if window is None:
+        return [(source, Window(dim, start))]
+    return [(source, None)] if window == Window(dim, start, within=False) else []
 
 
-def _member(node: fx.Node, window: tuple[int, int]) -> list[tuple[fx.Node, Window]]:
-    """The member of a concatenation that begins where the window does."""
-    dim, start = window
-    own = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta["val"].dim()  # type: ignore[operator]
-    offset = 0
-    for member in node.all_input_nodes if own == dim else ():
-        if offset == start:
+def _of_parts(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+    """A concatenation: the member that begins where the window does, or all of them as parts."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    members: Any = node.args[0]
+    dim, offset = dim % node.meta["val"].dim(), 0
+    found: list[tuple[fx.Node, Window | None]] = []
+    for member in members:
+        if window is None:
+            found.append((member, Window(dim, offset, within=False)))
+        elif window == Window(dim, offset):
             return [(member, None)]
         offset += member.meta["val"].shape[dim]
-    return []
+    return found
 
 
-def _part(node: fx.Node) -> list[tuple[fx.Node, Window]]:
-    """A member of a split is a window into what was split."""
+def _of_split(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+    """A member of a split is a slice."""
     split, index = node.all_input_nodes[0], int(node.args[1])  # type: ignore[arg-type]
-    if packet(split) not in _SPLITS:
-        return []
     source = split.all_input_nodes[0]
-    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
-    sizes = [part.shape[dim] for part in split.meta["val"]]  # type: ignore[index]
-    return [(source, _positive(source, dim, sum(sizes[:index])))]  # type: ignore[arg-type, misc]
+    dim: Any = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    sizes = [part.shape[dim] for part in split.meta["val"]]
+    return _of_larger(source, dim, sum(sizes[:index]), window)

@@ -95,7 +95,9 @@ def main() -> None:
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
-@click.option("--batch", type=Numbers("batch", minimum=1), default="1", show_default=True, help="Pictures per call: 1 or 1,4.")
+@click.option(
+    "--batch", type=Numbers("batch", minimum=1), default="1", show_default=True, help="Pictures per call: 1 or 1,4."
+)
 @click.option(
     "--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline: '{\"guidance_scale\": 3.5}'."
 )

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from recache_compile.errors import CaptureError
 from recache_compile.program import get_attribute
 from recache_compile.regions import inline_regions
 
@@ -41,14 +42,16 @@ def export_module(
 ) -> torch.export.ExportedProgram:
     """`torch.export` in non-strict mode, without gradients and without its log lines.
 
-    A graph that writes to tensors is made functional, so that passes may move and merge calls.
-    Views among the arguments are copied: export would guard on the tensor that they lie in.
+    A graph that writes to tensors is made functional, so that passes may move and merge calls;
+    a mapped function becomes what it does.  Views among the arguments are copied: export would
+    guard on the tensor that they lie in.
     """
     args, kwargs = pytree.tree_map_only(Tensor, _owned, (args, dict(kwargs)))
     with torch.no_grad(), warnings.catch_warnings(), quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        return exported.run_decompositions({}) if any(map(writes, _all_nodes(exported.graph_module))) else exported
+        is_plain = all(map(_is_plain, _all_nodes(exported.graph_module)))
+        return exported if is_plain else exported.run_decompositions({})
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -60,6 +63,11 @@ def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
     for child in module.modules():
         if isinstance(child, fx.GraphModule):
             yield from child.graph.nodes
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node neither writes to a tensor nor belongs to `torch.vmap`."""
+    return not writes(node) and getattr(node.target, "__module__", None) != "torch._functorch.predispatch"
 
 
 def writes(node: fx.Node) -> bool:
@@ -79,6 +87,9 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
         exported: what `export_module` made.
         names: name of a weight by the `id` of its tensor, so that a tied weight has one name.
         prefix: other tensors, constants of the code, are named after it and numbered; equal ones are one.
+
+    Raises:
+        CaptureError: the graph calls graphs for another reason.
     """
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
@@ -94,6 +105,9 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
             graph.erase_node(node)
         elif node.op == "get_attr":
             weight = get_attribute(module, str(node.target))
+            if not isinstance(weight, Tensor):
+                called = ", ".join(sorted({str(user.target) for user in node.users}))
+                raise CaptureError(f"the graph calls the higher-order operator {called}, which programs cannot")
             if id(weight) not in known:
                 constants = {name: other for name, other in weights.items() if name.startswith(prefix)}
                 known[id(weight)] = _equal(weight, constants) or f"{prefix}_{len(known)}"

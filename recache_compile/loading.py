@@ -57,7 +57,7 @@ def load_config(model: str, component: str | None = None) -> dict[str, Any]:
     with _loading(model):
         if component is None:
             return dict(DiffusionPipeline.load_config(_source(model)))
-        reader = type("Component", (ConfigMixin,), {"config_name": "config.json"})
+        reader: Any = type("Component", (ConfigMixin,), {"config_name": "config.json"})
         return dict(reader.load_config(_source(model), subfolder=component))
 
 

@@ -32,17 +32,18 @@ def denoiser_of(pipeline: Any, component: str) -> nn.Module:
     """One of the pipeline's transformers.
 
     Raises:
-        ModelError: it has none of that name, or one that is compiled already.
+        ModelError: it has none of that name, or one that is compiled already or offloaded.
     """
     found = denoisers_of(pipeline)
     if component not in found:
         there = f"; it has {', '.join(found)}" if found else ""
         raise ModelError(f"{type(pipeline).__name__}: has no {component} to compile{there}")
-    if not any(parameter.numel() for parameter in found[component].parameters()):
-        raise ModelError(
-            f"{type(pipeline).__name__}: its {component} has no weights; give it back the one it was made of"
-        )
-    return found[component]
+    module, who = found[component], f"{type(pipeline).__name__}: its {component}"
+    if not any(parameter.numel() for parameter in module.parameters()):
+        raise ModelError(f"{who} has no weights; give it back the one it was made of")
+    if hasattr(module, "_hf_hook"):
+        raise ModelError(f"{who} is offloaded, which cannot be traced; call remove_all_hooks() before compiling")
+    return module
 
 
 def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], component: str = DENOISER) -> list[Example]:
@@ -118,11 +119,14 @@ class _StandIn:
 @contextlib.contextmanager
 def _standing_in(module: nn.Module) -> Iterator[_StandIn]:
     stand_in = _StandIn(module.forward, next(module.parameters()).device)
+    own = vars(module).get("forward")  # offloading puts one there
     module.forward = stand_in  # type: ignore[method-assign, assignment]
     try:
         yield stand_in
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
 
 
 def prompted(pipeline: Any, prompt: str, call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
-from torch.nn.attention.flex_attention import _identity, create_mask, noop_mask
+from torch.nn.attention import flex_attention
 
 from recache_compile.errors import CaptureError
 from recache_compile.program import get_attribute
@@ -66,28 +66,25 @@ def ordinary_attention() -> Iterator[None]:
     It is what `flex_attention` computes where it is not compiled: its mask function decides,
     and block masks are hints for kernels that skip blocks.
     """
-    with mock.patch.object(type(torch.ops.higher_order.flex_attention), "__call__", _attend):
+    with mock.patch.object(flex_attention, "flex_attention", _attend):
         yield
 
 
 def _attend(
-    self: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    score_mod: Any,
-    block_mask: tuple[Any, ...],
-    scale: float,
-    kernel_options: Mapping[str, Any],
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if score_mod is not _identity or kernel_options.get("OUTPUT_LOGSUMEXP") or kernel_options.get("OUTPUT_MAX"):
-        raise CaptureError("flex_attention with a score_mod or return_lse is more than ordinary attention")
+    score_mod: Any = None,
+    block_mask: flex_attention.BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> Tensor:
+    wanted = [name for name in ("return_lse", "return_aux") if options.get(name)]
+    if score_mod is not None or wanted:
+        raise CaptureError("flex_attention with a score_mod or more results than one is not ordinary attention")
     mask = None
-    if block_mask[-1] is not noop_mask:
-        batch, heads, *_ = next(each for each in block_mask if isinstance(each, Tensor)).shape
-        mask = create_mask(block_mask[-1], batch, heads, query.shape[2], key.shape[2], query.device)
-    grouped = query.shape[1] != key.shape[1]
-    result = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
-    unused = query.new_zeros(())
-    return result, unused, unused
+    if block_mask is not None and block_mask.mask_mod is not flex_attention.noop_mask:
+        batch, heads = block_mask.shape[:2]
+        mask = flex_attention.create_mask(block_mask.mask_mod, batch, heads, query.shape[2], key.shape[2], query.device)
+    return functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)

@@ -3,20 +3,19 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from recache_compile.branches import Branches
 from recache_compile.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError, ModelError
 from recache_compile.export import named_leaves
 from recache_compile.program import Role
 from recache_compile.recording import DENOISER
 from recache_compile.runtimes.dispatcher import Dispatcher
-from recache_compile.runtimes.seen import Seen
 
 Fallback = Literal["eager"]
 
@@ -104,7 +103,7 @@ class CompiledTransformer(nn.Module):
         self._pipeline = pipeline
         self._dispatchers: dict[int, Dispatcher] = {}
         self._branch: str | None = None
-        self._branches = _Branches()
+        self._branches = Branches()
         self._told: int | None = None
         self._last: int | None = None
         self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
@@ -144,6 +143,17 @@ class CompiledTransformer(nn.Module):
     def device(self) -> torch.device:
         """Where the engines run."""
         return self._compiled.variants[0].device
+
+    def __getattr__(self, name: str) -> Any:
+        """Entries of the configuration, as the models of `diffusers` give them out."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "_compiled" and name in self._compiled.description.config:
+                return self._compiled.description.config[name]
+            raise AttributeError(
+                f"the compiled transformer has no {name!r}: it has its engines and its configuration; ask the original"
+            ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
         """One with a state of its own, on the same engines and weights."""
@@ -198,8 +208,8 @@ class CompiledTransformer(nn.Module):
         dispatcher, leaves = self._dispatchers[self._budget], named_leaves(inputs)
         step = self._step(leaves)
         if self._last is None or step < self._last:
-            dispatcher.reset(start=step)
-            self._branches = _Branches()
+            dispatcher.reset(start=None)
+            self._branches = Branches()
         self._last = step
         branch = self._branch
         if branch is None:
@@ -253,50 +263,4 @@ def _remedy(scheduler: Any, compiled: int) -> str:
     return (
         f"{type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
         f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
-    )
-
-
-@dataclass(slots=True)
-class _Branches:
-    """Knows the guidance branches of a generation by their conditioning, where the pipeline does not name them.
-
-    Each of them is called once a step.  Conditioning that none of them had is a new branch;
-    if there is but one and it was not called yet, it is that one's, which has changed.
-    """
-
-    seen: list[dict[str, Seen]] = field(default_factory=list)
-    step: int | None = None
-    called: set[int] = field(default_factory=set)
-
-    def find(self, step: int, leaves: Mapping[str, Any], changing: Collection[str]) -> str:
-        """Name of the branch that a call belongs to.
-
-        Args:
-            step: of the call.
-            leaves: its arguments.
-            changing: names of those that are other tensors in every step.
-        """
-        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and name not in changing}
-        if step != self.step:
-            self.step, self.called = step, set()
-        free = [number for number in range(len(self.seen)) if number not in self.called]
-        # those of the very same tensors first: on a GPU, comparing values would stall the loop
-        free.sort(key=lambda number: not _are(self.seen[number], tensors))
-        number = next((each for each in free if _still_are(self.seen[each], tensors)), None)
-        if number is None:
-            number = 0 if free and len(self.seen) == 1 else len(self.seen)
-            self.seen[number:] = [{name: Seen.now(tensor) for name, tensor in tensors.items()}]
-        self.called.add(number)
-        return str(number)
-
-
-def _are(seen: Mapping[str, Seen], tensors: Mapping[str, Tensor]) -> bool:
-    return all(name in seen and seen[name].tensor is tensor for name, tensor in tensors.items())
-
-
-def _still_are(seen: Mapping[str, Seen], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the tensors that were seen, or others with their values."""
-    kinds = {name: (each.values.shape, each.values.dtype) for name, each in seen.items()}
-    return kinds == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} and all(
-        each.still_is(tensors[name]) for name, each in seen.items()
     )

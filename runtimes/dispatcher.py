@@ -74,24 +74,23 @@ class Dispatcher:
         self._result = pytree.treespec_loads(signature.result)
         self._variants = {_key(_shapes(each), dict(each.constants)): each for each in variants}
         self._device = variants[0].device
-        self._start = 0
+        self._start: int | None = 0
         self._states: dict[tuple[str, Any], _State] = {}
 
-    def reset(self, start: int = 0) -> None:
+    def reset(self, start: int | None = 0) -> None:
         """Forget every generation in progress and its history.
 
         Args:
             start: the step that the next generations begin with.  It is then a recompute
                 step, in addition to those that come after it (image-to-image runs begin in
-                the middle of the schedule).
+                the middle of the schedule).  None: each branch and kind of call begins with
+                the step that it is first called in.
 
         Raises:
             DispatchError: there is no such step.
         """
-        if not 0 <= start < len(self.plan.steps):
+        if start is not None and not 0 <= start < len(self.plan.steps):
             raise DispatchError(f"start {start}: expected 0..{len(self.plan.steps) - 1}")
-        if start != self._start:
-            self._states.clear()
         self._start = start
         for state in self._states.values():
             state.history.clear()
@@ -109,13 +108,13 @@ class Dispatcher:
             MismatchError: the inputs are not of a kind that was compiled.
             DispatchError: the step does not follow the last one.
         """
-        tensors, state = self._state(branch, model_inputs)
         if not 0 <= step < len(self.plan.steps):
             raise DispatchError(f"step {step}: expected 0..{len(self.plan.steps) - 1}")
-        if step not in (self._start, None if state.last_step is None else state.last_step + 1):
+        tensors, state = self._state(branch, step, model_inputs)
+        if step not in (state.start, None if state.last_step is None else state.last_step + 1):
             raise DispatchError(
                 f"step {step} does not follow step {state.last_step}: run the steps in order, or start again at step"
-                f" {self._start}"
+                f" {state.start}"
             )
         state.last_step = None  # until this step has succeeded
         at = step - state.start
@@ -150,17 +149,18 @@ class Dispatcher:
             return state.tables.read(value, at)
         return tensors[value.name].contiguous()
 
-    def _state(self, branch: str, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], _State]:
-        """The tensor inputs by name, and the state of their branch and kind."""
+    def _state(self, branch: str, step: int, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], _State]:
+        """The tensor inputs by name, and the state of their branch and kind, which may begin with this step."""
         leaves = named_leaves(model_inputs)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         constants = self._signature.constants(leaves)
         key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
         state = self._states.get((branch, key))
-        if state is None:
+        start = step if self._start is None else self._start
+        if state is None or (state.last_step is None and state.start != start):
             if key not in self._variants:
                 raise MismatchError(self._no_variant(tensors, constants))
-            state = self._states[branch, key] = self._new_state(self._variants[key])
+            state = self._states[branch, key] = self._new_state(self._variants[key], start)
         for name, tensor in tensors.items():
             if tensor.device != self._device:
                 raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
@@ -172,18 +172,18 @@ class Dispatcher:
                 )
         return tensors, state
 
-    def _new_state(self, variant: Variant) -> _State:
-        """A state for generations that begin at the present start."""
+    def _new_state(self, variant: Variant, start: int) -> _State:
+        """A state for generations that begin with a step."""
         plan = self.plan
-        if self._start:
-            plan = make_plan(plan.schedule.starting_at(self._start), self._forecaster, len(plan.steps[0].row))
+        if start:
+            plan = make_plan(plan.schedule.starting_at(start), self._forecaster, len(plan.steps[0].row))
         coefficients = tuple(
             torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps
         )
         hoisted = "prologue" in variant.programs
-        tables = Tables(variant, plan, self._start, self._revision) if hoisted else None
+        tables = Tables(variant, plan, start, self._revision) if hoisted else None
         fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
-        return _State(variant, plan.steps, self._start, coefficients, tables, fixed)
+        return _State(variant, plan.steps, start, coefficients, tables, fixed)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
         given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}

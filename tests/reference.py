@@ -141,7 +141,7 @@ class CachedReference:
             for number, leaf in enumerate(leaves):
                 if not isinstance(leaf, Tensor) or leaf.shape != result.shape or not leaf.is_floating_point():
                     continue
-                change = 0.01 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(number))
+                change = 1e-4 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(number))
                 changed = [*leaves[:number], leaf + change, *leaves[number + 1 :]]
                 args, kwargs = pytree.tree_unflatten(changed, spec)
                 effect = pytree.tree_leaves(block.forward(*args, **kwargs))[key[1]] - result

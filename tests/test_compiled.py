@@ -64,6 +64,7 @@ def test_refitting_a_loaded_artifact_equals_compiling_anew(
     assert_same(loaded, anew)
 
 
+@pytest.mark.xfail(strict=True, reason="inductor writes proj_out.bias, of 8 elements, into the code")
 @pytest.mark.slow
 def test_refitting_inductor_engines_equals_compiling_anew(
     inductor_artifact: Path, tuned: nn.Module, anew: rc.Compiled

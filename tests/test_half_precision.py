@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
-from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
+from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps, tiny_flux
 from tests.test_compiler import relative_error
 
 BUDGET = 3

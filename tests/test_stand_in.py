@@ -1,6 +1,7 @@
 """Standing in for the transformer of the embedded pipeline."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import recache_compile as rc
 from recache_compile.errors import DispatchError
 from recache_compile.loading import load_pipeline
 from recache_compile.measure import psnr
+from recache_compile.recording import record_examples
+from recache_compile.stand_in import CompiledTransformer
 from tests.conftest import PROMPT
 
 STEPS = 8
@@ -110,3 +113,19 @@ def test_what_was_not_compiled_is_refused(
     rc.accelerate(pipeline, compiled)
     with pytest.raises(DispatchError, match=message):
         draw(pipeline, **options)
+
+
+def test_the_step_is_looked_up_where_the_scheduler_does_not_tell_it(shapes: Any, compiled: rc.Compiled) -> None:
+    (example,) = record_examples(shapes, STEPS, {"prompt": PROMPT})
+    column = example.timesteps["timestep"]
+    scheduler = SimpleNamespace(timesteps=column[:, 0].clone())
+    transformer = CompiledTransformer(compiled, SimpleNamespace(scheduler=scheduler), STEPS)
+    dispatcher = compiled.dispatcher(STEPS)
+    for step, timestep in enumerate(column):
+        inputs = {**example.inputs, "timestep": timestep}
+        assert torch.equal(transformer(**inputs)[0], dispatcher(step=step, **inputs)[0])
+    scheduler.timesteps[3] = scheduler.timesteps[2]
+    with pytest.raises(DispatchError, match="the timestep is at several places in its table"):
+        transformer(**example.inputs | {"timestep": column[2]})
+    with pytest.raises(DispatchError, match="the timestep is not in its table"):
+        transformer(**example.inputs | {"timestep": column[3]})

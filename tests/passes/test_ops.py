@@ -118,6 +118,12 @@ def test_other_calls_are_not_cheap(node: fx.Node) -> None:
     assert not is_cheap(node)
 
 
+@pytest.mark.parametrize("target", [aten.full.default, aten.zeros.default, aten.ones.default])
+def test_a_fill_is_cheap(target: object) -> None:
+    size = ([2, 3], 1.0) if target is aten.full.default else ([2, 3],)
+    assert is_cheap(one_call(target, *size, operands=0))
+
+
 def test_inputs_are_not_cheap() -> None:
     assert not is_cheap(fx.Graph().placeholder("input"))
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from recache_compile.errors import PassError
 from recache_compile.passes.hoist import Entry
 from recache_compile.passes.prologue import build_prologue
-from recache_compile.program import Granularity, Kind, Program, Value
+from recache_compile.program import Granularity, Kind, Program, Value, makes_one_row
 from tests.passes.tiny import (
     WIDTH,
     Attention,
@@ -74,7 +74,7 @@ sin = aten.sin.default(arguments_0)
 mul = aten.mul.Tensor(sin, sum_1)
 pad = aten.pad.default(mul, [0, 63])
 cat = aten.cat.default([pad], 1)
-view = aten.view.default(cos, [8])
+view = aten.reshape.default(cos, [8])
 pad_1 = aten.pad.default(view, [0, 56])
 cat_1 = aten.cat.default([pad_1])
 return [cat, cat_1]"""
@@ -164,6 +164,15 @@ ROWS: dict[str, Forward] = {
         hidden + torch.cat([context[:, 0, :2], self.embed(t)[:, 2:]], -1).exp()
     ),
     "cat of rows": lambda self, hidden, t, context: hidden + torch.cat([self.embed(t)[:, None], context], 1),
+    "concat": lambda self, hidden, t, context: (
+        hidden + torch.concat([self.embed(t)[:, :2], context[:, 0, 2:]], -1).exp()
+    ),
+    "index_select of rows": lambda self, hidden, t, context: (
+        hidden + self.embed(t).exp().index_select(-1, torch.tensor([3, 1, 0, 0]))
+    ),
+    "index_select by rows": lambda self, hidden, t, context: (
+        hidden + context.index_select(1, (t > 2).long()) * self.linear.weight.index_select(0, (t > 2).long())
+    ),
     "layer_norm": lambda self, hidden, t, context: hidden + self.norm(self.embed(t)),
     "layer_norm without weights": lambda self, hidden, t, context: (
         hidden + functional.layer_norm(self.embed(t), (WIDTH,), eps=1e-6)
@@ -284,10 +293,68 @@ def test_attention_on_the_timestep_maps_over_rows(attend: Callable[..., tuple[Te
         assert_rows_equal(parts, module, count)
 
 
-def test_an_operator_that_cannot_be_mapped_is_refused_with_the_remedy() -> None:
-    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        kernel = self.table[:1, None, :3]
-        return hidden + functional.conv1d(self.embed(timestep)[:, None], kernel, padding=1)
+def forward_of_one_row(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    kernel = self.table[:1, None, :3]
+    mixed = functional.conv1d(self.embed(timestep)[:, None], kernel, padding=1)
+    return hidden + mixed.exp() + self.linear(context).mean(1)
 
-    with pytest.raises(PassError, match=r"build-prologue: .*hoist"):
-        split_of(forward)
+
+def test_where_an_operator_cannot_be_mapped_a_call_makes_one_row() -> None:
+    parts, module = split_of(forward_of_one_row)
+    assert [(value.name, value.shape) for value in parts.prologue.inputs] == [
+        ("timestep@recompute", (1, 1)),
+        ("encoder_hidden_states", (1, 2, WIDTH)),
+    ]
+    assert [(value.name, value.shape) for value in parts.prologue.outputs] == [
+        ("recompute.row_float32", (1, 64)),
+        ("recompute.fixed_float32", (64,)),
+    ]
+    assert makes_one_row(parts.prologue)
+    assert_rows_equal(parts, module, 1)
+
+
+def test_several_tables_of_one_row() -> None:
+    module = Formula(forward_of_one_row).eval()
+    parts = split(module, ((0,), (2,)), Granularity.OUTPUT)
+    assert [value.shape for value in parts.prologue.inputs if value.kind is Kind.TIMESTEP] == [(1, 1)]
+    assert_rows_equal(parts, module, 1)
+
+
+def test_with_a_free_number_of_rows_a_call_makes_them_all(attention: Split) -> None:
+    assert not makes_one_row(attention.prologue)
+    fixed, _ = split_of(lambda self, hidden, timestep, context: hidden + self.linear(context).mean(1))
+    assert not makes_one_row(fixed.prologue)
+
+
+def test_work_on_weights_alone_needs_no_input() -> None:
+    parts, module = split_of(lambda self, hidden, timestep, context: hidden * self.linear(self.table[:3]).exp())
+    assert parts.prologue.inputs == ()
+    assert [value.name for value in parts.prologue.outputs] == ["recompute.fixed_float32"]
+    assert_rows_equal(parts, module, 2)
+
+
+def test_a_model_without_other_inputs_has_a_prologue_without_inputs() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, WIDTH))
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states * self.table.exp()
+
+    module, inputs = Alone(), {"hidden_states": INPUTS["hidden_states"]}
+    parts = split(module, granularity=Granularity.OUTPUT, inputs=inputs)
+    assert parts.prologue.inputs == ()
+    packed = read_tables(parts.steps["recompute"], "recompute", call(parts.prologue, {}), 0)
+    torch.testing.assert_close(call(parts.steps["recompute"], {**inputs, **packed})["prediction_0"], module(**inputs))
+
+
+def test_what_cannot_be_exported_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr("recache_compile.passes.prologue.export_module", fail)
+    with pytest.raises(
+        PassError, match=r"build-prologue: .*\(no such operator\); compile without hoisting: hoist=False"
+    ):
+        split_of(forward_of_both)

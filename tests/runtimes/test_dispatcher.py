@@ -199,7 +199,7 @@ def test_the_first_step_starts_again_wherever_it_is(eager: rc.Compiled) -> None:
     for step in (5, 6):
         (again,) = run(step=step, **loop_inputs(step, flux_inputs()))
         assert torch.equal(again, first[step - 5])
-    with pytest.raises(DispatchError, match="step 0 does not follow step 6: .* or start again at step 5"):
+    with pytest.raises(DispatchError, match=r"step 0 does not follow step 6: .* or start again at step 5"):
         run(step=0, **loop_inputs(0, flux_inputs()))
 
 
