@@ -121,6 +121,32 @@ def _(
     ), 0
 
 
+@torch.library.custom_op("recache::index_select", mutates_args=())
+def index_select(value: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`torch.index_select`."""
+    return value.index_select(dim, index)
+
+
+@index_select.register_fake
+def _(value: Tensor, dim: int, index: Tensor) -> Tensor:
+    return value.index_select(dim, index)
+
+
+@index_select.register_vmap
+def _(info: Any, in_dims: Any, value: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int]:
+    dim = dim % (value.dim() - (in_dims[0] is not None))
+    if in_dims[2] is None:
+        return value.movedim(in_dims[0], 0).index_select(dim + 1, index), 0
+    index = index.movedim(in_dims[2], 0)
+    index = index.reshape(index.shape[0], -1)
+    if in_dims[0] is None:
+        chosen = value.index_select(dim, index.flatten())
+        return chosen.reshape(*value.shape[:dim], *index.shape, *value.shape[dim + 1 :]).movedim(dim, 0), 0
+    moved = value.movedim(in_dims[0], 0).movedim(dim + 1, 1)
+    rows = torch.arange(moved.shape[0], device=moved.device)[:, None]
+    return moved[rows, index].movedim(1, dim + 1), 0
+
+
 def use_free_row_rules(graph: fx.Graph) -> None:
     """Let the operators whose own rule is not good enough use ours."""
     ours = torch.ops.recache
@@ -131,8 +157,7 @@ def use_free_row_rules(graph: fx.Graph) -> None:
         if node.target in (aten.cat.default, aten.concat.default, aten.concatenate.default):
             _retarget(node, ours.cat.default, given["tensors"], given["dim"])
         elif node.target is aten.index_select.default:
-            skipped = [None] * (given["dim"] % given["self"].meta["val"].dim())
-            _retarget(node, aten.index.Tensor, given["self"], [*skipped, given["index"]])
+            _retarget(node, ours.index_select.default, given["self"], given["dim"], given["index"])
         elif node.target is aten.linear.default:
             _retarget(node, ours.linear.default, given["input"], given["weight"], given["bias"])
         elif node.target is aten.layer_norm.default:

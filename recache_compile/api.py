@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recache_compile.compiled import Compiled, Description
-from recache_compile.compiler import Example, Options, compile_module, distinct, make_schedules
+from recache_compile.compiler import Example, Options, compile_module, make_schedules
 from recache_compile.errors import ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster
 from recache_compile.policies.base import Policy
@@ -79,6 +79,7 @@ def compile(
         residual=residual,
         runtime=backend.name,
         hoist=hoist,
+        component=component,
     )
     return compile_module(module, examples, options, backend, description, report)
 
@@ -131,7 +132,7 @@ def _examples(
         module = denoiser_of(model, component)
         if example_inputs is None:
             calls = [call or {}] if call is None or isinstance(call, Mapping) else call
-            return module, distinct(each for one in calls for each in record_examples(model, num_steps, one, component))
+            return module, [each for one in calls for each in record_examples(model, num_steps, one, component)]
     else:
         module = model
     if example_inputs is None:

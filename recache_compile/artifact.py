@@ -34,7 +34,7 @@ from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule
 from recache_compile.serialize import program_from_json, program_to_json, read_value, value_to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -56,7 +56,7 @@ class _Variant(_Facts):
 
 
 class _Manifest(_Facts):
-    format_version: Literal[1]
+    format_version: Literal[2]
     recache_version: str
     torch_version: str
     platform: str
@@ -311,6 +311,8 @@ def _read_manifest(folder: Path) -> _Manifest:
             raise ArtifactError(
                 f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}; upgrade recache-compile"
             )
+        if version < FORMAT_VERSION:
+            raise ArtifactError(f"{folder}: format {version}, of an older version of recache-compile; compile again")
         manifest = _Manifest.model_validate_json(text)
         if manifest.digest != _digest(json.loads(text)):
             raise ArtifactError(f"{file}: damaged (its digest differs); compile again")

@@ -13,8 +13,8 @@ from recache_compile.runtimes.seen import Seen
 class Branches:
     """Knows the guidance branches of a generation by their conditioning.
 
-    Each of them is called once a step.  Conditioning that none of them had is a new branch;
-    if there is but one and it was not called yet, it is that one's, which has changed.
+    Each of them is called once a step.  Conditioning that none of them had is a new branch,
+    whose first step is recomputed; the same tensors with other values are the same branch.
     """
 
     seen: list[dict[str, Seen]] = field(default_factory=list)
@@ -37,8 +37,9 @@ class Branches:
         free.sort(key=lambda number: not _are(self.seen[number], tensors))
         number = next((each for each in free if _still_are(self.seen[each], tensors)), None)
         if number is None:
-            number = 0 if free and len(self.seen) == 1 else len(self.seen)
-            self.seen[number:] = [{name: Seen.now(tensor) for name, tensor in tensors.items()}]
+            changed = (each for each in free if _are(self.seen[each], tensors))  # written to in place
+            number = next(changed, len(self.seen))
+            self.seen[number : number + 1] = [{name: Seen.now(tensor) for name, tensor in tensors.items()}]
         self.called.add(number)
         return str(number)
 

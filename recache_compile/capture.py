@@ -39,10 +39,20 @@ class Signature:
     result: str
     tensors: tuple[bool, ...]
 
-    def constants(self, leaves: Mapping[str, Any]) -> dict[str, str]:
-        """What is no tensor in a call, as text, defaults filled in; `leaves` by dotted name."""
+    def constants(self, arguments: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, str]:
+        """What is no tensor in a call, as text, defaults filled in.
+
+        Args:
+            arguments: of the call.
+            leaves: of the arguments, by dotted name.
+        """
         given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
-        top = {name.partition(".")[0] for name in leaves}
+        given |= {
+            name: repr(value)
+            for name, value in arguments.items()
+            if isinstance(value, (list, tuple, dict)) and not value
+        }
+        top = {name.partition(".")[0] for name in (*leaves, *given)}
         filled = {name: default for name, default in self.defaults if name not in top} | given
         filled.pop("return_dict", None)
         return filled
@@ -119,7 +129,7 @@ def capture(
     return Captured(
         program=Program("capture", graph_module, ("capture",)),
         signature=signature,
-        constants=tuple(signature.constants(leaves).items()),
+        constants=tuple(signature.constants(arguments, leaves).items()),
         fixed={name: value.detach().clone() for name, value in trace.constants.items()},
         containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
     )

@@ -165,7 +165,7 @@ def compile_command(
             call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
         )  # fmt: skip
         where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
-        description = replace(compiled.description, model=where, call=shapes[0], component=component)
+        description = replace(compiled.description, model=where, call=shapes[0])
         compiled = replace(compiled, description=description)
         report(f"writing {folder}")
         compiled.save(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recache_compile.capture import CONSTANT_PREFIX, Signature
+from recache_compile.capture import Signature
 from recache_compile.cost import Cost, cost_of
 from recache_compile.errors import DispatchError, ModelError
 from recache_compile.forecasters import get_forecaster
@@ -34,7 +34,7 @@ class Description:
         component: the pipeline's component that was compiled.
         call: arguments of the pipeline, beside the prompt, that it was compiled for; the first
             where there are several.
-        unread: weights of the module that no program reads.
+        weights: names of the module's parameters and stored buffers, read by a program or not.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Description:
     dtype: str = "float32"
     component: str = "transformer"
     call: Mapping[str, Any] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +101,9 @@ class Compiled:
         """Replace the weights in place, without compiling again: a fine-tune, or an adapter that was fused.
 
         Dispatchers that exist see the new weights in their next step, prologue included.
+        The weights are shared with the module that was compiled, and with whatever else was
+        compiled from it: they change too.  Tensors that the module's code has computed from
+        weights once and kept are constants, and do not follow.
 
         Args:
             state_dict: tensors by their name in the original module; cast to the compiled dtype.
@@ -109,21 +112,23 @@ class Compiled:
         Raises:
             ModelError: a weight is missing, unknown or of another shape; nothing has changed then.
         """
-        known = {name for name in self.weights if not name.startswith(CONSTANT_PREFIX)}
-        unknown = sorted(set(state_dict) - known - set(self.description.unread))
+        known = set(self.weights) & set(self.description.weights)
+        unknown = sorted(set(state_dict) - set(self.description.weights))
         missing = sorted(known - set(state_dict)) if strict else []
         shapes = [
             f"{name} is {list(state_dict[name].shape)}, compiled {list(self.weights[name].shape)}"
             for name in sorted(known & set(state_dict))
             if state_dict[name].shape != self.weights[name].shape
         ]
-        for what, names in (("unknown", unknown), ("missing", missing), ("of another shape", shapes)):
+        empty = sorted(name for name in known & set(state_dict) if state_dict[name].is_meta)
+        wrong = {"unknown": unknown, "missing": missing, "of another shape": shapes, "without values": empty}
+        for what, names in wrong.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ModelError(f"refit: {what}: {', '.join(names[:3])}{more}; nothing was changed")
-        self.revision.number += 1
         for name in known & set(state_dict):
             self.weights[name].copy_(state_dict[name])
+        self.revision.number += 1
 
     def save(self, folder: str | Path) -> None:
         """Write an artifact folder; an artifact that is there already is replaced at once or not at all.

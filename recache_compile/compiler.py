@@ -46,11 +46,13 @@ class Example:
         timesteps: per timestep input, its value at every step (num_steps, *shape); empty
             when unknown, and then learned at run time.
         roles: of inputs whose behaviour, not their name, tells it.
+        others: calls of the same shapes with other values, for models that decide by values.
     """
 
     inputs: Mapping[str, Any]
     timesteps: Mapping[str, Tensor]
     roles: Mapping[str, Role]
+    others: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +83,23 @@ def compile_module(
     """Capture, annotate, plan, specialise (and hoist, and verify), lower."""
     keep = tempfile.TemporaryDirectory(prefix="recache-")
     with fused_adapters(module):
-        captures = capture_all(module, examples, options, report)
+        captures = [
+            each
+            for number, example in enumerate(distinct(examples))
+            for each in capture_example(module, example, options, number, report)
+        ]
         names = tuple(module.state_dict())
-    annotated = [annotate(captured, options) for captured in captures]
+    check_same_call(captured for _, captured in captures)
+    annotated = [annotate(captured, options) for _, captured in captures]
     sites = check_same_sites(annotated)
     report(describe_sites(annotated[0]))
     weights: dict[str, Tensor] = {}
     variants: list[Variant] = []
-    for number, (example, captured, program) in enumerate(zip(examples, captures, annotated, strict=True)):
-        timesteps = check_timesteps(example.timesteps, captured.program, options)
+    for number, ((example, captured), program) in enumerate(zip(captures, annotated, strict=True)):
+        device = device_of(example.inputs)
+        timesteps = check_timesteps(example.timesteps, captured.program, options, device)
         programs = specialise(program, options, report)
         weights |= {name: weight for each in programs.values() for name, weight in each.weights.items()}
-        device = device_of(example.inputs)
         variants.append(
             Variant(
                 inputs=captured.program.inputs,
@@ -110,37 +117,55 @@ def compile_module(
     description = replace(
         description,
         dtype=dtype_name(latents.dtype),
-        unread=tuple(name for name in names if name not in weights),
+        weights=names,
     )
-    return Compiled(description, captures[0].signature, plans, tuple(variants), weights, Path(keep.name), keep)
+    return Compiled(description, captures[0][1].signature, plans, tuple(variants), weights, Path(keep.name), keep)
 
 
-def capture_all(module: nn.Module, examples: Sequence[Example], options: Options, report: Report) -> list[Captured]:
-    """Capture the module once for each example.
+def capture_example(
+    module: nn.Module, example: Example, options: Options, number: int, report: Report
+) -> list[tuple[Example, Captured]]:
+    """Capture the module once, and once more for each call with other values of inputs that became constants.
 
-    Raises:
-        CaptureError: the results do not have the same structure.
+    Args:
+        module: the original.
+        example: one kind of call.
+        options: for the roles.
+        number: of the example; tells the constants of several apart.
+        report: told what begins.
     """
-    captures = []
-    for number, example in enumerate(examples):
+    captures: list[tuple[Example, Captured]] = []
+    for inputs in (example.inputs, *example.others):
+        leaves = named_leaves(inputs)
+        known = [captured.fixed for _, captured in captures]
+        if any(all(torch.equal(leaves[name], value) for name, value in fixed.items()) for fixed in known):
+            continue
         report("capturing")
-        captures.append(capture(module, example.inputs, {**example.roles, **options.roles}, label=str(number)))
-        if captures[-1].signature != captures[0].signature:
-            raise CaptureError(
-                "examples: the model returns another structure for one of them than for the first; compile apart"
-            )
+        label = f"{number}_{len(captures)}" if captures else str(number)
+        captures.append((example, capture(module, inputs, {**example.roles, **options.roles}, label)))
     return captures
 
 
+def check_same_call(captures: Iterable[Captured]) -> None:
+    """Raise unless the model returns the same structure for all examples."""
+    if len({captured.signature for captured in captures}) > 1:
+        raise CaptureError(
+            "examples: the model returns another structure for one of them than for the first; compile apart"
+        )
+
+
 def distinct(examples: Iterable[Example]) -> list[Example]:
-    """The examples without those whose inputs have the shapes and constants of an earlier one."""
+    """One example for each kind of call: those of the same shapes and constants are others of the first."""
     kinds: dict[Any, Example] = {}
     for example in examples:
         leaves = named_leaves(example.inputs)
-        kind = {
+        facts = {
             name: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for name, leaf in leaves.items()
         }
-        kinds.setdefault(frozenset(kind.items()), example)
+        kind = frozenset(facts.items())
+        first = kinds.setdefault(kind, example)
+        if first is not example:
+            kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))
     return list(kinds.values())
 
 
@@ -153,7 +178,9 @@ def check_same_sites(annotated: Sequence[Program]) -> int:
     return first
 
 
-def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options: Options) -> dict[str, Tensor]:
+def check_timesteps(
+    timesteps: Mapping[str, Tensor], captured: Program, options: Options, device: torch.device
+) -> dict[str, Tensor]:
     """The timetable in the inputs' dtype and place, once its names and shapes are known to fit."""
     inputs = {value.name: value for value in captured.inputs if value.kind is Kind.TIMESTEP}
     checked = {}
@@ -165,7 +192,7 @@ def check_timesteps(timesteps: Mapping[str, Tensor], captured: Program, options:
             raise CaptureError(
                 f"timesteps {name!r}: shape {tuple(column.shape)}, expected (num_steps, *shape) = {expected}"
             )
-        checked[name] = column.to(inputs[name].dtype)
+        checked[name] = column.to(device, inputs[name].dtype)
     return checked
 
 

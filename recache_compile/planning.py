@@ -83,7 +83,8 @@ def find_abstract(model: str, num_steps: int, call: Mapping[str, Any]) -> Abstra
 
     Args:
         model: a spec's name or file, or what `load_pipeline` takes; then the pipeline is run
-            with a stand-in for its transformer, whose weights are not loaded.
+            with a stand-in for its transformer, whose weights are not loaded; those of its
+            text encoders are.
         num_steps: length of the denoising loop, for pipelines.
         call: arguments of the pipeline.
 
@@ -126,6 +127,7 @@ def plan_model(abstract: Abstract, options: Options, report: Callable[[str], Non
     num_sites = len(cache_points(annotated))
     plans = {budget: make_plan(each, options.forecaster, num_sites) for budget, each in options.schedules.items()}
     prologue = programs.get("prologue")
+    names = {name for name, _ in abstract.module.named_parameters()}
     return PlanFacts(
         model=abstract.name,
         size=abstract.size,
@@ -134,7 +136,7 @@ def plan_model(abstract: Abstract, options: Options, report: Callable[[str], Non
         order=options.forecaster.order,
         granularity=options.granularity.value,
         parameters=_count(abstract.module),
-        step_parameters=programs["recompute"].num_parameters,
+        step_parameters=sum(weight.numel() for name, weight in programs["recompute"].weights.items() if name in names),
         call_macs=macs,
         boundary={value.name: value.nbytes for value in prologue.outputs} if prologue else {},
         sites=sites,

@@ -156,7 +156,8 @@ def _kind(inputs: Mapping[str, Any]) -> Any:
 
 def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     """What calls of one kind say about steps."""
-    steps = [named_leaves(inputs) for inputs in _first_calls(calls, num_steps)]
+    firsts = _first_calls(calls, num_steps)
+    steps = [named_leaves(inputs) for inputs in firsts]
     tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
     columns = {name: [leaves[name] for leaves in steps] for name in tensors}
     known = {name for names in ROLE_NAMES.values() for name in names}
@@ -168,7 +169,8 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Role.TIMESTEP]
     if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
         timely = []
-    return Example(calls[0], {name: torch.stack(columns[name]) for name in timely}, roles)
+    second = next((at for at, inputs in enumerate(calls) if len(firsts) > 1 and inputs is firsts[1]), 1)
+    return Example(calls[0], {name: torch.stack(columns[name]) for name in timely}, roles, tuple(calls[1:second]))
 
 
 def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:

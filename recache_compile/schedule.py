@@ -50,7 +50,12 @@ class Schedule:
         """The rest of the schedule for a generation that begins with `step`, which is then recomputed.
 
         Steps are counted from there.
+
+        Raises:
+            ScheduleError: there is no such step.
         """
+        if not 0 <= step < self.num_steps:
+            raise ScheduleError(f"start {step}: expected 0..{self.num_steps - 1}")
         later = tuple(each - step for each in self.recompute_steps if each > step)
         return Schedule((0, *later), self.num_steps - step)
 

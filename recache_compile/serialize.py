@@ -76,7 +76,7 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
-    described = {"node": node.name, "type": describe(node.meta.get("val"))}
+    described = {"node": node.name, "type": node.meta.get("type") or describe(node.meta.get("val"))}
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target

@@ -14,7 +14,6 @@ from recache_compile.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError, ModelError
 from recache_compile.export import named_leaves
 from recache_compile.program import Role
-from recache_compile.recording import DENOISER
 from recache_compile.runtimes.dispatcher import Dispatcher
 
 Fallback = Literal["eager"]
@@ -43,7 +42,7 @@ def accelerate(
         DispatchError: the budget was not compiled.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
-    parts = {DENOISER: compiled} if isinstance(compiled, Compiled) else dict(compiled)
+    parts = {compiled.description.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
     stand_ins = {}
@@ -154,6 +153,12 @@ class CompiledTransformer(nn.Module):
             raise AttributeError(
                 f"the compiled transformer has no {name!r}: it has its engines and its configuration; ask the original"
             ) from None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
+        """Move and cast what calls fall back to; engines stay where and what they are."""
+        if self.original is not None:
+            self.original._apply(fn, recurse)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
         """One with a state of its own, on the same engines and weights."""

@@ -50,16 +50,20 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
     with _evaluating(module), torch.compiler.set_stance("force_eager"):
         given = _copied(arguments)
         attributes = _attributes(given)
-        read = inputs_read(lambda: module(**given), tensors)
+        try:
+            read = inputs_read(lambda: module(**given), tensors)
+        except Exception as error:
+            raise CaptureError(
+                f"capture of {type(module).__name__}: it cannot be called with this example: {type(error).__name__}:"
+                f" {_first_line(error)}"
+            ) from error
         if _attributes(given) != attributes:
             raise CaptureError(
                 f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program cannot;"
                 " compile the calls that only read it"
             )
-        with (
-            contextlib.suppress(Exception),
-            ordinary_attention(),
-        ):  # torch.export raises whatever the model's code provokes
+        # torch.export raises whatever the model's code provokes.
+        with contextlib.suppress(Exception), ordinary_attention():
             return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
         constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
@@ -69,9 +73,12 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
             raise CaptureError(_explain(module, error, read & set(variable))) from error
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
 def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:
-    reason = (str(error).strip().splitlines() or ["no message"])[0]
-    message = f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}: {reason}"
+    message = f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}: {_first_line(error)}"
     if read:
         message += (
             f" (the model's code decides by values computed from {', '.join(sorted(read))}, which change from step to"
@@ -85,9 +92,15 @@ def _fixed_sizes(exported: torch.export.ExportedProgram) -> torch.export.Exporte
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
-        if any(isinstance(size, torch.SymInt) and not isinstance(size.node.maybe_as_int(), int) for size in sizes):
-            raise ValueError(f"the size of {node.name} depends on the values of inputs")
+        if any(map(_is_unknown, sizes)):
+            raise ValueError(f"the size or value of {node.name} depends on the values of inputs")
     return exported
+
+
+def _is_unknown(size: Any) -> bool:
+    if isinstance(size, torch.SymInt):
+        return size.node.maybe_as_int() is None
+    return isinstance(size, (torch.SymFloat, torch.SymBool))
 
 
 @contextlib.contextmanager
@@ -163,7 +176,7 @@ class _Dependence(TorchDispatchMode):
         self.read: set[str] = set()
         self._sources = WeakTensorKeyDictionary()
         for name, tensor in tensors.items():
-            self._sources[tensor] = self._sources.get(tensor, frozenset()) | {name}
+            self._add(tensor, frozenset({name}))
 
     def sources(self, value: Any) -> frozenset[str]:
         """The inputs that the tensors in `value` were computed from."""
@@ -174,18 +187,22 @@ class _Dependence(TorchDispatchMode):
                 found |= self._sources.get(leaf._base, frozenset())
         return found
 
+    def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
+        self._sources[tensor] = names | self._sources.get(tensor, frozenset())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        tags, schema = getattr(func, "tags", ()), getattr(func, "_schema", None)  # higher-order operators have none
         names = self.sources((args, kwargs))
-        if READS & set(getattr(func, "tags", ())):
+        if READS & set(tags):
             is_index = func.overloadpacket is torch.ops.aten.index
             masks = [index for index in args[1] if index is not None and is_mask(index)] if is_index else []
             self.read |= self.sources(masks) if is_index else names
         result = func(*args, **kwargs)
         for leaf in _tensors(result) if names else ():
-            for tensor in (leaf, leaf._base):
-                if tensor is not None:
-                    self._sources[tensor] = names | self._sources.get(tensor, frozenset())
+            self._add(leaf, names)
+            if leaf._base is not None and schema is not None and schema.is_mutable:
+                self._add(leaf._base, names)
         return result
 
 

@@ -72,10 +72,12 @@ class Dispatcher:
         self._signature = signature
         self._revision = revision or Revision()
         self._result = pytree.treespec_loads(signature.result)
-        self._variants = {_key(_shapes(each), dict(each.constants)): each for each in variants}
+        self._variants: dict[Any, list[Variant]] = {}
+        for each in variants:
+            self._variants.setdefault(_key(_shapes(each), dict(each.constants)), []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
-        self._states: dict[tuple[str, Any], _State] = {}
+        self._states: dict[tuple[str, Any, int], _State] = {}
 
     def reset(self, start: int | None = 0) -> None:
         """Forget every generation in progress and its history.
@@ -153,24 +155,31 @@ class Dispatcher:
         """The tensor inputs by name, and the state of their branch and kind, which may begin with this step."""
         leaves = named_leaves(model_inputs)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        constants = self._signature.constants(leaves)
-        key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
-        state = self._states.get((branch, key))
-        start = step if self._start is None else self._start
-        if state is None or (state.last_step is None and state.start != start):
-            if key not in self._variants:
-                raise MismatchError(self._no_variant(tensors, constants))
-            state = self._states[branch, key] = self._new_state(self._variants[key], start)
+        constants = self._signature.constants(model_inputs, leaves)
         for name, tensor in tensors.items():
             if tensor.device != self._device:
                 raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
-        for name, value in state.fixed.items():
-            if not value.still_is(tensors[name]):
-                raise MismatchError(
-                    f"input {name!r} has other values than those compiled, and the model's code decides by them; compile"
-                    " for them too"
-                )
+        key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
+        if key not in self._variants:
+            raise MismatchError(self._no_variant(tensors, constants))
+        number = self._matching(self._variants[key], tensors, branch, key)
+        state = self._states.get((branch, key, number))
+        start = step if self._start is None else self._start
+        if state is None or (state.last_step is None and state.start != start):
+            state = self._states[branch, key, number] = self._new_state(self._variants[key][number], start)
         return tensors, state
+
+    def _matching(self, variants: Sequence[Variant], tensors: Mapping[str, Tensor], branch: str, key: Any) -> int:
+        """Number of the variant that was compiled for the values of these tensors."""
+        for number, variant in enumerate(variants):
+            state = self._states.get((branch, key, number))
+            fixed = {name: Seen.now(value) for name, value in variant.fixed.items()} if state is None else state.fixed
+            if all(value.still_is(tensors[name]) for name, value in fixed.items()):
+                return number
+        raise MismatchError(
+            f"the values of {', '.join(map(repr, variants[0].fixed))} are not those compiled, and the model's code decides"
+            " by them; compile for them too"
+        )
 
     def _new_state(self, variant: Variant, start: int) -> _State:
         """A state for generations that begin with a step."""
@@ -189,7 +198,7 @@ class Dispatcher:
         given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}
         compiled = [
             dict(each.constants) | {name: _describe(*facts) for name, facts in _shapes(each).items()}
-            for each in self._variants.values()
+            for (each, *_) in self._variants.values()
         ]
 
         def differences(facts: Mapping[str, str]) -> list[str]:

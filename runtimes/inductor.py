@@ -45,7 +45,10 @@ class Inductor:
                 torch._inductor.aoti_compile_and_package(
                     exported,
                     package_path=str(file),
-                    inductor_configs={"aot_inductor.package_constants_in_so": False},
+                    inductor_configs={
+                        "aot_inductor.package_constants_in_so": False,
+                        "always_keep_tensor_constants": True,  # else small weights become part of the code
+                    },
                 )
         except (CppCompileError, InductorError) as error:
             raise RuntimeUnavailableError(

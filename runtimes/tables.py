@@ -30,6 +30,8 @@ class Tables:
         self._variant = variant
         self._revision = revision or Revision()
         self._computed_at: int | None = None
+        self._weights = tuple(variant.programs["prologue"].weights.values())
+        self._versions = 0
         self._tables = [table_name(step.row) for step in plan.steps]
         self._reads = [
             tuple(value for value in variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
@@ -70,8 +72,11 @@ class Tables:
             raise
 
     def restart(self) -> None:
-        """Forget what an interrupted generation left to be checked."""
+        """Forget what an interrupted generation left to be checked, and rows of weights that were written to since."""
         self._differs = None
+        versions = sum(weight._version for weight in self._weights if not weight.is_inference())
+        if versions != self._versions:
+            self._versions, self._computed_at = versions, None
 
     def finish(self) -> None:
         """Raise if timesteps that were compared on the device turned out to differ."""

@@ -84,7 +84,6 @@ def test_saving_again_replaces_an_artifact(eager: rc.Compiled, tmp_path: Path) -
     rc.load(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the programs of a loaded artifact have forgotten the types of their weights")
 @pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_loaded_artifact_can_be_saved_again(runtime: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(f"{runtime}_artifact")

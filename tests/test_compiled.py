@@ -64,7 +64,6 @@ def test_refitting_a_loaded_artifact_equals_compiling_anew(
     assert_same(loaded, anew)
 
 
-@pytest.mark.xfail(strict=True, reason="inductor writes proj_out.bias, of 8 elements, into the code")
 @pytest.mark.slow
 def test_refitting_inductor_engines_equals_compiling_anew(
     inductor_artifact: Path, tuned: nn.Module, anew: rc.Compiled
@@ -123,7 +122,6 @@ def test_weights_of_another_dtype_are_cast(loaded: rc.Compiled, tuned: nn.Module
     assert_same(loaded, anew)
 
 
-@pytest.mark.xfail(strict=True, reason="what is saved from a loaded artifact cannot be loaded")
 def test_an_artifact_that_was_loaded_and_refitted_can_be_saved(
     loaded: rc.Compiled, tuned: nn.Module, anew: rc.Compiled, tmp_path: Path
 ) -> None:
@@ -201,17 +199,7 @@ class ConstantName(Odd):
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        Odd,
-        pytest.param(
-            Positions,
-            marks=pytest.mark.xfail(strict=True, reason="a buffer that no state dict holds is expected in one"),
-        ),
-        pytest.param(
-            ConstantName,
-            marks=pytest.mark.xfail(strict=True, reason="a parameter's name may begin like that of a constant"),
-        ),
-    ],
+    [Odd, Positions, ConstantName],
 )
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_state_of_the_same_class_always_fits(kind: type[Odd], saved: bool, tmp_path: Path) -> None:

@@ -131,10 +131,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("function", REFUSED.values(), ids=REFUSED.keys())
 def test_what_ordinary_attention_cannot_do_is_refused(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(CaptureError, match="capture of Model: .*flex_attention with a score_mod or more results"):
+    with pytest.raises(CaptureError, match=r"capture of Model: .*flex_attention with a score_mod or more results"):
         captured(function)
 
 
 def test_other_higher_order_operators_are_refused() -> None:
-    with pytest.raises(CaptureError, match="capture of Model: .*operator flex_attention"):
+    with pytest.raises(CaptureError, match=r"capture of Model: .*operator flex_attention"):
         captured(lambda x: flex_attention(x, x, x))  # bound before it could be replaced

@@ -20,7 +20,6 @@ def test_round_trip_runs_the_same(name: str, eager: rc.Compiled) -> None:
     assert all(map(torch.equal, again.module(*inputs), program.module(*inputs)))
 
 
-@pytest.mark.xfail(strict=True, reason="a program that was read has forgotten the types of its values")
 @pytest.mark.parametrize("name", ["prologue", "recompute", "forecast_2"])
 def test_a_program_that_was_read_is_written_as_before(name: str, eager: rc.Compiled) -> None:
     text = program_to_json(eager.variants[0].programs[name])

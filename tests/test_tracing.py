@@ -79,6 +79,15 @@ def test_what_only_computes_stays_an_input(function: Any) -> None:
     assert assert_same(function).constants == {}
 
 
+def test_a_weight_seen_in_the_shape_of_an_input_is_no_input() -> None:
+    weight = torch.ones(1)
+
+    def function(x: Tensor) -> Tensor:
+        return x * weight.expand_as(x) if weight.item() else x
+
+    assert inputs_read(lambda: (function(HIDDEN), function(HIDDEN)), {"hidden_states": HIDDEN}) == set()
+
+
 def _loop_over_experts(x: Tensor, mask: Tensor) -> Tensor:
     counts = torch.full((2,), x.shape[1] // 2, dtype=torch.long)
     return torch.cat([part * number for number, part in enumerate(x.split(counts.tolist(), dim=1))], dim=1)

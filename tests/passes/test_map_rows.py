@@ -8,6 +8,7 @@ from recache_compile.passes.map_rows import use_free_row_rules
 from tests.passes.tiny import aten, show_graph
 
 cat, layer_norm = torch.ops.recache.cat.default, torch.ops.recache.layer_norm.default
+index_select = torch.ops.recache.index_select.default
 
 
 def loop(function: object, *rows: Tensor) -> Tensor:
@@ -43,6 +44,20 @@ def test_cat_maps_over_rows_that_are_not_the_first_dimension() -> None:
     rows = torch.randn(2, 5, 3)
     mapped = torch.vmap(lambda row: cat([row, 2 * row], 1), in_dims=1)(rows)
     assert torch.equal(mapped, torch.cat([rows, 2 * rows], 2).movedim(1, 0))
+
+
+@pytest.mark.parametrize("dim", [0, 2, -2])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_index_select_equals_torch_and_maps_over_rows(dim: int, shape: tuple[int, ...]) -> None:
+    rows, places = torch.randn(5, 2, 2, 2), torch.randint(2, (5, *shape))
+    fixed, place = rows[0], places[0]
+    assert torch.equal(index_select(fixed, dim, place), fixed.index_select(dim, place))
+    for values, indices in ((rows, places), ([fixed] * 5, places), (rows, [place] * 5)):
+        expected = torch.stack([value.index_select(dim, index) for value, index in zip(values, indices, strict=True)])
+        in_dims = tuple(0 if isinstance(each, Tensor) else None for each in (values, indices))
+        given = tuple(each if isinstance(each, Tensor) else each[0] for each in (values, indices))
+        mapped = torch.vmap(lambda value, index: index_select(value, dim, index), in_dims)(*given)
+        assert torch.equal(mapped, expected)
 
 
 @pytest.mark.parametrize("affine", [True, False])

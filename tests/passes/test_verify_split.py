@@ -59,6 +59,14 @@ def test_a_weight_that_the_model_ties_may_be_read_on_both_sides() -> None:
     verify(parts)
 
 
+def test_a_weight_that_also_works_on_weights_alone_is_tied() -> None:
+    """As where a recurrence begins with zeros: its first round does not depend on the latents."""
+    parts = split_of(lambda self, hidden, timestep, context: self.linear(hidden + self.linear(self.table[:3]).exp()))
+    assert set(parts.prologue.weights) == {"linear.weight", "linear.bias", "table"}
+    assert tied_weights(parts.annotated) == {"linear.weight", "linear.bias"}
+    verify(parts)
+
+
 def test_products_that_stay_because_their_table_would_be_too_large_are_accepted() -> None:
     """The second modulation stays: the embedding that both read is smaller."""
     whole = annotated(Attention())

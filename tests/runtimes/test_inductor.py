@@ -32,7 +32,6 @@ def compiled() -> rc.Compiled:
         )
 
 
-@pytest.mark.xfail(strict=True, reason="inductor writes scalars and vectors of up to 8 elements into the code")
 @pytest.mark.parametrize("saved", [False, True])
 def test_every_weight_is_read_where_it_lies_however_small(saved: bool, compiled: rc.Compiled, tmp_path: Path) -> None:
     if saved:
