@@ -144,7 +144,7 @@ def _describe(
         Which leaves of the result are tensors.
     """
     if any(map(writes, graph.nodes)):
-        raise CaptureError("the model writes to its own buffers when it is called")
+        raise CaptureError("the model writes to its inputs or to its own buffers when it is called")
     for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
         if isinstance(leaf, Tensor) and name not in fixed:
             node.meta["value"] = Value(name, Kind(roles[name]), tuple(leaf.shape), leaf.dtype)
@@ -179,5 +179,7 @@ def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Role | str]) -
         except ValueError:
             raise CaptureError(f"roles: {role!r} for {name!r} is no role; choose one of {', '.join(Role)}") from None
     if Role.LATENTS not in roles.values():
-        raise CaptureError(f"roles: no latents among {', '.join(names)}; name one with roles={{'INPUT': 'latents'}}")
+        raise CaptureError(
+            f"roles: no latents among {', '.join(names) or 'no inputs'}; name one with roles={{'INPUT': 'latents'}}"
+        )
     return roles

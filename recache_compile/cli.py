@@ -15,7 +15,7 @@ from rich.table import Table
 
 from recache_compile._version import __version__
 from recache_compile.errors import ArtifactError, ModelError, RecacheError
-from recache_compile.parameters import JsonObject, Numbers, Size
+from recache_compile.parameters import JsonObject, Numbers, Size, check_call
 
 if TYPE_CHECKING:
     from recache_compile.compiled import Compiled
@@ -155,6 +155,7 @@ def compile_command(
         report(f"loading {model}")
         pipeline = load_pipeline(model, getattr(torch, dtype))
         captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+        check_call(call, batch)
         shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
         report("checking the prompts")
         for caption in captions[1:]:  # compiling records the first
@@ -282,7 +283,9 @@ def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
 @main.command("plan")
 @click.argument("model")
 @click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
-@click.option("--steps", type=int, help="Denoising steps T.  [default: the usual number of a known model, else 50]")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Denoising steps T.  [default: the usual number of a known model, else 50]"
+)
 @click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache or newton.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
 @click.option("--policy", default="uniform", show_default=True, help="As for compile.")
@@ -315,8 +318,8 @@ def plan_command(
         from recache_compile.planning import find_abstract, plan_model, print_plan
 
         report(f"building {model}")
-        abstract = find_abstract(model, steps or 50, call)
-        steps = steps or abstract.num_steps
+        abstract = find_abstract(model, 50 if steps is None else steps, call)
+        steps = abstract.num_steps if steps is None else steps
         options = compile_options(budgets, steps, forecaster, order, policy, granularity, hoist, residual)
         facts = plan_model(abstract, options, report)
     if as_json:

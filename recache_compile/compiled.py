@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recache_compile.capture import Signature
@@ -112,16 +113,18 @@ class Compiled:
         Raises:
             ModelError: a weight is missing, unknown or of another shape; nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ModelError(f"refit: expected a state dict, got {type(state_dict).__name__}; nothing was changed")
         known = set(self.weights) & set(self.description.weights)
         unknown = sorted(set(state_dict) - set(self.description.weights))
         missing = sorted(known - set(state_dict)) if strict else []
         shapes = [
             f"{name} is {list(state_dict[name].shape)}, compiled {list(self.weights[name].shape)}"
             for name in sorted(known & set(state_dict))
-            if state_dict[name].shape != self.weights[name].shape
+            if isinstance(state_dict[name], Tensor) and state_dict[name].shape != self.weights[name].shape
         ]
-        empty = sorted(name for name in known & set(state_dict) if state_dict[name].is_meta)
-        wrong = {"unknown": unknown, "missing": missing, "of another shape": shapes, "without values": empty}
+        unusable = sorted(name for name in known & set(state_dict) if not _is_usable(state_dict[name]))
+        wrong = {"unknown": unknown, "missing": missing, "of another shape": shapes, "no dense tensor": unusable}
         for what, names in wrong.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -142,5 +145,10 @@ class Compiled:
 
     def _plan(self, budget: int) -> Plan:
         if budget not in self.plans:
-            raise DispatchError(f"budget {budget} was not compiled; there are {', '.join(map(str, self.plans))}")
+            raise DispatchError(f"budget {budget!r} was not compiled; there are {', '.join(map(str, self.plans))}")
         return self.plans[budget]
+
+
+def _is_usable(value: object) -> bool:
+    """Whether a weight can be taken from here: a dense tensor of numbers that has values."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_complex()

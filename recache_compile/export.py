@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import logging
 import re
 import warnings
@@ -47,7 +48,8 @@ def export_module(
     guard on the tensor that they lie in.
     """
     args, kwargs = pytree.tree_map_only(Tensor, _owned, (args, dict(kwargs)))
-    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.export", "torch.fx", "torch._export"):
+    silence = contextlib.redirect_stderr(io.StringIO())  # a failure prints the whole graph
+    with torch.no_grad(), warnings.catch_warnings(), silence, quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         is_plain = all(map(_is_plain, _all_nodes(exported.graph_module)))

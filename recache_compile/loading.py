@@ -32,6 +32,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, **components: 
     from diffusers import DiffusionPipeline
 
     config = load_config(model)
+    if "_class_name" not in config:
+        raise ModelError(f"model {model}: its model_index.json names no pipeline class (_class_name)")
     _require_libraries(model, config)
     cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
     with _loading(model), _no_random_weights(model):

@@ -42,6 +42,20 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(width), int(height)
 
 
+def check_call(call: dict[str, Any], batch: tuple[int, ...]) -> None:
+    """Refuse arguments of the pipeline that the command line decides itself.
+
+    Raises:
+        ModelError: naming the argument.
+    """
+    own = {"num_inference_steps": "--steps", "generator": "--seed", "output_type": "nothing: pictures are compared"}
+    for name, option in own.items():
+        if name in call:
+            raise ModelError(f"call: {name} is not yours to set; use {option}")
+    if batch != (1,) and any(name.startswith("prompt") for name in call):
+        raise ModelError("call: with a prompt of its own, its batch is the batch; leave --batch out")
+
+
 class JsonObject(click.ParamType):  # type: ignore[type-arg]
     """One JSON object."""
 

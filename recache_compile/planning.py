@@ -101,11 +101,16 @@ def find_abstract(model: str, num_steps: int, call: Mapping[str, Any]) -> Abstra
         index = load_config(model)
     except ModelError as error:
         raise ModelError(f"{error}; models that come with the package: {', '.join(known_specs())}") from error
-    if DENOISER not in index:
+    entry = index.get(DENOISER)
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ModelError(f"model {model}: its pipeline has no {DENOISER}")
-    cls: Any = transformer_class(index[DENOISER][1])
-    with torch.device("meta"):
-        module = cls.from_config(load_config(model, DENOISER)).eval()
+    cls: Any = transformer_class(entry[1])
+    config = load_config(model, DENOISER)
+    try:
+        with torch.device("meta"):
+            module = cls.from_config(config).eval()
+    except Exception as error:  # whatever a constructor raises
+        raise ModelError(f"model {model}: {entry[1]} does not take its config: {error}") from error
     example = record_examples(load_pipeline(model, transformer=module), num_steps, call)[0]
     return Abstract(model, "", num_steps, module, on_meta(dict(example.inputs)))
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, RecacheError
 from recache_compile.export import quiet
 
 FOLDER = Path(__file__).parent / "models" / "specs"
@@ -77,7 +77,9 @@ def read_spec(file: Path) -> Abstract:
     try:
         with torch.device("meta"), quiet("diffusers.models.modeling_utils"):
             module = _cast(transformer_class(spec.class_name)(**spec.config), dtype).eval()
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except RecacheError:
+        raise
+    except Exception as error:  # whatever a constructor raises
         raise ModelError(f"{file}: {spec.class_name} does not take this config: {error}") from error
     inputs = {name: _read_input(entry, file) for name, entry in spec.inputs.items()}
     return Abstract(spec.name, spec.size, spec.num_steps, module, inputs)
@@ -122,12 +124,17 @@ def _read_input(entry: Any, file: Path) -> Any:
     if set(entry) == {"value"}:
         return entry["value"]
     if "shape" in entry:
-        return torch.empty(entry["shape"], dtype=_dtype(entry.get("dtype", "float32"), file), device="meta")
+        if set(entry) != {"shape", "dtype"}:
+            raise ModelError(f"{file}: input {json.dumps(entry)}: expected a shape and a dtype, nothing else")
+        try:
+            return torch.empty(entry["shape"], dtype=_dtype(entry["dtype"], file), device="meta")
+        except (TypeError, RuntimeError):
+            raise ModelError(f"{file}: input {json.dumps(entry)}: is no shape; write it as in [1, 4096, 64]") from None
     return {name: _read_input(item, file) for name, item in entry.items()}
 
 
 def _dtype(name: str, file: Path) -> torch.dtype:
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"{file}: {name!r} is no dtype; write it as in torch, for example bfloat16")
     return dtype

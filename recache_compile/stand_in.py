@@ -53,7 +53,10 @@ def accelerate(
         if isinstance(original, CompiledTransformer):
             original = original.original
         if fallback and original is None:
-            raise ModelError(f"fallback 'eager' needs the original weights, but the pipeline has no {name}")
+            raise ModelError(
+                f"fallback 'eager' needs the original weights, but the pipeline has no {name} of its own any more; put"
+                f" the original back (pipeline.{name} = ...) or accelerate with the fallback at once"
+            )
         chosen = min(each.plans) if budget is None else budget
         stand_ins[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
     for name, stand_in in stand_ins.items():
@@ -105,6 +108,7 @@ class CompiledTransformer(nn.Module):
         self._branches = Branches()
         self._told: int | None = None
         self._last: int | None = None
+        self._warned = False  # in this generation
         self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
         self.budget = budget
@@ -173,7 +177,7 @@ class CompiledTransformer(nn.Module):
         """
         before = self._pipeline, self._budget
         self.budget = before[1] if budget is None else budget
-        self._pipeline, self._last = pipeline, None
+        self._pipeline, self._last, self._warned = pipeline, None, False
         try:
             yield
         finally:
@@ -201,7 +205,9 @@ class CompiledTransformer(nn.Module):
         except MismatchError as error:
             if self.original is None:
                 raise
-            warnings.warn(f"running the original transformer: {error}", stacklevel=2)
+            if not self._warned:
+                warnings.warn(f"running the original transformer: {error}", stacklevel=2)
+            self._warned = True
             return self.original(*args, return_dict=return_dict, **kwargs)
         if not return_dict:
             return result

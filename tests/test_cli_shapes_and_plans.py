@@ -24,7 +24,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_several_batches_share_their_weights(artifact: Path) -> None:
     compiled = load(artifact)
-    shapes = [dict((value.name, value.shape) for value in variant.inputs) for variant in compiled.variants]
+    shapes = [{value.name: value.shape for value in variant.inputs} for variant in compiled.variants]
     assert [each["hidden_states"][0] for each in shapes] == [1, 2]
     first, second = (variant.programs["recompute"].weights for variant in compiled.variants)
     own = {name for name in first if not name.startswith("constant_")}

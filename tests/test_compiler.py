@@ -278,7 +278,9 @@ def test_examples_of_one_kind_are_one() -> None:
         {"sample": torch.ones(2, 4)},
     ]
     examples = [Example(inputs, {}, {}) for inputs in (one, same, *others, one)]
-    assert [id(each) for each in distinct(examples)] == [id(examples[at]) for at in (0, 2, 3, 4, 5)]
+    kinds = distinct(examples)
+    assert [id(each.inputs) for each in kinds] == [id(examples[at].inputs) for at in (0, 2, 3, 4, 5)]
+    assert [id(each) for each in kinds[0].others] == [id(same), id(one)]
 
 
 @pytest.mark.parametrize(
