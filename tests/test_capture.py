@@ -61,7 +61,13 @@ def test_a_constant_that_is_left_out_is_kept_with_its_default() -> None:
     assert dict(captured.constants) == {"scale": "1.0"}
     assert captured.signature.parameters == ("sample", "t", "extra", "scale", "return_dict")
     assert captured.signature.defaults == (("scale", "1.0"), ("return_dict", "True"))
-    assert captured.signature.constants(named_leaves(given)) == {"scale": "1.0"}
+    assert captured.signature.constants(given, named_leaves(given)) == {"scale": "1.0"}
+
+
+def test_an_empty_container_is_not_the_default() -> None:
+    signature = capture(Model(), inputs()).signature
+    given = inputs() | {"scale": []}
+    assert signature.constants(given, named_leaves(given))["scale"] == "[]"
 
 
 def test_signatures_of_other_shapes_and_constants_are_equal() -> None:

@@ -148,9 +148,14 @@ def changed_state(**changes: Any) -> dict[str, Any]:
             False,
             r"refit: of another shape: proj_out.bias is \[9\], compiled \[8\]; nothing was changed",
         ),
+        (
+            changed_state(proj_out__bias=torch.ones(8, device="meta")),
+            True,
+            r"refit: no dense tensor: proj_out\.bias; nothing was changed",
+        ),
         ({}, True, r"refit: missing: context_embedder\.bias, .*, .* and \d+ more; nothing"),
     ],
-    ids=["unknown", "unknown, not strict", "missing", "shape", "nothing"],
+    ids=["unknown", "unknown, not strict", "missing", "shape", "without values", "nothing"],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     state: dict[str, Tensor], strict: bool, message: str, loaded: rc.Compiled, eager: rc.Compiled
@@ -214,3 +219,14 @@ def test_the_state_of_the_same_class_always_fits(kind: type[Odd], saved: bool, t
     other = kind(seed=1)
     compiled.refit(other.state_dict())
     torch.testing.assert_close(run(step=0, **inputs), other(**inputs))
+
+
+def test_weights_that_were_written_to_reach_the_prologue_with_the_next_generation() -> None:
+    """They are shared with the module, and with what else was compiled from it."""
+    module, other = tiny_flux(), tiny_flux(seed=1)
+    compiled = compile_flux(module)
+    run = compiled.dispatcher(NUM_STEPS)
+    run(step=0, **flux_inputs())
+    module.load_state_dict(other.state_dict())
+    expected = other(**flux_inputs(), return_dict=False)[0]
+    torch.testing.assert_close(run(step=0, **flux_inputs())[0], expected, atol=TOLERANCE, rtol=TOLERANCE)

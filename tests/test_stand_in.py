@@ -1,6 +1,8 @@
 """Standing in for the transformer of the embedded pipeline."""
 
 import copy
+import dataclasses
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,3 +131,35 @@ def test_the_step_is_looked_up_where_the_scheduler_does_not_tell_it(shapes: Any,
         transformer(**example.inputs | {"timestep": column[2]})
     with pytest.raises(DispatchError, match="the timestep is not in its table"):
         transformer(**example.inputs | {"timestep": column[3]})
+
+
+def test_the_configuration_is_given_out_as_attributes(pipeline: Any, compiled: rc.Compiled) -> None:
+    rc.accelerate(pipeline, compiled)
+    assert pipeline.transformer.in_channels == pipeline.transformer.config.in_channels == 48
+    with pytest.raises(AttributeError, match="the compiled transformer has no 'rope'"):
+        _ = pipeline.transformer.rope
+
+
+def test_a_compilation_knows_whose_place_it_takes(pipeline: Any, compiled: rc.Compiled) -> None:
+    other = dataclasses.replace(
+        compiled, description=dataclasses.replace(compiled.description, component="transformer_2")
+    )
+    pipeline.register_modules(transformer_2=None)
+    rc.accelerate(pipeline, other)
+    assert isinstance(pipeline.transformer_2, CompiledTransformer)
+    assert not isinstance(pipeline.transformer, CompiledTransformer)
+
+
+def test_the_fallback_warns_once_a_generation(pipeline: Any, compiled: rc.Compiled) -> None:
+    rc.accelerate(pipeline, compiled, fallback="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draw(pipeline, num_inference_steps=5)
+    assert [str(each.message)[:32] for each in caught] == ["running the original transformer"]
+
+
+def test_the_fallback_is_moved_and_cast_with_the_pipeline(shapes: Any, pipeline: Any, compiled: rc.Compiled) -> None:
+    pipeline.transformer = copy.deepcopy(shapes.transformer)
+    rc.accelerate(pipeline, compiled, fallback="eager")
+    pipeline.transformer.to(torch.float64)
+    assert pipeline.transformer.original.dtype is torch.float64
