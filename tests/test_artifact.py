@@ -135,10 +135,17 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         rc.load(tmp_path / "nothing")
 
 
+def test_an_older_format_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = copy_of(eager_artifact, tmp_path)
+    edit_manifest(folder, format_version=1)
+    with pytest.raises(ArtifactError, match="format 1, of an older version of recache-compile; compile again"):
+        rc.load(folder)
+
+
 def test_a_newer_format_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(eager_artifact, tmp_path)
     edit_manifest(folder, format_version=99, something_new=[1])
-    with pytest.raises(ArtifactError, match="format 99, this version reads up to 1; upgrade"):
+    with pytest.raises(ArtifactError, match="format 99, this version reads up to 2; upgrade"):
         rc.load(folder)
 
 
