@@ -1,9 +1,90 @@
 """What a policy is: a rule from a problem and a budget to a schedule."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from recache_compile.errors import ScheduleError
+from recache_compile.forecasters import Forecaster
 from recache_compile.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """What a few uncached generations tell about a model; arrays in float64.
+
+    Args:
+        predictions: Gram matrices of the model's predictions over the steps, one for each
+            sample (samples, T, T); guidance branches are added up.
+        features: the same of the cached features, sites added up (samples, T, T).
+        step_sizes: change of the noise level in each step (T,), from the scheduler.
+        changes: mean |F_t - F_(t-1)| / mean |F_(t-1)| of the cached features (T,), the
+            quantity TeaCache's polynomial stands for; 0 at t = 0.
+        ratios: mean over tokens of ||F_t|| / ||F_(t-1)|| (T,), MagCache's magnitude ratio;
+            1 at t = 0.
+    """
+
+    predictions: np.ndarray
+    features: np.ndarray
+    step_sizes: np.ndarray
+    changes: np.ndarray
+    ratios: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        """Length T of the denoising loop."""
+        return self.predictions.shape[-1]
+
+
+class Objective(Protocol):
+    """The loss of schedules on fixed samples, by running the model.
+
+    Samples come in batches of one size, so that results do not depend on how they are asked
+    for.  Some batches are for choosing schedules, the others for judging them.
+    """
+
+    @property
+    def training(self) -> tuple[int, ...]:
+        """Numbers of the batches that schedules are chosen on."""
+        ...
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """Numbers of the batches that schedules are judged on."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch."""
+        ...
+
+    def losses(self, schedules: Sequence[Schedule], batches: Sequence[int]) -> np.ndarray:
+        """Loss of every schedule on every sample (schedules, batches * batch_size), lower is better.
+
+        Each distinct pair of schedule and sample is one generation; asking again is free.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a search is.
+
+    Args:
+        stage: what it is doing ("race", "climb", "fit", "reinforce").
+        budget: that it is doing it for.
+        schedule: the best one so far.
+        loss: of that schedule, the mean over the training samples seen so far.
+        entropy: of the policy's first choice, in nats, where a distribution is trained.
+    """
+
+    stage: str
+    budget: int
+    schedule: Schedule
+    loss: float
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +93,52 @@ class Problem:
 
     Args:
         num_steps: length T of the denoising loop.
+        forecaster: fills the cached steps.
+        calibration: of the model; None where it was not run.
+        objective: the true loss; None where it cannot be asked.
+        seed: of everything random.
+        report: told about the progress of searches.
     """
 
     num_steps: int
+    forecaster: Forecaster | None = None
+    calibration: Calibration | None = None
+    objective: Objective | None = None
+    seed: int = 0
+    report: Callable[[Progress], None] = lambda progress: None
+
+    def need_forecaster(self, policy: str) -> Forecaster:
+        """The forecaster.
+
+        Raises:
+            ScheduleError: there is none.
+        """
+        if self.forecaster is None:
+            raise ScheduleError(f"policy {policy}: needs a forecaster")
+        return self.forecaster
+
+    def need_calibration(self, policy: str) -> Calibration:
+        """The calibration.
+
+        Raises:
+            ScheduleError: there is none.
+        """
+        if self.calibration is None:
+            raise ScheduleError(
+                f"policy {policy}: needs a few full generations of the model; compile a pipeline, not a module, or"
+                " choose a policy that looks at nothing, such as uniform"
+            )
+        return self.calibration
+
+    def need_objective(self, policy: str) -> Objective:
+        """The objective.
+
+        Raises:
+            ScheduleError: there is none.
+        """
+        if self.objective is None:
+            raise ScheduleError(f"policy {policy}: searches on the true loss; use `recache-compile train` for it")
+        return self.objective
 
 
 class Policy(Protocol):

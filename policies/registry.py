@@ -6,12 +6,25 @@ from dataclasses import fields
 from pathlib import Path
 
 from recache_compile.errors import ScheduleError
+from recache_compile.policies.annealing import Annealing
 from recache_compile.policies.base import Policy
+from recache_compile.policies.dynamic import DynamicProgram, Minimax
+from recache_compile.policies.evolution import Nsga2
 from recache_compile.policies.explicit import from_mapping, read_file, read_schedules
 from recache_compile.policies.front_loaded import FrontLoaded
+from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
 
-POLICIES: dict[str, Callable[..., Policy]] = {"uniform": Uniform, "front-loaded": FrontLoaded}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "uniform": Uniform,
+    "front-loaded": FrontLoaded,
+    "dp": DynamicProgram,
+    "minimax": Minimax,
+    "teacache": TeaCache,
+    "magcache": MagCache,
+    "annealing": Annealing,
+    "nsga2": Nsga2,
+}
 
 
 def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: int) -> Policy:
@@ -46,7 +59,7 @@ def _options(name: str, text: str) -> dict[str, int | float]:
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in known:
-            raise ScheduleError(f"policy {name}: no option {key!r}; it has {', '.join(known)}")
+            raise ScheduleError(f"policy {name}: no option {key!r}; it has {', '.join(known) or 'none'}")
         try:
             options[key] = known[key](value)
         except ValueError:

@@ -1,7 +1,7 @@
 """What compiling returns and loading restores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from recache_compile.capture import Signature
 from recache_compile.cost import Cost, cost_of
 from recache_compile.errors import DispatchError, ModelError
-from recache_compile.forecasters import get_forecaster
-from recache_compile.plan import Plan
+from recache_compile.forecasters import Forecaster, get_forecaster
+from recache_compile.plan import Plan, make_plan
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
+from recache_compile.runtimes.replay import Replay
 from recache_compile.schedule import Schedule
 
 
@@ -36,6 +37,7 @@ class Description:
         call: arguments of the pipeline, beside the prompt, that it was compiled for; the first
             where there are several.
         weights: names of the module's parameters and stored buffers, read by a program or not.
+        gram: what the forecaster `fitted` was fitted to (T, T); empty for the others.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Description:
     component: str = "transformer"
     call: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
+    gram: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +83,12 @@ class Compiled:
     revision: Revision = field(default_factory=Revision)
 
     @property
+    def forecaster(self) -> Forecaster:
+        """What fills the cached steps."""
+        facts = self.description
+        return get_forecaster(facts.forecaster, facts.order, facts.gram or None)
+
+    @property
     def schedules(self) -> dict[int, Schedule]:
         """The schedule of every budget."""
         return {budget: plan.schedule for budget, plan in self.plans.items()}
@@ -90,8 +99,32 @@ class Compiled:
         Raises:
             DispatchError: the budget was not compiled.
         """
-        forecaster = get_forecaster(self.description.forecaster, self.description.order)
-        return Dispatcher(self._plan(budget), forecaster, self.variants, self.signature, self.revision)
+        return Dispatcher(self._plan(budget), self.forecaster, self.variants, self.signature, self.revision)
+
+    def replay(self, forecaster: Forecaster | None = None) -> Replay:
+        """The model call under changing schedules, for those who compare them.
+
+        Args:
+            forecaster: instead of the compiled one; it may hold no more anchors.
+        """
+        num_steps = self.description.num_steps
+        return Replay(
+            forecaster or self.forecaster, self._sites, num_steps, self.variants, self.signature, self.revision
+        )
+
+    def reschedule(self, schedules: Mapping[int, Schedule], forecaster: Forecaster | None = None) -> "Compiled":
+        """The same engines under other schedules, or with another forecaster of the same order: new tables only.
+
+        Args:
+            schedules: by budget.
+            forecaster: instead of the compiled one.
+        """
+        chosen = forecaster or self.forecaster
+        description = replace(
+            self.description, forecaster=chosen.name, order=chosen.order, gram=getattr(chosen, "gram", ())
+        )
+        plans = {budget: make_plan(each, chosen, self._sites) for budget, each in schedules.items()}
+        return replace(self, description=description, plans=plans)
 
     def cost(self, budget: int, variant: int = 0) -> Cost:
         """What one generation costs, for one guidance branch."""
@@ -142,6 +175,10 @@ class Compiled:
         from recache_compile.artifact import save
 
         save(self, Path(folder))
+
+    @property
+    def _sites(self) -> int:
+        return len(next(iter(self.plans.values())).steps[0].row)
 
     def _plan(self, budget: int) -> Plan:
         if budget not in self.plans:

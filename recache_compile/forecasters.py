@@ -121,23 +121,65 @@ class Newton:
         return tuple(reversed(weights))
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Least squares on what was seen: the best linear forecast of the calibration set for the same history.
+
+    w = (G_aa + ridge * mean(diag G_aa) * I)^-1 G_at with the Gram matrix G of the features.
+
+    Args:
+        gram: (T, T) inner products of the features of every two steps, summed over samples.
+        order: history depth less one.
+        ridge: regularisation, relative to the mean diagonal of G_aa.
+        name: the name users choose it by.
+    """
+
+    gram: tuple[tuple[float, ...], ...]
+    order: int = 1
+    ridge: float = 1e-6
+    name: str = "fitted"
+
+    def coefficients(self, anchors: Sequence[float], position: float) -> tuple[float, ...]:
+        """The regularised solution for these anchors; positions are step numbers."""
+        held = [int(anchor) for anchor in reversed(anchors)]
+        among = np.array([[self.gram[one][other] for other in held] for one in held])
+        target = np.array([self.gram[one][int(position)] for one in held])
+        damping = self.ridge * among.trace() / len(held) * np.eye(len(held))
+        return _as_tuple(np.linalg.solve(among + damping, target))
+
+
 def _as_tuple(weights: np.ndarray) -> tuple[float, ...]:
     return tuple(float(weight) for weight in weights)
 
 
 FORECASTERS = {"reuse": Reuse, "taylor": Taylor, "hicache": HiCache, "newton": Newton}
+NAMES = (*FORECASTERS, "fitted")
+"""All names; `fitted` is made of a calibration."""
 
 
-def get_forecaster(name: str, order: int | None = None) -> Forecaster:
+def get_forecaster(
+    name: str, order: int | None = None, gram: Sequence[Sequence[float]] | None = None
+) -> Forecaster:
     """The forecaster of that name; without `order`, of its own default order.  `reuse` has none.
 
+    Args:
+        name: one of `NAMES`.
+        order: polynomial order m.
+        gram: of the features, for `fitted`.
+
     Raises:
-        ScheduleError: unknown name or negative order.
+        ScheduleError: unknown name, negative order, or nothing that `fitted` could be fitted to.
     """
-    if name not in FORECASTERS:
-        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join(FORECASTERS)}")
+    if name not in NAMES:
+        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if order is not None and order < 0:
+        raise ScheduleError(f"order {order}: expected 0 or more")
+    if name == "fitted":
+        if gram is None:
+            raise ScheduleError(
+                "forecaster fitted: needs a few full generations of the model; compile a pipeline, not a module"
+            )
+        return Fitted(tuple(tuple(float(each) for each in row) for row in gram), 1 if order is None else order)
     if name == "reuse" or order is None:
         return FORECASTERS[name]()
-    if order < 0:
-        raise ScheduleError(f"order {order}: expected 0 or more")
     return FORECASTERS[name](order=order)

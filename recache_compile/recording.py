@@ -129,11 +129,12 @@ def _standing_in(module: nn.Module) -> Iterator[_StandIn]:
             module.forward = own  # type: ignore[method-assign]
 
 
-def prompted(pipeline: Any, prompt: str, call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:
+def prompted(pipeline: Any, prompt: str | list[str], call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:
     """Arguments of a pipeline call with the prompt filled in, where the pipeline takes one and none is given."""
     arguments = dict(call)
     if not any(name.startswith("prompt") for name in call):
-        arguments |= _accepted(pipeline, {"prompt": prompt if batch == 1 else [prompt] * batch})
+        several = [prompt] * batch if isinstance(prompt, str) and batch > 1 else prompt
+        arguments |= _accepted(pipeline, {"prompt": several})
     return arguments
 
 

@@ -97,13 +97,21 @@ class CompiledTransformer(nn.Module):
         pipeline: the pipeline, for its scheduler.
         budget: number of recompute steps; may be set later.
         original: runs what was not compiled; None: that is an error.
+        dispatcher: runs this budget, instead of a new one.
     """
 
-    def __init__(self, compiled: Compiled, pipeline: Any, budget: int, original: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        pipeline: Any,
+        budget: int,
+        original: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
         super().__init__()
         self._compiled = compiled
         self._pipeline = pipeline
-        self._dispatchers: dict[int, Dispatcher] = {}
+        self._dispatchers: dict[int, Dispatcher] = {} if dispatcher is None else {budget: dispatcher}
         self._branch: str | None = None
         self._branches = Branches()
         self._told: int | None = None

@@ -20,7 +20,7 @@ from recache_compile.runtimes.tables import Tables
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """What one guidance branch at one shape carries from step to step.
 
     Args:
@@ -77,7 +77,7 @@ class Dispatcher:
             self._variants.setdefault(_key(_shapes(each), dict(each.constants)), []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
-        self._states: dict[tuple[str, Any, int], _State] = {}
+        self._states: dict[tuple[str, Any, int], State] = {}
 
     def reset(self, start: int | None = 0) -> None:
         """Forget every generation in progress and its history.
@@ -131,7 +131,7 @@ class Dispatcher:
         predictions: list[Tensor] = []
         for value, result in zip(program.outputs, results, strict=True):
             if value.kind is Kind.FEATURE:
-                state.history[value.site, this.slot] = result
+                state.history[value.site, this.slot] = result.contiguous()  # engines read dense memory
             else:
                 predictions.append(result)
         state.last_step = step
@@ -141,7 +141,7 @@ class Dispatcher:
         leaves = [next(left) if is_tensor else None for is_tensor in self._signature.tensors]
         return pytree.tree_unflatten(leaves, self._result)
 
-    def _argument(self, state: _State, value: Value, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _argument(self, state: State, value: Value, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
         if value.kind is Kind.HISTORY:
             return state.history[value.site, value.slot]
         if value.kind is Kind.COEFFICIENTS:
@@ -151,7 +151,7 @@ class Dispatcher:
             return state.tables.read(value, at)
         return tensors[value.name].contiguous()
 
-    def _state(self, branch: str, step: int, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], _State]:
+    def _state(self, branch: str, step: int, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], State]:
         """The tensor inputs by name, and the state of their branch and kind, which may begin with this step."""
         leaves = named_leaves(model_inputs)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
@@ -164,10 +164,14 @@ class Dispatcher:
             raise MismatchError(self._no_variant(tensors, constants))
         number = self._matching(self._variants[key], tensors, branch, key)
         state = self._states.get((branch, key, number))
-        start = step if self._start is None else self._start
+        start = self._begins(branch, step)
         if state is None or (state.last_step is None and state.start != start):
             state = self._states[branch, key, number] = self._new_state(self._variants[key][number], start)
         return tensors, state
+
+    def _begins(self, branch: str, step: int) -> int:
+        """The first step of a generation of this branch that is called in `step`."""
+        return step if self._start is None else self._start
 
     def _matching(self, variants: Sequence[Variant], tensors: Mapping[str, Tensor], branch: str, key: Any) -> int:
         """Number of the variant that was compiled for the values of these tensors."""
@@ -181,18 +185,24 @@ class Dispatcher:
             " by them; compile for them too"
         )
 
-    def _new_state(self, variant: Variant, start: int) -> _State:
+    def _new_state(self, variant: Variant, start: int) -> State:
         """A state for generations that begin with a step."""
-        plan = self.plan
-        if start:
-            plan = make_plan(plan.schedule.starting_at(start), self._forecaster, len(plan.steps[0].row))
-        coefficients = tuple(
-            torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps
-        )
-        hoisted = "prologue" in variant.programs
-        tables = Tables(variant, plan, start, self._revision) if hoisted else None
+        plan = self._rest(start)
+        tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
-        return _State(variant, plan.steps, start, coefficients, tables, fixed)
+        return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed)
+
+    def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
+        return Tables(variant, plan, start, self._revision)
+
+    def _rest(self, start: int) -> Plan:
+        """The plan of generations that begin with a step."""
+        if not start:
+            return self.plan
+        return make_plan(self.plan.schedule.starting_at(start), self._forecaster, len(self.plan.steps[0].row))
+
+    def _coefficients(self, plan: Plan) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
         given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}

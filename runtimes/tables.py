@@ -24,19 +24,21 @@ class Tables:
         plan: which step reads which table; its first step is `start`.
         start: the step that generations begin with; rows are counted from it.
         revision: of the weights; when it moves on, everything is computed anew.
+        every: compute the rows of all tables for all steps, read or not, so that they serve
+            every plan and their rounding does not depend on it.
     """
 
-    def __init__(self, variant: Variant, plan: Plan, start: int = 0, revision: Revision | None = None) -> None:
+    def __init__(
+        self, variant: Variant, plan: Plan, start: int = 0, revision: Revision | None = None, every: bool = False
+    ) -> None:
         self._variant = variant
         self._revision = revision or Revision()
         self._computed_at: int | None = None
         self._weights = tuple(variant.programs["prologue"].weights.values())
         self._versions = 0
-        self._tables = [table_name(step.row) for step in plan.steps]
-        self._reads = [
-            tuple(value for value in variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
-            for step in plan.steps
-        ]
+        names = {value.name.partition(".")[0] for value in variant.programs["prologue"].outputs}
+        self._every = tuple(sorted(names)) if every else ()
+        self.follow(plan)
         names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
         self._timesteps: dict[str, list[Tensor | None]] = {
             name: list(variant.timesteps[name][start:]) if name in variant.timesteps else [None] * len(plan.steps)
@@ -44,14 +46,22 @@ class Tables:
         }
         self._conditioning: dict[str, Seen] = {}
         self._fixed: dict[str, Tensor] = {}
-        self._rows: dict[tuple[int, str], Tensor] = {}
+        self._rows: dict[tuple[int, str, str], Tensor] = {}
         self._differs: Tensor | None = None
+
+    def follow(self, plan: Plan) -> None:
+        """Serve another plan with the same first step; rows that are there already stay."""
+        self._tables = [table_name(step.row) for step in plan.steps]
+        self._reads = [
+            tuple(value for value in self._variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
+            for step in plan.steps
+        ]
 
     def read(self, value: Value, step: int) -> Tensor:
         """What a step program reads as its packed input `value`."""
         if value.kind is Kind.FIXED:
             return self._fixed[f"{self._tables[step]}.{value.name}"]
-        return self._rows[step, value.name]
+        return self._rows[step, self._tables[step], value.name]
 
     def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Make sure that what `step` reads belongs to these conditioning and timestep tensors."""
@@ -62,7 +72,9 @@ class Tables:
             self._rows.clear()
         if not self._timesteps_match(step, tensors) and not stale:
             steps = [step]
-        elif not stale and all((step, value.name) in self._rows for value in self._reads[step]):
+            for key in [key for key in self._rows if key[0] == step]:
+                del self._rows[key]
+        elif not stale and self._has_rows(step):
             return
         try:
             self._run(steps, tensors)
@@ -70,6 +82,10 @@ class Tables:
             self._rows.clear()
             self._conditioning.clear()
             raise
+
+    def _has_rows(self, step: int) -> bool:
+        """Whether all that a step reads is there."""
+        return all((step, self._tables[step], value.name) in self._rows for value in self._reads[step])
 
     def restart(self) -> None:
         """Forget what an interrupted generation left to be checked, and rows of weights that were written to since."""
@@ -129,7 +145,8 @@ class Tables:
         program = self._variant.programs["prologue"]
         readers: dict[str, list[int]] = {}
         for step in steps:
-            readers.setdefault(self._tables[step], []).append(step)
+            for table in self._every or (self._tables[step],):
+                readers.setdefault(table, []).append(step)
         arguments = []
         for value in program.inputs:
             if value.kind is Kind.TIMESTEP:
@@ -146,4 +163,4 @@ class Tables:
                 self._fixed[value.name] = result
                 continue
             for step, row in zip(readers.get(table, ()), result, strict=False):
-                self._rows[step, name] = row
+                self._rows[step, table, name] = row

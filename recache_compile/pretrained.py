@@ -1,0 +1,175 @@
+"""Judges with downloaded weights, from optional packages imported on first use."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
+
+from recache_compile.errors import RuntimeUnavailableError
+
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+ALEXNET_SIDE = 31
+"""Pixels that AlexNet's two poolings leave at least one feature of."""
+CLIP_WEIGHTS = "openai/clip-vit-base-patch32"
+HPS_MODEL = "ViT-H-14"
+HPS_WEIGHTS = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+IMAGE_REWARD_WEIGHTS = "THUDM/ImageReward"
+
+
+@dataclass(frozen=True, slots=True)
+class Lpips:
+    """LPIPS (arXiv 1801.03924): distance of deep features, weighted to agree with people.
+
+    Args:
+        network: `lpips.LPIPS`; takes two batches (batch, 3, H, W) in [-1, 1].
+    """
+
+    network: Any
+
+    def __call__(self, pictures: Tensor, reference: Tensor) -> Tensor:
+        """(batch,) from pictures (batch, 3, H, W) in [0, 1]; those too small for AlexNet are enlarged."""
+        network = self.network.to(pictures.device)
+        return network(_enlarged(pictures) * 2 - 1, _enlarged(reference) * 2 - 1).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class ClipScore:
+    """CLIPScore (arXiv 2104.08718): 100 times the cosine of picture and prompt, not cut at zero.
+
+    Args:
+        model: `transformers.CLIPModel`.
+        processor: its `CLIPProcessor`; prompts are cut at the model's length.
+    """
+
+    model: Any
+    processor: Any
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(batch,) from pictures (batch, 3, H, W) in [0, 1]."""
+        inputs = self.processor(
+            text=list(prompts), images=_images(pictures), return_tensors="pt", padding=True, truncation=True
+        ).to(pictures.device)
+        read = self.model.to(pictures.device)(**inputs)
+        return 100 * cosine_similarity(read.image_embeds, read.text_embeds)
+
+
+@dataclass(frozen=True, slots=True)
+class HumanPreference:
+    """HPSv2.1 (arXiv 2306.09341): cosine under a CLIP fine-tuned on people's choices, about 0.2 to 0.35.
+
+    Args:
+        model: an `open_clip` model.
+        preprocess: its evaluation transform, from one PIL picture.
+        tokenize: its tokenizer, from a list of prompts.
+    """
+
+    model: Any
+    preprocess: Any
+    tokenize: Any
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(batch,) from pictures (batch, 3, H, W) in [0, 1]."""
+        model = self.model.to(pictures.device)
+        images = torch.stack([self.preprocess(image) for image in _images(pictures)]).to(pictures.device)
+        tokens = self.tokenize(list(prompts)).to(pictures.device)
+        return cosine_similarity(model.encode_image(images), model.encode_text(tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReward:
+    """ImageReward (arXiv 2304.05977): a preference model's score, standardised, about -2 to 2.
+
+    Args:
+        model: what `ImageReward.load` returns; it stays on the device it was loaded to.
+    """
+
+    model: Any
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(batch,) from pictures (batch, 3, H, W) in [0, 1]."""
+        pairs = zip(prompts, _images(pictures), strict=True)
+        return torch.tensor([self.model.score(prompt, image) for prompt, image in pairs], device=pictures.device)
+
+
+def load_lpips() -> Lpips:
+    """LPIPS on AlexNet."""
+    with _importing("distance lpips", "pip install 'recache-compile[train]'"):
+        import lpips
+    remedy = f"put the file from {ALEXNET_URL} into {torch.hub.get_dir()}/checkpoints, or choose distance ssim or mse"
+    with _loading("distance lpips", f"torchvision's AlexNet ({ALEXNET_URL.rpartition('/')[2]})", remedy):
+        return Lpips(lpips.LPIPS(net="alex", verbose=False))
+
+
+def load_clip() -> ClipScore:
+    """CLIPScore with OpenAI's ViT-B/32."""
+    with _importing("reward clip", "pip install 'recache-compile[hub]'"):
+        from transformers import CLIPModel, CLIPProcessor
+    with _loading("reward clip", CLIP_WEIGHTS, f"run `hf download {CLIP_WEIGHTS}` where there is a network"):
+        processor = CLIPProcessor.from_pretrained(CLIP_WEIGHTS)
+        return ClipScore(CLIPModel.from_pretrained(CLIP_WEIGHTS).eval(), processor)
+
+
+def load_hpsv2() -> HumanPreference:
+    """HPSv2.1 in `open_clip`, of which package hpsv2 holds a fork that lacks its vocabulary (release 1.2.0)."""
+    with _importing("reward hpsv2", "pip install open_clip_torch"):
+        import open_clip
+        from huggingface_hub import hf_hub_download
+    remedy = f"run `hf download {' '.join(HPS_WEIGHTS)}` where there is a network"
+    with _loading("reward hpsv2", "/".join(HPS_WEIGHTS), remedy):
+        model, _, preprocess = open_clip.create_model_and_transforms(HPS_MODEL, hf_hub_download(*HPS_WEIGHTS))
+        return HumanPreference(model.eval(), preprocess, open_clip.get_tokenizer(HPS_MODEL))
+
+
+def load_imagereward() -> ImageReward:
+    """ImageReward-v1.0."""
+    install = "pip install image-reward git+https://github.com/openai/CLIP, in an environment with the versions it pins"
+    with _importing("reward imagereward", install):
+        import ImageReward as package  # noqa: N813 - the package's own name is that of our class
+    remedy = f"run `hf download {IMAGE_REWARD_WEIGHTS} --local-dir ~/.cache/ImageReward` where there is a network"
+    with _loading("reward imagereward", IMAGE_REWARD_WEIGHTS, remedy):
+        return ImageReward(package.load("ImageReward-v1.0"))
+
+
+@contextlib.contextmanager
+def _importing(judge: str, install: str) -> Iterator[None]:
+    """One line for a package that is missing or does not fit what is installed beside it."""
+    try:
+        yield
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"{judge}: {_reason(error)}; {install}") from error
+
+
+@contextlib.contextmanager
+def _loading(judge: str, weights: str, remedy: str) -> Iterator[None]:
+    """One line for weights that are not here and cannot be downloaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips and ImageReward use torchvision's and timm's old names
+            yield
+    except Exception as error:  # URLs, the Hub and damaged files raise many kinds
+        raise RuntimeUnavailableError(
+            f"{judge}: the weights {weights} cannot be loaded: {_reason(error)}; {remedy}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
+def _enlarged(pictures: Tensor) -> Tensor:
+    side = min(pictures.shape[-2:])
+    factor = math.ceil(ALEXNET_SIDE / side)
+    return interpolate(pictures, scale_factor=float(factor), mode="bilinear") if factor > 1 else pictures
+
+
+def _images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures (batch, 3, H, W) in [0, 1] as the files that a person would look at."""
+    rows = (pictures * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(row) for row in rows]

@@ -1,0 +1,96 @@
+"""Generations of a pipeline under any schedules, on engines that are compiled once."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recache_compile.calibration import calibrate, step_sizes
+from recache_compile.compiled import Compiled
+from recache_compile.errors import ModelError
+from recache_compile.forecasters import Forecaster
+from recache_compile.policies.base import Calibration
+from recache_compile.recording import prompted
+from recache_compile.schedule import Schedule
+from recache_compile.stand_in import CompiledTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples of one pipeline call.
+
+    Args:
+        prompts: one for each sample.
+        seeds: of the initial noise of each sample.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+class Rollouts:
+    """Runs a pipeline's whole generations.
+
+    Consecutive generations of the same batch share the steps before their schedules differ.
+
+    Args:
+        pipeline: a `diffusers` pipeline; it is left as it is.
+        compiled: engines for its transformer, for batches of the size that is run.
+        call: further arguments of the pipeline.
+        forecaster: instead of the compiled one; it may hold no more anchors.
+    """
+
+    def __init__(
+        self, pipeline: Any, compiled: Compiled, call: Mapping[str, Any], forecaster: Forecaster | None = None
+    ) -> None:
+        self.num_steps = compiled.description.num_steps
+        self._pipeline = copy.copy(pipeline)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._replay = compiled.replay(forecaster)
+        self._stand_in = CompiledTransformer(compiled, self._pipeline, min(compiled.plans), dispatcher=self._replay)
+        setattr(self._pipeline, compiled.description.component, self._stand_in)
+        self._call = dict(call)
+        self._last: Batch | None = None
+
+    @torch.no_grad()
+    def generate(self, schedule: Schedule, batch: Batch) -> Tensor:
+        """Pictures (batch, 3, H, W) or videos (batch, frames, 3, H, W) in [0, 1], on the CPU.
+
+        Raises:
+            ModelError: the pipeline gives neither.
+        """
+        self._replay.begin(schedule, same=batch == self._last)
+        self._last = batch
+        arguments = {
+            "num_inference_steps": self.num_steps,
+            "output_type": "pt",
+            **prompted(self._pipeline, list(batch.prompts), self._call),
+            "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
+        }
+        with self._stand_in.generation(self._pipeline):
+            result = self._pipeline(**arguments)
+        made = getattr(result, "images", getattr(result, "frames", None))
+        if not isinstance(made, Tensor) or len(made) != len(batch.seeds):
+            raise ModelError(
+                f"{type(self._pipeline).__name__}: gives no pictures or frames as tensors, one for each prompt"
+            )
+        return made.detach().float().cpu()
+
+    def full(self, batch: Batch) -> Tensor:
+        """What the batch becomes when every step is recomputed."""
+        return self.generate(Schedule(tuple(range(self.num_steps)), self.num_steps), batch)
+
+    def noise(self) -> Tensor:
+        """The first latents of the last generation."""
+        return min(self._replay.moments.items(), key=lambda item: item[0][1])[1].latents[0]
+
+    def calibrate(self, batch: Batch) -> Calibration:
+        """The statistics of one uncached generation of a batch."""
+        self.full(batch)
+        return calibrate(self._replay.moments, len(batch.seeds), self._step_sizes())
+
+    def _step_sizes(self) -> Sequence[float]:
+        return tuple(step_sizes(self._pipeline.scheduler))
