@@ -76,7 +76,8 @@ class Progress:
         stage: what it is doing ("race", "climb", "fit", "reinforce").
         budget: that it is doing it for.
         schedule: the best one so far.
-        loss: of that schedule, the mean over the training samples seen so far.
+        loss: of that schedule, the mean over the training samples seen so far; of the
+            schedules that were drawn, while a distribution is trained.
         entropy: of the policy's first choice, in nats, where a distribution is trained.
     """
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from recache_compile.errors import ScheduleError
 from recache_compile.policies.annealing import Annealing
@@ -12,23 +13,34 @@ from recache_compile.policies.dynamic import DynamicProgram, Minimax
 from recache_compile.policies.evolution import Nsga2
 from recache_compile.policies.explicit import from_mapping, read_file, read_schedules
 from recache_compile.policies.front_loaded import FrontLoaded
+from recache_compile.policies.gram import Gram
+from recache_compile.policies.recache import is_trained, read_policy
+from recache_compile.policies.reinforce import Reinforce
+from recache_compile.policies.search import Climb, Search
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "uniform": Uniform,
     "front-loaded": FrontLoaded,
+    "gram": Gram,
     "dp": DynamicProgram,
     "minimax": Minimax,
     "teacache": TeaCache,
     "magcache": MagCache,
     "annealing": Annealing,
     "nsga2": Nsga2,
+    "climb": Climb,
+    "search": Search,
+    "recache": Reinforce,
 }
+
+CALIBRATED = (Gram, DynamicProgram, Minimax, TeaCache, MagCache)
+"""Policies that look at a few full generations of the model."""
 
 
 def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: int) -> Policy:
-    """A policy from a name ("uniform", "uniform:warmup=3"), a file, steps, a mask or a mapping.
+    """A policy from a name ("uniform", "uniform:warmup=3"), a trained policy, a file, steps, a mask or a mapping.
 
     Raises:
         ScheduleError: nothing of that name, or an option that the policy does not have.
@@ -43,19 +55,18 @@ def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: in
     if set(choice) <= set("0123456789, ") and choice.strip():
         return read_schedules(choice, num_steps, f"policy {choice!r}")
     with contextlib.suppress(OSError):  # such as a name that is too long
+        if is_trained(Path(choice)):
+            return read_policy(Path(choice))
         if Path(choice).exists():
             return read_file(Path(choice), num_steps)
     raise ScheduleError(
-        f"policy {choice!r} is neither a policy ({', '.join(POLICIES)}), a file, steps such as 0,4,9 nor a 0/1 mask"
+        f"policy {choice!r} is neither a policy ({', '.join(POLICIES)}), a trained policy's folder, a file, steps such as 0,4,9 nor a 0/1 mask"
     )
 
 
-def _options(name: str, text: str) -> dict[str, int | float]:
-    known: dict[str, type[int | float]] = {
-        field.name: int if isinstance(field.default, int) else float
-        for field in fields(POLICIES[name])  # type: ignore[arg-type]
-    }
-    options: dict[str, int | float] = {}
+def _options(name: str, text: str) -> dict[str, Any]:
+    known: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(POLICIES[name])}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in known:

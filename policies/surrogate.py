@@ -53,8 +53,6 @@ class Surrogate:
         """
         if anchors not in self._segments:
             later = range(anchors[-1] + 1, self._steps)
-            rows = [
-                self._sizes[step] * np.array(self._forecaster.coefficients(anchors, step))[::-1] for step in later
-            ]
+            rows = [self._sizes[step] * np.array(self._forecaster.coefficients(anchors, step))[::-1] for step in later]
             self._segments[anchors] = np.cumsum([np.zeros(len(anchors)), *rows], 0)
         return self._segments[anchors]

@@ -7,12 +7,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recache_compile.choosing import (
+    CALIBRATIONS,
+    calibrate_pipeline,
+    default_policy,
+    needs_calibration,
+    policy_name,
+    reschedule_calibrated,
+)
 from recache_compile.compiled import Compiled, Description
 from recache_compile.compiler import Example, Options, compile_module, make_schedules
 from recache_compile.errors import ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster
-from recache_compile.policies.base import Policy
-from recache_compile.policies.registry import get_policy
+from recache_compile.policies.base import Policy, Problem
+from recache_compile.policies.registry import CALIBRATED, get_policy
+from recache_compile.policies.uniform import Uniform
 from recache_compile.program import Granularity, Role
 from recache_compile.runtimes.registry import get_runtime
 
@@ -34,6 +43,7 @@ def compile(
     residual: bool | None = None,
     call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     component: str = "transformer",
+    calibrate: Sequence[Mapping[str, Any]] = (),
     report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
@@ -45,9 +55,12 @@ def compile(
             the timesteps.
         budgets: numbers of recompute steps k.
         num_steps: length T of the denoising loop.
-        forecaster: "reuse", "taylor", "hicache" or "newton".
+        forecaster: "reuse", "taylor", "hicache", "newton" or "fitted".
         order: the forecaster's polynomial order m.
-        policy: name, file, steps, mask or {budget: recompute steps}; see `get_policy`.
+        policy: name, trained policy, file, steps, mask or {budget: recompute steps}; see
+            `get_policy`.  "auto": one that was trained for this model and forecaster and
+            ships with the package, else "gram"; "uniform" for a module.  Policies such as
+            "gram", and the forecaster "fitted", run a few full generations of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
         roles: role of inputs by name, where their names do not tell.
@@ -59,12 +72,24 @@ def compile(
         call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`; several
             to compile for several sizes, batches or guidance settings.
         component: which of a pipeline's transformers is compiled ("transformer_2").
+        calibrate: arguments of the pipeline calls that are looked at where the policy or the
+            forecaster needs it; by default four times the first `call`, with other noise.
         report: told the name of each stage as it begins.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
+    if policy == "auto":
+        is_pipeline = not isinstance(model, nn.Module)
+        names = type(model).__name__, forecaster, order, num_steps, granularity
+        policy = default_policy(*names) if is_pipeline else "uniform"
     options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
+    looks = needs_calibration(policy, forecaster, num_steps)
+    if looks and (isinstance(model, nn.Module) or example_inputs is not None):
+        raise ScheduleError(
+            f"policy {policy}, forecaster {forecaster}: they need a few full generations; compile a pipeline without"
+            " example_inputs, or choose others, such as uniform and taylor"
+        )
     backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
     module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call, component)
     description = Description(
@@ -74,14 +99,19 @@ def compile(
         num_steps=num_steps,
         forecaster=options.forecaster.name,
         order=options.forecaster.order,
-        policy=policy if isinstance(policy, str) else "given",
+        policy=policy_name(policy),
         granularity=granularity,
         residual=residual,
         runtime=backend.name,
         hoist=hoist,
         component=component,
     )
-    return compile_module(module, examples, options, backend, description, report)
+    compiled = compile_module(module, examples, options, backend, description, report)
+    if not looks:
+        return compiled
+    first = call[0] if isinstance(call, Sequence) else call or {}
+    calibration = calibrate_pipeline(model, compiled, calibrate or [first] * CALIBRATIONS, report)
+    return reschedule_calibrated(compiled, calibration, policy, forecaster, report)
 
 
 def compile_options(
@@ -97,12 +127,19 @@ def compile_options(
 ) -> Options:
     """The choices of `compile`, checked before anything is loaded; arguments as there.
 
+    What a calibration will tell is filled in for now: uniform schedules, and `taylor` for
+    `fitted`, whose programs are the same.
+
     Raises:
         ScheduleError: naming the choice that cannot be used.
     """
+    fits = forecaster == "fitted"
+    later = isinstance(get_policy(policy, num_steps), CALIBRATED)
+    filler = get_forecaster("taylor" if fits else forecaster, order)
+    chosen = Uniform() if later else get_policy(policy, num_steps)
     return Options(
-        schedules=make_schedules(get_policy(policy, num_steps), budgets, num_steps),
-        forecaster=get_forecaster(forecaster, order),
+        schedules=make_schedules(chosen, budgets, Problem(num_steps, filler)),
+        forecaster=filler,
         granularity=_granularity(granularity),
         residual=residual,
         hoist=hoist,

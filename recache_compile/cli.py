@@ -1,6 +1,7 @@
 """The command line: `recache-compile MODEL --budgets 5,10,15` and its sisters."""
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -73,13 +74,14 @@ def main() -> None:
     help="Recompute steps k, one engine set for all.",
 )
 @click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
-@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache or newton.")
+@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
 @click.option(
     "--policy",
-    default="uniform",
+    default="auto",
     show_default=True,
-    help="uniform, uniform:warmup=3, front-loaded, front-loaded:power=2, a schedule file, steps or a mask.",
+    help="auto (trained for the model if there is one, else gram), gram, a trained policy's folder, uniform,"
+    " uniform:warmup=3, front-loaded:power=2, dp, minimax, teacache, magcache, a schedule file, steps or a mask.",
 )
 @click.option(
     "--granularity",
@@ -138,6 +140,7 @@ def compile_command(
 
         from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
+        from recache_compile.choosing import CALIBRATIONS
         from recache_compile.files import check_file
         from recache_compile.loading import EMBEDDED, load_pipeline
         from recache_compile.measure import compare
@@ -145,7 +148,8 @@ def compile_command(
         from recache_compile.recording import prompted, record_examples
         from recache_compile.runtimes.registry import get_runtime
 
-        compile_options(budgets, steps, forecaster, order, policy, granularity, hoist, residual)
+        checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
+        compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
         backend = get_runtime(runtime, explain=_notice)
         check_writable(folder)
         picture = folder.with_name(f"{folder.name}.png")
@@ -164,6 +168,10 @@ def compile_command(
             pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
             residual=residual, hoist=hoist, component=component, report=report,
             call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
+            calibrate=[
+                prompted(pipeline, caption, shapes[0], batch[0])
+                for caption in itertools.islice(itertools.cycle(captions), CALIBRATIONS)
+            ],
         )  # fmt: skip
         where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
         description = replace(compiled.description, model=where, call=shapes[0])
@@ -286,7 +294,7 @@ def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
 @click.option(
     "--steps", type=click.IntRange(1), help="Denoising steps T.  [default: the usual number of a known model, else 50]"
 )
-@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache or newton.")
+@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
 @click.option("--policy", default="uniform", show_default=True, help="As for compile.")
 @click.option("--granularity", default="stack", show_default=True, help="output, stack, block or module.")
@@ -326,6 +334,142 @@ def plan_command(
         click.echo(json.dumps(asdict(facts)))
     else:
         print_plan(facts, PAGE)
+
+
+@main.command("train")
+@click.argument("model")
+@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option("--steps", type=click.IntRange(2), default=50, show_default=True, help="Denoising steps T.")
+@click.option("--forecaster", default="taylor", show_default=True, help="As for compile.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option("--granularity", default="stack", show_default=True, help="As for compile.")
+@click.option("--out", type=click.Path(path_type=Path), default="policy", show_default=True, help="Folder to write.")
+@click.option(
+    "--method",
+    type=click.Choice(["search", "recache"]),
+    default="search",
+    show_default=True,
+    help="search: race and climb, then fit and refine a policy; recache: REINFORCE from scratch.",
+)
+@click.option("--samples", type=click.IntRange(1), default=48, show_default=True, help="To choose schedules on.")
+@click.option("--held-out", type=click.IntRange(1), default=64, show_default=True, help="Samples to judge them on.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples that run together.")
+@click.option("--distance", default="auto", show_default=True, help="auto, lpips, ssim, mse or features (shapes).")
+@click.option("--reward", default="none", show_default=True, help="none, clip, hpsv2, imagereward or caption (shapes).")
+@click.option("--alpha", type=float, default=7.0, show_default=True, help="Weight of the reward in the loss.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one caption a line.")
+@click.option("--effort", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Scales how much is tried.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
+@click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Ray workers on this machine.  [default: none]")
+@click.option("--ray-address", help="Join this Ray cluster; --out must be on a file system that it shares.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def train_command(
+    model: str,
+    budgets: tuple[int, ...],
+    steps: int,
+    forecaster: str,
+    order: int,
+    granularity: str,
+    out: Path,
+    method: str,
+    samples: int,
+    held_out: int,
+    batch: int,
+    distance: str,
+    reward: str,
+    alpha: float,
+    prompts: Path | None,
+    effort: float,
+    seed: int,
+    dtype: str,
+    runtime: str,
+    call: dict[str, Any],
+    component: str,
+    workers: int,
+    ray_address: str | None,
+    as_json: bool,
+) -> None:
+    """Find schedules for MODEL that keep its results, and train a policy for --policy.
+
+    Stopped at any time, the same command goes on where it was.
+    """
+    with _progress() as report:
+        report("loading libraries")
+        from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
+        from recache_compile.training_view import showing, table_of
+
+        study = study_of(
+            model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,
+            runtime, call,
+        )  # fmt: skip
+        check_out(study, budgets, out)
+        trainer = TRAINERS[method]().scaled(effort)
+        weight = 0.0 if study.reward == "none" else alpha
+        spent = Effort(-(-samples // batch), -(-held_out // batch), weight, seed, workers, ray_address)
+    try:
+        with showing(LOG, trainer, len(budgets)) as (report, progress):
+            trained = train(study, budgets, out, trainer, spent, report, progress)
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            f"stopped; what was found is in {out}, and the same command goes on from there"
+        ) from None
+    if as_json:
+        click.echo(json.dumps({**trained.policy.facts, "policy": str(out), "generations": trained.generations}))
+        return
+    PAGE.print(table_of(trained))
+    _say(f"policy    {out}\ncurves    {out / 'training.png'}\nschedules {out / 'schedules.png'}")
+
+
+@main.command("schedules")
+@click.argument("policies", metavar="POLICY...", nargs=-1, required=True)
+@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
+@click.option("--forecaster", default="taylor", show_default=True, help="As for compile.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option("--model", help="Show the surrogate errors on this model too; gram, dp and others need it.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default="schedules.png", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def schedules_command(
+    policies: tuple[str, ...],
+    budgets: tuple[int, ...],
+    steps: int,
+    forecaster: str,
+    order: int,
+    model: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Show the schedules of each POLICY side by side.
+
+    POLICY is a name such as uniform:warmup=3, a trained policy's folder, a file, steps or a mask.
+    """
+    with _progress() as report:
+        report("loading libraries")
+        from recache_compile.charts import draw_schedules
+        from recache_compile.files import check_file
+        from recache_compile.loading import load_pipeline
+        from recache_compile.schedules import Question, calibration_of, compare_policies, facts_of, print_compared
+
+        question = Question(policies, budgets, steps, forecaster, order)
+        check_file(output)
+        calibration = None
+        if model is not None:
+            report(f"loading {model}")
+            pipeline = load_pipeline(model)
+            captions = PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+            calibration = calibration_of(pipeline, captions, steps, report)
+        report("asking the policies")
+        compared = compare_policies(question, calibration)
+        draw_schedules(compared.policies, output)
+    if as_json:
+        click.echo(json.dumps({**facts_of(compared), "model": model, "picture": str(output)}))
+        return
+    print_compared(compared, PAGE)
+    _say(f"picture   {output}")
 
 
 def _say(text: str) -> None:

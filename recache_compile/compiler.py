@@ -219,17 +219,17 @@ def describe_sites(annotated: Program) -> str:
     return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
 
 
-def make_schedules(policy: Policy, budgets: Iterable[int], num_steps: int) -> dict[int, Schedule]:
+def make_schedules(policy: Policy, budgets: Iterable[int], problem: Problem) -> dict[int, Schedule]:
     """One schedule a budget, each checked to cost exactly what was asked.
 
     Raises:
         ScheduleError: a budget is not usable, or the policy broke its promise.
     """
     schedules = {}
-    for budget in check_budgets(budgets, num_steps):
-        schedule = policy.schedule(Problem(num_steps), budget)
-        if schedule.budget != budget or schedule.num_steps != num_steps:
-            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {num_steps} steps")
+    for budget in check_budgets(budgets, problem.num_steps):
+        schedule = policy.schedule(problem, budget)
+        if schedule.budget != budget or schedule.num_steps != problem.num_steps:
+            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {problem.num_steps} steps")
         schedules[budget] = schedule
     return schedules
 

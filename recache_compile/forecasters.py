@@ -157,9 +157,7 @@ NAMES = (*FORECASTERS, "fitted")
 """All names; `fitted` is made of a calibration."""
 
 
-def get_forecaster(
-    name: str, order: int | None = None, gram: Sequence[Sequence[float]] | None = None
-) -> Forecaster:
+def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[float]] | None = None) -> Forecaster:
     """The forecaster of that name; without `order`, of its own default order.  `reuse` has none.
 
     Args:

@@ -36,8 +36,8 @@ class Tables:
         self._computed_at: int | None = None
         self._weights = tuple(variant.programs["prologue"].weights.values())
         self._versions = 0
-        names = {value.name.partition(".")[0] for value in variant.programs["prologue"].outputs}
-        self._every = tuple(sorted(names)) if every else ()
+        tables = {value.name.partition(".")[0] for value in variant.programs["prologue"].outputs}
+        self._every = tuple(sorted(tables)) if every else ()
         self.follow(plan)
         names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
         self._timesteps: dict[str, list[Tensor | None]] = {

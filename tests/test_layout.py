@@ -15,6 +15,7 @@ ROOMS = ("passes", "runtimes", "policies")
 CORE = (
     *("compiler", "compiled", "artifact", "api", "adapters", "loading", "recording", "stand_in", "planning", "specs"),
     *("measure", "picture", "inspection", "parameters", "cli"),
+    *("charts", "schedules"),
     *("quality", "pretrained"),
 )
 

@@ -1,0 +1,300 @@
+"""What schedules are worth on `shapes`: exhaustive truth, rivals at T = 50, forecasters, sample efficiency.
+
+    python benchmarks/schedules.py truth --folder studies
+    python benchmarks/schedules.py rivals --folder studies
+    python benchmarks/schedules.py forecasters --folder studies
+    python benchmarks/schedules.py efficiency --folder studies
+    python benchmarks/schedules.py page --folder studies        # writes docs/schedules.md and its plots
+
+Each part writes a JSON file into the folder and can be stopped and started again: losses
+that are known are not run again.
+"""
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from recache_compile.loading import load_pipeline
+from recache_compile.objective import Losses
+from recache_compile.policies.annealing import Annealing
+from recache_compile.policies.base import Objective, Policy, Problem, Progress
+from recache_compile.policies.dynamic import DynamicProgram, Minimax
+from recache_compile.policies.evolution import Nsga2
+from recache_compile.policies.front_loaded import FrontLoaded
+from recache_compile.policies.gram import Gram
+from recache_compile.policies.recache import ReCache, read_policy
+from recache_compile.policies.reinforce import Reinforce
+from recache_compile.policies.search import Climb, Search, best_of
+from recache_compile.policies.surrogate import Surrogate
+from recache_compile.policies.thresholds import MagCache, TeaCache
+from recache_compile.policies.uniform import Uniform
+from recache_compile.prompts import training_and_held_out
+from recache_compile.quality import get_distance
+from recache_compile.schedule import Schedule
+from recache_compile.study import FIRST_HELD_OUT, Laboratory, Study
+from recache_compile.training import Effort, opened
+
+BATCH = 16
+TRAINING, VALIDATION, TEST = 3, 4, 8
+"""Batches that schedules are chosen on, that REINFORCE is accepted on, and that all are judged on."""
+
+BUDGETS = (5, 7, 9, 10, 13, 15)
+TEST_BATCHES = tuple(range(FIRST_HELD_OUT + 100, FIRST_HELD_OUT + 100 + TEST))
+
+
+def study_of(num_steps: int, forecaster: str, order: int) -> Study:
+    """`shapes` under one forecaster."""
+    training, held_out = training_and_held_out("shapes", None)
+    return Study("shapes", num_steps, forecaster, order, "stack", "features", "caption", training, held_out, BATCH)
+
+
+@contextlib.contextmanager
+def studied(
+    folder: Path, num_steps: int, forecaster: str, order: int, training: int = TRAINING, held_out: int = VALIDATION
+) -> Iterator[tuple[Problem, Losses, Laboratory]]:
+    """The study of one number of steps and forecaster."""
+    study = study_of(num_steps, forecaster, order)
+    place = folder / f"T{num_steps}-{forecaster}-{order}"
+    with opened(study, place, Effort(training, held_out), click.echo) as found:
+        yield found
+
+
+@dataclass(slots=True)
+class Counted:
+    """An objective that counts the generations that one policy asks for."""
+
+    inner: Objective
+    asked: set[tuple[int, str]] = field(default_factory=set)
+
+    @property
+    def training(self) -> tuple[int, ...]:
+        """As the inner one's."""
+        return self.inner.training
+
+    @property
+    def held_out(self) -> tuple[int, ...]:
+        """As the inner one's."""
+        return self.inner.held_out
+
+    @property
+    def batch_size(self) -> int:
+        """As the inner one's."""
+        return self.inner.batch_size
+
+    @property
+    def generations(self) -> int:
+        """Distinct pairs of schedule and sample so far."""
+        return len(self.asked) * self.batch_size
+
+    def losses(self, schedules: Sequence[Schedule], batches: Sequence[int]) -> np.ndarray:
+        """As the inner one's, and counted."""
+        self.asked |= {(batch, schedule.mask) for schedule in schedules for batch in batches}
+        return self.inner.losses(schedules, batches)
+
+
+def save(folder: Path, name: str, result: Any) -> None:
+    """Write one part's result."""
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def policies() -> dict[str, Policy]:
+    """The rivals, by name; annealing asks for about as many generations as our search."""
+    return {
+        "uniform": Uniform(),
+        "front-loaded": FrontLoaded(),
+        "dp": DynamicProgram(),
+        "minimax": Minimax(),
+        "teacache": TeaCache(),
+        "magcache": MagCache(),
+        "gram": Gram(),
+        "annealing": Annealing(evaluations=60),
+    }
+
+
+def truth_of(folder: Path, num_steps: int, budget: int, held_out: int, forecaster: str, order: int) -> dict[str, Any]:
+    """Every schedule on 32 training samples, and where the policies end among them."""
+    with studied(folder, num_steps, forecaster, order, 2, judging) as (problem, losses, _):
+        every = [Schedule((0, *rest), num_steps) for rest in itertools.combinations(range(1, num_steps), budget - 1)]
+        training = dict(zip(every, losses.losses(every, losses.training).mean(1), strict=True))
+        held_out = dict(zip(every, losses.losses(every, losses.held_out).mean(1), strict=True))
+        chosen: dict[str, tuple[Schedule, int]] = {}
+        reinforce = Reinforce(iterations=150, every=25)
+        others = {"nsga2": Nsga2(), "climb": Climb(), "search": Search(), "recache": reinforce}
+        for name, policy in {**policies(), **others}.items():
+            counted = Counted(losses)
+            schedule = policy.schedule(replace(problem, objective=counted), budget)
+            chosen[name] = schedule, counted.generations
+        assert problem.calibration is not None and problem.forecaster is not None
+        surrogate = Surrogate(problem.calibration, problem.forecaster).errors(every)
+    best, best_held_out = min(training.values()), min(held_out.values())
+    return {
+        "num_steps": num_steps, "budget": budget, "held_out_samples": judging * BATCH, "forecaster": forecaster, "order": order, "schedules": len(every),
+        "best": best_of(training).recompute_steps, "best_loss": best, "best_held_out_loss": best_held_out,
+        "rank_correlation": float(spearmanr(surrogate, list(training.values())).statistic),
+        "policies": {
+            name: {
+                "steps": schedule.recompute_steps, "generations": spent,
+                "regret": training[schedule] / best - 1, "held_out_regret": held_out[schedule] / best_held_out - 1,
+            }
+            for name, (schedule, spent) in chosen.items()
+        },
+    }  # fmt: skip
+
+
+def fewer_steps(laboratory: Laboratory, num_steps: int) -> np.ndarray:
+    """Distances (samples,) of the uncached pipeline with fewer steps to the full one, on the test batches."""
+    pipeline = load_pipeline("shapes")
+    pipeline.set_progress_bar_config(disable=True)
+    distance = get_distance(laboratory.study.distance, "shapes")
+    rows = []
+    for number in TEST_BATCHES:
+        batch = laboratory.study.batch(number)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        made = pipeline(
+            list(batch.prompts), num_inference_steps=num_steps, generator=generators, output_type="pt"
+        ).images
+        rows.append(distance(made, laboratory.full(number)).numpy())
+    return np.concatenate(rows)
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Mean and standard error of losses (samples,)."""
+    return {"mean": float(values.mean()), "error": float(values.std(ddof=1) / len(values) ** 0.5)}
+
+
+def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
+    """Held-out distances of every policy at T = 50."""
+    table: dict[str, dict[int, Any]] = {}
+    with studied(folder, 50, forecaster, order) as (problem, losses, laboratory):
+        laboratory.prepare(TEST_BATCHES)
+        trained = trained_policy(folder, problem, losses, forecaster, order)
+        front = Counted(losses)
+        evolved = dict(Nsga2(population=18, generations=12).front(replace(problem, objective=front), BUDGETS))
+        for budget in BUDGETS:
+            searched = trained.facts["searched"][str(budget)]
+            chosen = {
+                "search": (Schedule(tuple(searched["steps"]), 50), searched["generations"]),
+                "trained": (trained.schedule(problem, budget), trained.facts["generations"]),
+            }
+            for each in evolved:
+                if each.budget == budget:
+                    chosen["nsga2"] = each, front.generations
+            for name, policy in policies().items():
+                counted = Counted(losses)
+                chosen[name] = policy.schedule(replace(problem, objective=counted), budget), counted.generations
+            for name, (schedule, spent) in chosen.items():
+                values = losses.losses([schedule], TEST_BATCHES)[0]
+                training = float(losses.losses([schedule], losses.training).mean())
+                row = {"steps": schedule.recompute_steps, "generations": spent, "training": training, **summary(values)}
+                table.setdefault(name, {})[budget] = row
+            table.setdefault("fewer steps", {})[budget] = summary(fewer_steps(laboratory, budget))
+            save(folder, f"rivals-{forecaster}-{order}", {"table": table, "samples": TEST * BATCH})
+    return {"table": table, "samples": TEST * BATCH}
+
+
+def trained_policy(folder: Path, problem: Problem, losses: Losses, forecaster: str, order: int) -> ReCache:
+    """The policy that `recache-compile train` makes; kept in the folder."""
+    place = folder / f"policy-{forecaster}-{order}"
+    if not (place / "policy.json").exists():
+        begin, counted = time.perf_counter(), Counted(losses)
+        searched: dict[int, dict[str, Any]] = {}
+
+        def note(each: Progress) -> None:
+            if each.stage in ("race", "climb"):
+                now = {"steps": each.schedule.recompute_steps, "loss": each.loss}
+                kept = min(searched.get(each.budget, now), now, key=lambda found: found["loss"])
+                earlier = sum(found["generations"] for budget, found in searched.items() if budget != each.budget)
+                searched[each.budget] = {**kept, "generations": counted.generations - earlier}
+
+        policy = Search().train(replace(problem, objective=counted, report=note), BUDGETS)
+        facts = {"seconds": time.perf_counter() - begin, "generations": counted.generations, "searched": searched}
+        replace(policy, facts=facts).save(place)
+    return read_policy(place)
+
+
+def forecasters_of(folder: Path) -> dict[str, Any]:
+    """Forecasters of equal history on schedules that a search has found for each."""
+    result: dict[str, Any] = {}
+    for order, names in {
+        1: ("taylor", "hicache", "newton", "fitted"),
+        2: ("taylor", "hicache", "newton", "fitted"),
+    }.items():
+        for name in names:
+            with studied(folder, 50, name, order) as (problem, losses, laboratory):
+                laboratory.prepare(TEST_BATCHES)
+                for budget in (7,):
+                    schedule = Search(shortlist=24, evaluations=64).schedule(problem, budget)
+                    pair = [schedule, Uniform().schedule(problem, budget)]
+                    values = losses.losses(pair, TEST_BATCHES)
+                    result[f"{name} {order} {budget}"] = {
+                        "steps": schedule.recompute_steps, **summary(values[0]), "uniform": summary(values[1])
+                    }  # fmt: skip
+                    save(folder, "forecasters", result)
+                    click.echo(f"{name} {order} {budget} {result[f'{name} {order} {budget}']}")
+    return result
+
+
+def efficiency_of(folder: Path, budget: int = 7) -> dict[str, Any]:
+    """Training loss of the best schedule against generations spent."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with studied(folder, 50, "taylor", 1) as (problem, losses, _):
+        methods: dict[str, Callable[[Problem], Any]] = {
+            "search": lambda each: Search().schedule(each, budget),
+            "annealing": lambda each: Annealing(evaluations=200).schedule(each, budget),
+            "REINFORCE": lambda each: Reinforce(iterations=240, every=40).train(each, (budget,)),
+        }
+        for name, method in methods.items():
+            counted, seen = Counted(losses), []
+
+            def note(progress: Progress, counted: Counted = counted, seen: list[Any] = seen) -> None:
+                seen.append((counted.generations, progress.schedule))
+
+            method(replace(problem, objective=counted, report=note))
+            distinct = list(dict.fromkeys(schedule for _, schedule in seen))
+            values = dict(zip(distinct, losses.losses(distinct, losses.training).mean(1), strict=True))
+            curves[name] = [(spent, float(values[schedule])) for spent, schedule in seen]
+            save(folder, "efficiency", {"budget": budget, "curves": curves})
+    return {"budget": budget, "curves": curves}
+
+
+@click.command()
+@click.argument("part", type=click.Choice(["truth", "rivals", "forecasters", "efficiency", "page"]))
+@click.option("--folder", type=click.Path(path_type=Path), default="studies", show_default=True)
+@click.option("--only", help="One forecaster, as taylor-1.")
+def main(part: str, folder: Path, only: str | None) -> None:
+    """Run one part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if part == "page":
+        from schedules_page import write_page
+
+        write_page(folder, Path(__file__).parent.parent / "docs")
+    elif part == "truth":
+        for name, order in (("reuse", 0), ("taylor", 1), ("hicache", 2)):
+            if only in (None, f"{name}-{order}"):
+                save(
+                    folder,
+                    f"truth-{name}-{order}",
+                    [truth_of(folder, *size, name, order) for size in ((12, 4, 2), (16, 5, 1))],
+                )
+    elif part == "rivals":
+        for name, order in (("taylor", 1), ("hicache", 2)):
+            if only in (None, f"{name}-{order}"):
+                save(folder, f"rivals-{name}-{order}", rivals_of(folder, name, order))
+    elif part == "forecasters":
+        save(folder, "forecasters", forecasters_of(folder))
+    else:
+        save(folder, "efficiency", efficiency_of(folder))
+
+
+if __name__ == "__main__":
+    main()

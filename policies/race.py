@@ -1,0 +1,34 @@
+"""Racing: many schedules on few samples, few schedules on all of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from recache_compile.policies.base import Objective
+from recache_compile.schedule import Schedule
+
+
+def race(
+    candidates: Sequence[Schedule], objective: Objective, keep: int = 4, batches: Sequence[int] | None = None
+) -> list[tuple[Schedule, float]]:
+    """Successive halving over batches (Maron and Moore, 1993; Karnin et al., 2013).
+
+    After each batch, schedules are dropped that are worse than the best one by more than two
+    standard errors of the paired difference, and then the worse half, but never below `keep`.
+
+    Returns:
+        Those that have run on all batches, best first, with their mean losses.
+    """
+    left = list(dict.fromkeys(candidates))
+    batches = objective.training if batches is None else batches
+    for number in range(1, len(batches) + 1):
+        losses = objective.losses(left, batches[:number])
+        order = np.argsort(losses.mean(1), kind="stable")
+        left, losses = [left[at] for at in order], losses[order]
+        if number == len(batches):
+            break
+        difference = losses - losses[:1]
+        margin = 2 * difference.std(1, ddof=1) / np.sqrt(losses.shape[1])
+        close = int((difference.mean(1) <= margin).sum())
+        left = left[: max(min(keep, len(left)), min(close, (len(left) + 1) // 2))]
+    return [(schedule, float(value)) for schedule, value in zip(left, losses.mean(1), strict=True)]

@@ -1,0 +1,226 @@
+"""Search on the true loss: a shortlist by the surrogate, a race, hill climbing; then a policy is fitted."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from recache_compile.policies.base import Objective, Problem, Progress
+from recache_compile.policies.front_loaded import FrontLoaded
+from recache_compile.policies.gram import Gram
+from recache_compile.policies.moves import random_schedule, relocations
+from recache_compile.policies.race import race
+from recache_compile.policies.recache import Logits, ReCache, most_likely
+from recache_compile.policies.reinforce import Reinforce, fit, new_logits
+from recache_compile.policies.surrogate import Surrogate
+from recache_compile.policies.uniform import Uniform
+from recache_compile.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """Hill climbing on the true loss by moving one recompute step at a time.
+
+    Moves are tried in the surrogate's order where there is a calibration, else nearest
+    first, a handful at a time: on the first batch, and on all of them if they are better
+    there.  The best of a handful that is better is taken.
+
+    Args:
+        evaluations: schedules tried at most.
+        handful: moves tried together.
+        patience: moves from one schedule that may fail before it counts as a minimum.
+    """
+
+    evaluations: int = 160
+    handful: int = 8
+    patience: int = 48
+
+    def schedule(self, problem: Problem, budget: int) -> Schedule:
+        """From the uniform schedule."""
+        start = Uniform().schedule(problem, budget)
+        return best_of(self.climb(problem, start))
+
+    def climb(self, problem: Problem, start: Schedule) -> dict[Schedule, float]:
+        """All schedules that ran on every training batch, with their mean losses."""
+        objective = problem.need_objective("climb")
+        rank = _ranking(problem)
+        best = start
+        known = {start: float(objective.losses([start], objective.training).mean())}
+        tried = {start}
+        while len(tried) < self.evaluations:
+            moves = [move for move in rank(best) if move not in tried][: self.patience]
+            better = self._first_better(problem, objective, best, moves, known, tried)
+            if better is None:
+                break
+            best = better
+        return known
+
+    def _first_better(
+        self,
+        problem: Problem,
+        objective: Objective,
+        best: Schedule,
+        moves: Sequence[Schedule],
+        known: dict[Schedule, float],
+        tried: set[Schedule],
+    ) -> Schedule | None:
+        """The best of the first handful of moves that holds a better one than `best`."""
+        for first in range(0, len(moves), self.handful):
+            left = self.evaluations - len(tried)
+            handful = list(moves[first : first + min(self.handful, left)])
+            if not handful:
+                return None
+            tried.update(handful)
+            quick = objective.losses([best, *handful], objective.training[:1]).mean(1)
+            promising = [move for move, value in zip(handful, quick[1:], strict=True) if value < quick[0]]
+            if promising:
+                values = objective.losses(promising, objective.training).mean(1)
+                known.update(zip(promising, map(float, values), strict=True))
+            winner = best_of(known)
+            problem.report(Progress("climb", best.budget, winner, known[winner]))
+            if known[winner] < known[best]:
+                return winner
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Shortlist, race, climb; and for a policy of several budgets: fit and a short REINFORCE.
+
+    Args:
+        shortlist: schedules that enter the race.
+        finalists: how many the race leaves; the best two of them are climbed from.
+        evaluations: schedules that each climb tries at most.
+        iterations: of REINFORCE, after the fit.
+    """
+
+    shortlist: int = 32
+    finalists: int = 4
+    evaluations: int = 160
+    iterations: int = 40
+
+    def scaled(self, effort: float) -> "Search":
+        """The same with `effort` times as much to try."""
+        return replace(
+            self,
+            shortlist=max(8, round(self.shortlist * effort)),
+            evaluations=max(8, round(self.evaluations * effort)),
+            iterations=round(self.iterations * effort),
+        )
+
+    def reports(self, budgets: int) -> int:
+        """How many times at most progress is reported for so many budgets."""
+        return budgets * (2 + 2 * (self.evaluations // Climb().handful + 1))
+
+    def schedule(self, problem: Problem, budget: int) -> Schedule:
+        """The schedule with the lowest training loss that was found."""
+        return best_of(self.explore(problem, budget))
+
+    def explore(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> dict[Schedule, float]:
+        """Race and climb for one budget.
+
+        Args:
+            problem: with an objective; a calibration makes the shortlist better.
+            budget: number of recompute steps k.
+            known: good schedules of other budgets, from which starts are made.
+
+        Returns:
+            All schedules that ran on every training batch, with their mean losses.
+        """
+        objective = problem.need_objective("search")
+        results = race(self.candidates(problem, budget, known), objective, self.finalists)
+        problem.report(Progress("race", budget, *results[0]))
+        evaluated = dict(results)
+        for start, _ in results[:2]:
+            evaluated |= Climb(self.evaluations).climb(problem, start)
+        return evaluated
+
+    def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
+        """The shortlist: simple rules, neighbours in budget, and the surrogate's best or random schedules."""
+        simple = [
+            Uniform().schedule(problem, budget),
+            *(FrontLoaded(power).schedule(problem, budget) for power in (0.6, 0.8, 1.25, 1.5)),
+        ]
+        near = [each for schedule in known for each in _with_budget(schedule, budget)]
+        if problem.calibration is None:
+            random = np.random.default_rng((problem.seed, budget))
+            near += [random_schedule(problem.num_steps, budget, random) for _ in range(self.shortlist)]
+        else:
+            minima = [schedule for schedule, _ in Gram().minima(problem, budget)]
+            around = [move for schedule in minima[:2] for move in relocations(schedule)]
+            rank = Surrogate(problem.calibration, problem.need_forecaster("search")).errors
+            near = sorted_by(rank, dict.fromkeys(near))[: self.shortlist // 4] + minima
+            near += sorted_by(rank, dict.fromkeys(around))
+        return list(dict.fromkeys([*simple, *near]))[: self.shortlist]
+
+    def train(self, problem: Problem, budgets: Sequence[int]) -> ReCache:
+        """One policy for all budgets: search each, fit, and try to improve it by REINFORCE.
+
+        The result of REINFORCE is taken only if it beats the fitted policy on the held-out
+        samples by more than two standard errors.
+        """
+        evaluated: dict[int, dict[Schedule, float]] = {}
+        for budget in sorted(budgets, reverse=True):
+            bests = [best_of(losses) for losses in evaluated.values()]
+            evaluated[budget] = self.explore(problem, budget, bests[-1:])
+        fitted = fit(new_logits(problem, 64), evaluated)
+        start = ReCache(fitted)
+        for budget in budgets:
+            mode = most_likely(fitted, budget)
+            problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
+        if not self.iterations:
+            return start
+        twin = Logits(fitted.num_steps, fitted.width)
+        twin.load_state_dict(fitted.state_dict())
+        trained = Reinforce(iterations=self.iterations, rate=0.002, every=20).train(problem, budgets, twin)
+        return trained if is_better(problem, trained, start, budgets) else start
+
+
+def is_better(problem: Problem, one: ReCache, other: ReCache, budgets: Sequence[int]) -> bool:
+    """Whether a policy beats another on held-out samples by more than two standard errors, budgets counting alike."""
+    objective = problem.need_objective("search")
+    ratios = []
+    for budget in budgets:
+        pair = [policy.schedule(problem, budget) for policy in (one, other)]
+        losses = objective.losses(pair, objective.held_out)
+        ratios.append((losses[0] - losses[1]) / (abs(losses[1].mean()) or 1.0))
+    difference = np.mean(ratios, 0)
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
+    return bool(difference.mean() < -2 * error)
+
+
+def best_of(evaluated: dict[Schedule, float]) -> Schedule:
+    """The schedule with the lowest loss."""
+    return min(evaluated, key=lambda schedule: (evaluated[schedule], schedule.recompute_steps))
+
+
+def sorted_by(score: Callable[[Sequence[Schedule]], np.ndarray], schedules: Iterable[Schedule]) -> list[Schedule]:
+    """Schedules by their score, lowest first."""
+    each = list(schedules)
+    return [each[at] for at in np.argsort(score(each), kind="stable")] if each else []
+
+
+def _ranking(problem: Problem) -> Callable[[Schedule], list[Schedule]]:
+    """The order in which the moves of a schedule are tried."""
+    if problem.calibration is not None and problem.forecaster is not None:
+        surrogate = Surrogate(problem.calibration, problem.forecaster)
+        return lambda schedule: sorted_by(surrogate.errors, relocations(schedule))
+    return lambda schedule: sorted(relocations(schedule), key=lambda move: _distance(schedule, move))
+
+
+def _distance(schedule: Schedule, move: Schedule) -> int:
+    """How far the one step was moved."""
+    (gone,) = set(schedule.recompute_steps) - set(move.recompute_steps)
+    (new,) = set(move.recompute_steps) - set(schedule.recompute_steps)
+    return abs(gone - new)
+
+
+def _with_budget(schedule: Schedule, budget: int) -> list[Schedule]:
+    """Schedules of another budget that differ as little as possible: one step more or fewer at a time."""
+    steps, total = schedule.recompute_steps, schedule.num_steps
+    level = {steps}
+    while len(next(iter(level))) > budget and len(level) < 200:
+        level = {tuple(s for s in each if s != drop) for each in level for drop in each[1:]}
+    while len(next(iter(level))) < budget and len(level) < 200:
+        level = {tuple(sorted((*each, new))) for each in level for new in range(total) if new not in each}
+    return [Schedule(each, total) for each in sorted(level) if len(each) == budget]

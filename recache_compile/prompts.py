@@ -1,0 +1,51 @@
+"""Captions to look for schedules with, where the user gives none."""
+
+import random
+from pathlib import Path
+
+from recache_compile.errors import ModelError
+
+GENERAL = (
+    "a photo of a cat in a garden", "a red bicycle leaning against a brick wall", "a bowl of fruit on a wooden table",
+    "an astronaut riding a horse on the moon", "a city street at night in the rain", "a lighthouse on a cliff at sunset",
+    "a portrait of an old fisherman, oil painting", "a glass of water with ice on a marble counter",
+    "a snow-covered mountain reflected in a lake", "a steam train crossing a stone bridge",
+    "two children building a sandcastle", "a close-up of a bee on a sunflower", "a cup of coffee beside an open book",
+    "a futuristic car in a desert", "a dog catching a frisbee in a park", "a bakery window full of bread",
+    "a sailing boat in a storm, watercolour", "a hand holding a paper map", "an owl on a branch in the fog",
+    "a chess game between two robots", "a field of lavender under a blue sky", "a busy market with colourful umbrellas",
+    "a violin on a velvet chair", "a sign that reads OPEN on a shop door",
+)  # fmt: skip
+"""Twenty-four captions of many kinds."""
+
+
+def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Captions to choose schedules on, and others to judge them on.
+
+    Args:
+        model: what the user wrote; the embedded model knows one kind of sentence only.
+        file: one caption a line; every fourth is held out.  Without one, captions of our own.
+
+    Raises:
+        ModelError: the file cannot be read or has fewer than two captions.
+    """
+    if file is None and model == "shapes":
+        from recache_compile.models.shapes.scenes import sample_scene
+
+        rng = random.Random(20_260)
+        captions = tuple(dict.fromkeys(sample_scene(rng).caption() for _ in range(2048)))
+        return captions[: len(captions) // 2], captions[len(captions) // 2 :]
+    captions = GENERAL if file is None else _read(file)
+    held_out = captions[3::4] or captions[-1:]
+    return tuple(text for text in captions if text not in held_out), held_out
+
+
+def _read(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"prompts {file}: cannot be read ({error}); give a text file, one caption a line") from None
+    captions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if len(captions) < 2:
+        raise ModelError(f"prompts {file}: {len(captions)} captions; give at least two, one a line")
+    return captions

@@ -1,0 +1,267 @@
+"""Train a policy: `recache-compile train`."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from recache_compile._version import __version__
+from recache_compile.api import compile_options
+from recache_compile.charts import draw_schedules, draw_training
+from recache_compile.errors import ScheduleError
+from recache_compile.loading import EMBEDDED, load_pipeline
+from recache_compile.objective import Losses, Runner
+from recache_compile.policies.base import Problem, Progress
+from recache_compile.policies.recache import ReCache
+from recache_compile.policies.reinforce import Reinforce
+from recache_compile.policies.search import Search
+from recache_compile.policies.uniform import Uniform
+from recache_compile.prompts import training_and_held_out
+from recache_compile.quality import get_distance, get_reward
+from recache_compile.runtimes.registry import get_runtime
+from recache_compile.schedule import Schedule, check_budgets
+from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, write_study
+from recache_compile.workers import RayRunner
+
+
+class Trainer(Protocol):
+    """Makes a policy for several budgets."""
+
+    def train(self, problem: Problem, budgets: Sequence[int]) -> ReCache:
+        """One policy for all budgets."""
+        ...
+
+    def reports(self, budgets: int) -> int:
+        """How many times at most it reports its progress for so many budgets."""
+        ...
+
+    def scaled(self, effort: float) -> "Trainer":
+        """The same with `effort` times as much to try."""
+        ...
+
+
+TRAINERS: dict[str, Callable[[], Trainer]] = {"search": Search, "recache": Reinforce}
+"""Ways to train, by the name users choose them by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How a study is gone about.
+
+    Args:
+        training, held_out: numbers of batches.
+        alpha: weight of the reward.
+        seed: of the search; the study's own is that of the noise.
+        workers: Ray workers; 0: in this process.
+        ray_address: of a running cluster.
+    """
+
+    training: int = 3
+    held_out: int = 4
+    alpha: float = 0.0
+    seed: int = 0
+    workers: int = 0
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training made.
+
+    Args:
+        policy: serves every budget.
+        losses: held-out losses (mean, standard error) by budget: the policy's and the uniform schedule's.
+        generations: that all losses in the folder have taken.
+    """
+
+    policy: ReCache
+    losses: Mapping[int, Mapping[str, tuple[float, float]]]
+    generations: int
+
+
+def study_of(
+    model: str,
+    num_steps: int,
+    forecaster: str,
+    order: int,
+    granularity: str,
+    distance: str,
+    reward: str,
+    prompts: Path | None,
+    batch_size: int,
+    seed: int,
+    dtype: str,
+    component: str,
+    runtime: str,
+    call: Mapping[str, Any],
+) -> Study:
+    """A study, every choice checked before a model is loaded; "auto" is resolved.
+
+    Args:
+        prompts: file with one caption a line; None for captions of our own.
+
+    Others as those of `Study`.
+
+    Raises:
+        RecacheError: naming the choice that cannot be used.
+    """
+    compile_options((num_steps,), num_steps, forecaster, order, "uniform", granularity, True)
+    training, held_out = training_and_held_out(model, prompts)
+    return Study(
+        model=str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model,
+        num_steps=num_steps,
+        forecaster=forecaster,
+        order=0 if forecaster == "reuse" else order,
+        granularity=granularity,
+        distance=get_distance(distance, model).name,
+        reward=get_reward(reward, model).name,
+        training_prompts=training,
+        held_out_prompts=held_out,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        component=component,
+        runtime=get_runtime(runtime).name,
+        call=dict(call),
+    )
+
+
+def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
+    """Raise unless these budgets can be trained for and the folder can take the policy.
+
+    Raises:
+        ScheduleError: a budget leaves nothing to choose.
+        ArtifactError: the folder holds something else, or cannot be written.
+    """
+    for budget in check_budgets(budgets, study.num_steps):
+        if not 1 < budget < study.num_steps:
+            raise ScheduleError(f"budget {budget}: there is one schedule only; train for 2..{study.num_steps - 1}")
+    write_study(study, out / "study")
+
+
+@contextlib.contextmanager
+def opened(
+    study: Study, folder: Path, effort: Effort, report: Callable[[str], None]
+) -> Iterator[tuple[Problem, Losses, Laboratory]]:
+    """Everything that looking for schedules takes: engines, samples, calibration, workers.
+
+    Args:
+        study: what is studied.
+        folder: where it is kept; whatever is there is not made again.
+        effort: how much of it.
+        report: told what begins.
+
+    Raises:
+        RecacheError: naming what cannot be done.
+    """
+    write_study(study, folder)
+    pipeline = None
+    if not (folder / "engines").exists():
+        report(f"loading {study.model}")
+        pipeline = load_pipeline(study.model, getattr(torch, study.dtype))
+        compile_engines(study, folder, pipeline, report)
+    report("loading the engines")
+    laboratory = Laboratory(folder, pipeline)
+    report("generating the uncached samples")
+    laboratory.prepare((*range(effort.training), *held_out_batches(effort.held_out)))
+    report("calibrating")
+    calibration = laboratory.calibration()
+    with contextlib.ExitStack() as stack:
+        runner: Runner = laboratory
+        if effort.workers or effort.ray_address:
+            report("starting the workers")
+            runner = stack.enter_context(RayRunner(folder, max(1, effort.workers), effort.ray_address))
+        objective = Losses(
+            folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha
+        )
+        yield (
+            Problem(study.num_steps, laboratory.forecaster(), calibration, objective, effort.seed),
+            objective,
+            laboratory,
+        )
+
+
+def train(
+    study: Study,
+    budgets: Sequence[int],
+    out: Path,
+    trainer: Trainer,
+    effort: Effort,
+    report: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Train a policy and write it to a folder, with its curves and schedules.
+
+    Interrupted at any time, the same call goes on: losses that are known are not run again,
+    and everything else follows from them and the seed.
+
+    Args:
+        study: what is studied.
+        budgets: numbers of recompute steps k to train for.
+        out: folder of the policy; the study is kept in `study` below it.
+        trainer: how.
+        effort: how much.
+        report: told what begins.
+        progress: told how the search goes.
+
+    Raises:
+        RecacheError: naming what cannot be done.
+    """
+    check_out(study, budgets, out)
+    seen: list[tuple[int, Progress]] = []
+    with opened(study, out / "study", effort, report) as (problem, objective, _):
+
+        def note(each: Progress) -> None:
+            seen.append((objective.generations, each))
+            progress(each)
+
+        policy = trainer.train(replace(problem, report=note), budgets)
+        report("judging on the held-out samples")
+        rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
+        losses = {budget: _judge(objective, pair) for budget, pair in rivals.items()}
+    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses))
+    policy.save(out)
+    if seen:
+        draw_training(seen, out / "training.png")
+    named = {
+        "trained": {k: ours for k, (ours, _) in rivals.items()},
+        "uniform": {k: other for k, (_, other) in rivals.items()},
+    }
+    draw_schedules(named, out / "schedules.png")
+    return Trained(policy, losses, objective.generations)
+
+
+def _judge(objective: Losses, pair: tuple[Schedule, Schedule]) -> dict[str, tuple[float, float]]:
+    """Mean held-out loss and its standard error of the trained and the uniform schedule."""
+    losses = objective.losses(pair, objective.held_out)
+    errors = losses.std(1, ddof=1) / losses.shape[1] ** 0.5
+    return {name: (float(losses[at].mean()), float(errors[at])) for at, name in enumerate(("trained", "uniform"))}
+
+
+def _facts(
+    study: Study,
+    effort: Effort,
+    trainer: Trainer,
+    rivals: Mapping[int, tuple[Schedule, Schedule]],
+    losses: Mapping[int, Mapping[str, tuple[float, float]]],
+) -> dict[str, Any]:
+    """Where a policy comes from, for `policy.json`."""
+    return {
+        "recache_version": __version__,
+        "model": study.model,
+        "forecaster": study.forecaster,
+        "order": study.order,
+        "granularity": study.granularity,
+        "method": type(trainer).__name__.lower(),
+        "distance": study.distance,
+        "reward": study.reward,
+        "alpha": effort.alpha,
+        "training_samples": effort.training * study.batch_size,
+        "held_out_samples": effort.held_out * study.batch_size,
+        "seed": effort.seed,
+        "schedules": {str(budget): list(ours.recompute_steps) for budget, (ours, _) in rivals.items()},
+        "held_out_losses": {str(budget): dict(values) for budget, values in losses.items()},
+    }
