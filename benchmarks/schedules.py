@@ -38,34 +38,30 @@ from recache_compile.policies.search import Climb, Search, best_of
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
-from recache_compile.prompts import training_and_held_out
 from recache_compile.quality import get_distance
 from recache_compile.schedule import Schedule
 from recache_compile.study import FIRST_HELD_OUT, Laboratory, Study
-from recache_compile.training import Effort, opened
+from recache_compile.training import Effort, opened, study_of
 
 BATCH = 16
-TRAINING, VALIDATION, TEST = 3, 4, 8
+TRAINING, VALIDATION, TEST = 3, 4, 4
 """Batches that schedules are chosen on, that REINFORCE is accepted on, and that all are judged on."""
 
+T50 = Effort(TRAINING, VALIDATION)
 BUDGETS = (5, 7, 9, 10, 13, 15)
 TEST_BATCHES = tuple(range(FIRST_HELD_OUT + 100, FIRST_HELD_OUT + 100 + TEST))
 
 
-def study_of(num_steps: int, forecaster: str, order: int) -> Study:
+def shapes(num_steps: int, forecaster: str, order: int, batch_size: int = BATCH) -> Study:
     """`shapes` under one forecaster."""
-    training, held_out = training_and_held_out("shapes", None)
-    return Study("shapes", num_steps, forecaster, order, "stack", "features", "caption", training, held_out, BATCH)
+    return study_of("shapes", num_steps, forecaster, order, "stack", "features", "caption", batch_size=batch_size)
 
 
 @contextlib.contextmanager
-def studied(
-    folder: Path, num_steps: int, forecaster: str, order: int, training: int = TRAINING, held_out: int = VALIDATION
-) -> Iterator[tuple[Problem, Losses, Laboratory]]:
-    """The study of one number of steps and forecaster."""
-    study = study_of(num_steps, forecaster, order)
-    place = folder / f"T{num_steps}-{forecaster}-{order}"
-    with opened(study, place, Effort(training, held_out), click.echo) as found:
+def studied(folder: Path, study: Study, effort: Effort) -> Iterator[tuple[Problem, Losses, Laboratory]]:
+    """A study in a folder of its own."""
+    place = folder / f"T{study.num_steps}-{study.forecaster}-{study.order}"
+    with opened(study, place, effort, click.echo) as found:
         yield found
 
 
@@ -117,13 +113,14 @@ def policies() -> dict[str, Policy]:
         "teacache": TeaCache(),
         "magcache": MagCache(),
         "gram": Gram(),
-        "annealing": Annealing(evaluations=60),
+        "annealing": Annealing(evaluations=40),
     }
 
 
-def truth_of(folder: Path, num_steps: int, budget: int, held_out: int, forecaster: str, order: int) -> dict[str, Any]:
-    """Every schedule on 32 training samples, and where the policies end among them."""
-    with studied(folder, num_steps, forecaster, order, 2, judging) as (problem, losses, _):
+def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
+    """Every schedule, on two batches for training and two held out, and where the policies end among them."""
+    num_steps = study.num_steps
+    with studied(folder, study, Effort(2, 2)) as (problem, losses, _):
         every = [Schedule((0, *rest), num_steps) for rest in itertools.combinations(range(1, num_steps), budget - 1)]
         training = dict(zip(every, losses.losses(every, losses.training).mean(1), strict=True))
         held_out = dict(zip(every, losses.losses(every, losses.held_out).mean(1), strict=True))
@@ -138,7 +135,8 @@ def truth_of(folder: Path, num_steps: int, budget: int, held_out: int, forecaste
         surrogate = Surrogate(problem.calibration, problem.forecaster).errors(every)
     best, best_held_out = min(training.values()), min(held_out.values())
     return {
-        "num_steps": num_steps, "budget": budget, "held_out_samples": judging * BATCH, "forecaster": forecaster, "order": order, "schedules": len(every),
+        "num_steps": num_steps, "budget": budget, "samples": 2 * study.batch_size, "forecaster": study.forecaster,
+        "order": study.order, "schedules": len(every),
         "best": best_of(training).recompute_steps, "best_loss": best, "best_held_out_loss": best_held_out,
         "rank_correlation": float(spearmanr(surrogate, list(training.values())).statistic),
         "policies": {
@@ -175,11 +173,11 @@ def summary(values: np.ndarray) -> dict[str, float]:
 def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
     """Held-out distances of every policy at T = 50."""
     table: dict[str, dict[int, Any]] = {}
-    with studied(folder, 50, forecaster, order) as (problem, losses, laboratory):
+    with studied(folder, shapes(50, forecaster, order), T50) as (problem, losses, laboratory):
         laboratory.prepare(TEST_BATCHES)
         trained = trained_policy(folder, problem, losses, forecaster, order)
         front = Counted(losses)
-        evolved = dict(Nsga2(population=18, generations=12).front(replace(problem, objective=front), BUDGETS))
+        evolved = dict(Nsga2(population=16, generations=10).front(replace(problem, objective=front), BUDGETS))
         for budget in BUDGETS:
             searched = trained.facts["searched"][str(budget)]
             chosen = {
@@ -230,7 +228,7 @@ def forecasters_of(folder: Path) -> dict[str, Any]:
         2: ("taylor", "hicache", "newton", "fitted"),
     }.items():
         for name in names:
-            with studied(folder, 50, name, order) as (problem, losses, laboratory):
+            with studied(folder, shapes(50, name, order), T50) as (problem, losses, laboratory):
                 laboratory.prepare(TEST_BATCHES)
                 for budget in (7,):
                     schedule = Search(shortlist=24, evaluations=64).schedule(problem, budget)
@@ -247,7 +245,7 @@ def forecasters_of(folder: Path) -> dict[str, Any]:
 def efficiency_of(folder: Path, budget: int = 7) -> dict[str, Any]:
     """Training loss of the best schedule against generations spent."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    with studied(folder, 50, "taylor", 1) as (problem, losses, _):
+    with studied(folder, shapes(50, "taylor", 1), T50) as (problem, losses, _):
         methods: dict[str, Callable[[Problem], Any]] = {
             "search": lambda each: Search().schedule(each, budget),
             "annealing": lambda each: Annealing(evaluations=200).schedule(each, budget),
@@ -281,11 +279,8 @@ def main(part: str, folder: Path, only: str | None) -> None:
     elif part == "truth":
         for name, order in (("reuse", 0), ("taylor", 1), ("hicache", 2)):
             if only in (None, f"{name}-{order}"):
-                save(
-                    folder,
-                    f"truth-{name}-{order}",
-                    [truth_of(folder, *size, name, order) for size in ((12, 4, 2), (16, 5, 1))],
-                )
+                small, large = shapes(12, name, order), shapes(16, name, order, batch_size=8)
+                save(folder, f"truth-{name}-{order}", [truth_of(folder, small, 4), truth_of(folder, large, 5)])
     elif part == "rivals":
         for name, order in (("taylor", 1), ("hicache", 2)):
             if only in (None, f"{name}-{order}"):

@@ -125,9 +125,10 @@ def leave_one_out(losses: Tensor, log_p: Tensor, entropy_weight: float) -> Tenso
 def fit(
     logits: Logits,
     evaluated: Mapping[int, Mapping[Schedule, float]],
-    iterations: int = 1500,
+    iterations: int = 600,
     rate: float = 0.01,
     sharpness: float = 30.0,
+    kept: int = 8,
 ) -> Logits:
     """Weighted maximum likelihood of schedules that were evaluated, ending on the best of each budget.
 
@@ -140,8 +141,10 @@ def fit(
         iterations: at most.
         rate: Adam's learning rate.
         sharpness: how fast weights fall with the relative loss.
+        kept: schedules of each budget that count, the best ones.
     """
-    best = {budget: min(losses, key=lambda each: losses[each]) for budget, losses in evaluated.items()}
+    ranked = {budget: sorted(losses, key=lambda each: losses[each])[:kept] for budget, losses in evaluated.items()}
+    best = {budget: schedules[0] for budget, schedules in ranked.items()}
     optimizer = torch.optim.Adam(logits.parameters(), lr=rate)
     for iteration in range(iterations):
         alone = iteration >= 2 * iterations // 3
@@ -149,13 +152,13 @@ def fit(
             break
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        for budget, losses in evaluated.items():
-            chosen = {best[budget]: 0.0} if alone else losses
-            values = np.array(list(chosen.values()))
+        for budget, schedules in ranked.items():
+            chosen = schedules[:1] if alone else schedules
+            values = np.array([evaluated[budget][schedule] for schedule in chosen])
             excess = (values - values.min()) / (abs(values.min()) or 1.0)
             weights = torch.softmax(torch.from_numpy(-sharpness * excess), 0)
             items = torch.tensor([schedule.recompute_steps[1:] for schedule in chosen]) - 1
-            total = total - (weights * set_log_probability(logits(budget), items)).sum()
+            total = total - (weights * set_log_probability(logits(budget), items, nodes=64)).sum()
         total.backward()
         optimizer.step()
     return logits

@@ -90,13 +90,13 @@ def study_of(
     granularity: str,
     distance: str,
     reward: str,
-    prompts: Path | None,
-    batch_size: int,
-    seed: int,
-    dtype: str,
-    component: str,
-    runtime: str,
-    call: Mapping[str, Any],
+    prompts: Path | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: str = "float32",
+    component: str = "transformer",
+    runtime: str = "auto",
+    call: Mapping[str, Any] | None = None,
 ) -> Study:
     """A study, every choice checked before a model is loaded; "auto" is resolved.
 
@@ -125,7 +125,7 @@ def study_of(
         dtype=dtype,
         component=component,
         runtime=get_runtime(runtime).name,
-        call=dict(call),
+        call=dict(call or {}),
     )
 
 

@@ -1,11 +1,13 @@
 """Generations of a study on many processes or machines, with Ray."""
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,9 +23,11 @@ from recache_compile.study import Laboratory, Task
 CHUNKS_PER_WORKER = 4
 """So many there are at least, so that no worker is the last one for long."""
 LONGEST_CHUNK = 8
-"""Tasks that are lost at most when a worker is."""
+"""Tasks that are done again, at most, when a worker is lost."""
 RETRIES = 10
 """So often a chunk is run again whose worker was lost; one that kills them all is to blame itself."""
+KNOCK_SECONDS = 10
+"""So long an address may take to answer."""
 OBJECT_STORE = 100 * 2**20
 """Bytes of shared memory that a local cluster reserves; only numbers travel."""
 
@@ -74,7 +78,8 @@ class RayRunner:
 
     The driver prepares everything before: the samples of all batches (`Laboratory.prepare`) and, for a fitted
     forecaster, the calibration.  Workers only read the folder.  A worker that is killed is replaced, and what it
-    was doing is done again; its errors are raised here.  Use it as a context manager, or close it.
+    was doing is done again; its errors are raised here.  Use it as a context manager, or close it; until then
+    stdout goes to stderr, where what Ray has to say of lost workers belongs.
 
     Args:
         folder: of the study; where the cluster has several machines, on a file system that they all share.
@@ -88,13 +93,22 @@ class RayRunner:
 
     def __init__(self, folder: Path, workers: int, address: str | None = None) -> None:
         self._ray = import_ray()
-        self._connected_here = not self._ray.is_initialized()
-        if self._connected_here:
-            _connect(self._ray, workers, address)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            if not self._ray.is_initialized():
+                _connect(self._ray, workers, address)
+                stack.callback(self._ray.shutdown)
+            self._actors = self._start(folder.absolute(), workers)
+            for actor in self._actors:
+                stack.callback(self._ray.kill, actor)
+            self._stack = stack.pop_all()
+
+    def _start(self, folder: Path, workers: int) -> list[Any]:
+        """The workers, which Ray replaces as often as needed."""
         gpus = int(self._ray.cluster_resources().get("GPU", 0)) if torch.cuda.is_available() else 0
         needs = {"num_cpus": 1, "num_gpus": gpu_share(gpus, workers)}
         actor = self._ray.remote(**needs, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        self._actors = [actor.remote(folder.absolute(), torch.get_num_threads()) for _ in range(workers)]
+        return [actor.remote(folder, torch.get_num_threads()) for _ in range(workers)]
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Row]:
         """Distances and rewards of every task, as they arrive.
@@ -130,11 +144,7 @@ class RayRunner:
 
     def close(self) -> None:
         """End the workers, and the cluster or the connection if it was made here."""
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors = []
-        if self._connected_here:
-            self._ray.shutdown()
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -166,12 +176,20 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
         return
     try:
+        _knock(address)
         ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise RuntimeUnavailableError(
             f"workers: no Ray cluster can be joined at {address} ({_first_line(error)}); start one with `ray start"
             " --head`, or give no address to use this machine"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` where nothing listens: Ray would try for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _first_line(error: Exception) -> str:

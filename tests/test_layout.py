@@ -17,6 +17,7 @@ CORE = (
     *("measure", "picture", "inspection", "parameters", "cli"),
     *("charts", "schedules"),
     *("quality", "pretrained"),
+    "workers",
 )
 
 

@@ -1,0 +1,153 @@
+"""Write docs/schedules.md and its plots from the results of benchmarks/schedules.py."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from recache_compile.files import writing
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b", "#7f7f00")
+ORDER = (
+    *("trained", "search", "recache", "climb", "gram", "uniform", "front-loaded", "dp", "minimax"),
+    *("teacache", "magcache", "annealing", "nsga2", "fewer steps"),
+)
+"""Rows of the tables."""
+
+
+def write_page(folder: Path, docs: Path) -> None:
+    """Fill the template with every part that has a result."""
+    text = (Path(__file__).parent / "schedules.md").read_text(encoding="utf-8")
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    truths = [truth for name in ("reuse-0", "taylor-1", "hicache-2") for truth in results.get(f"truth-{name}", [])]
+    parts = {"truth": "\n\n".join(map(truth_table, truths))}
+    for name in ("taylor-1", "hicache-2"):
+        if result := results.get(f"rivals-{name}"):
+            parts[f"rivals-{name}"] = rivals_table(result)
+            parts[f"steps-{name}"] = steps_table(result)
+            draw_rivals(result, docs / f"schedules-{name}.png")
+    if "forecasters" in results:
+        parts["forecasters"] = forecasters_table(results["forecasters"])
+    if "efficiency" in results:
+        parts["efficiency"] = efficiency_table(results["efficiency"])
+        draw_efficiency(results["efficiency"], docs / "schedules-efficiency.png")
+    for name, part in parts.items():
+        text = text.replace(f"<!-- {name} -->", part)
+    with writing(docs / "schedules.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def truth_table(truth: Mapping[str, Any]) -> str:
+    """Regret of every policy among all schedules."""
+    rows = [
+        [name, " ".join(map(str, row["steps"])), f"{row['regret']:.1%}", f"{row['held_out_regret']:.1%}", f"{row['generations']:,}"]
+        for name in ORDER
+        if (row := truth["policies"].get(name))
+    ]  # fmt: skip
+    head = (
+        f"**{truth['forecaster']}, order {truth['order']}, T = {truth['num_steps']}, k = {truth['budget']}**:"
+        f" {truth['schedules']:,} schedules on {truth['samples']} + {truth['samples']} samples. Best:"
+        f" {' '.join(map(str, truth['best']))}, loss {truth['best_loss']:.4g}. Rank correlation of the surrogate with the"
+        f" loss: {truth['rank_correlation']:.2f}."
+    )
+    columns = ("policy", "steps", "regret", "held-out regret", "generations")
+    return f"{head}\n\n{table(columns, rows)}"
+
+
+def rivals_table(result: Mapping[str, Any]) -> str:
+    """Held-out distance and its standard error, in thousandths, by policy and budget."""
+    rivals = result["table"]
+    budgets = list(rivals["uniform"])
+    rows = []
+    for name in (each for each in ORDER if each in rivals):
+        cells = [rivals[name].get(budget) for budget in budgets]
+        rows.append([name, *("-" if c is None else f"{1000 * c['mean']:.2f} ± {1000 * c['error']:.2f}" for c in cells)])
+    change = [f"{rivals['trained'][k]['mean'] / rivals['uniform'][k]['mean'] - 1:+.0%}" for k in budgets]
+    rows.append(["**trained against uniform**", *(f"**{each}**" for each in change)])
+    return table(["policy", *(f"k = {budget}" for budget in budgets)], rows)
+
+
+def steps_table(result: Mapping[str, Any]) -> str:
+    """The trained schedules, and the generations that finding them took."""
+    trained, searched = result["table"]["trained"], result["table"]["search"]
+    rows = [
+        [f"k = {budget}", " ".join(map(str, row["steps"])), f"{searched[budget]['generations']:,}"]
+        for budget, row in trained.items()
+    ]
+    return table(["budget", "recompute steps", "generations of the search"], rows)
+
+
+def forecasters_table(result: Mapping[str, Any]) -> str:
+    """Held-out distance of every forecaster on its own schedule and on the uniform one."""
+    rows = []
+    for key, row in result.items():
+        name, order, budget = key.split()
+        both = (f"{1000 * row_['mean']:.2f} ± {1000 * row_['error']:.2f}" for row_ in (row, row["uniform"]))
+        rows.append([name, order, budget, *both, " ".join(map(str, row["steps"]))])
+    return table(["forecaster", "order", "k", "own schedule", "uniform", "steps"], rows)
+
+
+def efficiency_table(result: Mapping[str, Any]) -> str:
+    """Generations after which each method had reached a loss."""
+    curves = result["curves"]
+    best = {name: min(loss for _, loss in curve) for name, curve in curves.items()}
+    target = best["REINFORCE"]
+    rows = []
+    for name, curve in curves.items():
+        reached = next((f"{spent:,}" for spent, loss in curve if loss <= target), "never")
+        rows.append([name, f"{1000 * best[name]:.2f}", f"{curve[-1][0]:,}", reached])
+    return table(["method", "best training loss", "generations in all", "generations to REINFORCE's best"], rows)
+
+
+def draw_rivals(result: Mapping[str, Any], file: Path) -> None:
+    """Held-out distance against budget, one line a policy."""
+    figure, axes = _figure()
+    rivals = result["table"]
+    for number, name in enumerate(each for each in ORDER if each in rivals):
+        budgets = [int(budget) for budget in rivals[name]]
+        means = [row["mean"] for row in rivals[name].values()]
+        ours = name == "trained"
+        axes.plot(
+            budgets, means, label=name, color=COLORS[number % len(COLORS)], marker="o" if ours else ".",
+            linewidth=2.6 if ours else 1.2, linestyle="-" if number < len(COLORS) else "--", zorder=3 if ours else 2,
+        )  # fmt: skip
+    axes.set(xlabel="recompute steps k of T = 50", ylabel="distance to uncached, held out", yscale="log")
+    axes.legend(ncols=2, frameon=False, fontsize=8)
+    _save(figure, file)
+
+
+def draw_efficiency(result: Mapping[str, Any], file: Path) -> None:
+    """Best training loss so far against generations."""
+    figure, axes = _figure()
+    for number, (name, curve) in enumerate(result["curves"].items()):
+        lowest, points = float("inf"), []
+        for spent, loss in curve:
+            lowest = min(lowest, loss)
+            points.append((spent, lowest))
+        axes.step(*zip(*points, strict=True), where="post", label=name, color=COLORS[number], linewidth=1.8)
+    axes.set(xlabel="generations", ylabel="training loss of the best schedule", xscale="log", yscale="log")
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with writing(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)

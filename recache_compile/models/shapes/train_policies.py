@@ -1,0 +1,40 @@
+"""Train the policies of `shapes` that ship with the package.
+
+    python -m recache_compile.models.shapes.train_policies --output FOLDER
+
+Writes FOLDER/taylor-1 and FOLDER/hicache-2; `policy.json` and `policy.safetensors` of each
+are what the package holds in `policies`.  Stopped at any time, the same command goes on.
+"""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from recache_compile.policies.search import Search
+from recache_compile.training import Effort, study_of, train
+from recache_compile.training_view import showing, table_of
+
+BUDGETS = (5, 7, 9, 10, 13, 15)
+FORECASTERS = (("taylor", 1), ("hicache", 2))
+NUM_STEPS = 50
+
+
+@click.command()
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
+@click.option("--workers", default=0, show_default=True, help="Ray workers on this machine.")
+def main(output: Path, workers: int) -> None:
+    """Train both policies: feature distance alone, 48 training and 64 held-out samples."""
+    console = Console()
+    trainer = Search()
+    for name, order in FORECASTERS:
+        study = study_of("shapes", NUM_STEPS, name, order, "stack", "features", "caption")
+        with showing(console, trainer, len(BUDGETS)) as (report, progress):
+            trained = train(
+                study, BUDGETS, output / f"{name}-{order}", trainer, Effort(workers=workers), report, progress
+            )
+        console.print(table_of(trained))
+
+
+if __name__ == "__main__":
+    main()
