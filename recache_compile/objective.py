@@ -100,6 +100,7 @@ def _read(file: Path) -> Iterator[tuple[Task, tuple[tuple[float, ...], tuple[flo
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             batch, mask, distances, rewards = json.loads(line)
-        except ValueError:
+            row = (int(batch), str(mask)), (tuple(distances), tuple(rewards))
+        except (ValueError, TypeError):
             raise ArtifactError(f"{file}: line {number} is damaged; remove the line, it is then run again") from None
-        yield (batch, mask), (tuple(distances), tuple(rewards))
+        yield row

@@ -88,24 +88,34 @@ class Study:
         return Batch(tuple(prompts[at % len(prompts)] for at in places), tuple(base + at for at in places))
 
 
-def write_study(study: Study, folder: Path) -> None:
-    """Begin a study in a folder, or go on with the one that is there.
+def is_begun(study: Study, folder: Path) -> bool:
+    """Whether a folder holds this study; False: it is free for it.
 
     Raises:
         ArtifactError: the folder holds another study, or something else.
     """
-    file = folder / "study.json"
-    if file.exists():
+    if (folder / "study.json").exists():
         there = read_study(folder)
         names = [name for name, value in asdict(study).items() if asdict(there)[name] != value]
         if names:
             raise ArtifactError(
                 f"output {folder}: holds a study with another {' and '.join(names)}; name another folder"
             )
-        return
+        return True
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"output {folder}: holds something that is no study; name another folder")
-    with writing(file) as partial:
+    return False
+
+
+def write_study(study: Study, folder: Path) -> None:
+    """Begin a study in a folder, or go on with the one that is there.
+
+    Raises:
+        ArtifactError: the folder holds another study, or something else.
+    """
+    if is_begun(study, folder):
+        return
+    with writing(folder / "study.json") as partial:
         partial.write_text(json.dumps(asdict(study), indent=1), encoding="utf-8")
 
 
@@ -126,7 +136,9 @@ def read_study(folder: Path) -> Study:
 def compile_engines(
     study: Study, folder: Path, pipeline: Any, report: Callable[[str], None] = lambda stage: None
 ) -> None:
-    """Compile the engines of a study for its batch size, unless they are there.
+    """Compile the engines of a study for its batch size, unless they are there, and begin it.
+
+    A study that cannot be compiled leaves nothing behind.
 
     Args:
         study: what is studied.
@@ -142,6 +154,7 @@ def compile_engines(
         study.granularity, study.runtime, component=study.component, report=report,
         call=prompted(pipeline, list(study.batch(0).prompts), study.call),
     )  # fmt: skip
+    write_study(study, folder)
     compiled.save(folder / "engines")
 
 

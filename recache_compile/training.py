@@ -11,7 +11,8 @@ import torch
 from recache_compile._version import __version__
 from recache_compile.api import compile_options
 from recache_compile.charts import draw_schedules, draw_training
-from recache_compile.errors import ScheduleError
+from recache_compile.errors import ArtifactError, ScheduleError
+from recache_compile.files import check_place, output_errors
 from recache_compile.loading import EMBEDDED, load_pipeline
 from recache_compile.objective import Losses, Runner
 from recache_compile.policies.base import Problem, Progress
@@ -23,7 +24,7 @@ from recache_compile.prompts import training_and_held_out
 from recache_compile.quality import get_distance, get_reward
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule, check_budgets
-from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, write_study
+from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, is_begun
 from recache_compile.workers import RayRunner
 
 
@@ -139,7 +140,11 @@ def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
     for budget in check_budgets(budgets, study.num_steps):
         if not 1 < budget < study.num_steps:
             raise ScheduleError(f"budget {budget}: there is one schedule only; train for 2..{study.num_steps - 1}")
-    write_study(study, out / "study")
+    with output_errors(out, "folder"):
+        begun = is_begun(study, out / "study")
+        if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ArtifactError(f"output {out}: holds something that is no policy in training; name another folder")
+        check_place(out / "study")
 
 
 @contextlib.contextmanager
@@ -157,7 +162,7 @@ def opened(
     Raises:
         RecacheError: naming what cannot be done.
     """
-    write_study(study, folder)
+    is_begun(study, folder)  # if it holds another one, that is an error
     pipeline = None
     if not (folder / "engines").exists():
         report(f"loading {study.model}")

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from recache_compile.capture import Signature
+from recache_compile.errors import DispatchError
 from recache_compile.forecasters import Forecaster
 from recache_compile.plan import Plan, make_plan
 from recache_compile.program import Role
@@ -59,20 +61,25 @@ class Replay(Dispatcher):
         super().__init__(every, forecaster, variants, signature, revision)
         self.moments: dict[tuple[str, int], Moment] = {}
         self._shared = 0
+        self._weights_of_moments = self._revision.number
 
     def begin(self, schedule: Schedule, same: bool) -> None:
         """The next generation follows this schedule.
 
         Args:
             schedule: of the next generation.
-            same: whether its noise and conditioning are those of the last one.
+            same: whether its noise and conditioning are those of the last one.  Nothing is
+                shared with generations of older weights.
         """
         pairs = zip(self.plan.schedule.mask, schedule.mask, strict=True)
         shared = next((step for step, (before, now) in enumerate(pairs) if before != now), schedule.num_steps)
-        self._shared = shared if same else 0
+        self._shared = shared if same and self._weights_of_moments == self._revision.number else 0
+        self._weights_of_moments = self._revision.number
         self.moments = {place: each for place, each in self.moments.items() if place[1] < self._shared}
         self.plan = make_plan(schedule, self._forecaster, self._sites)
         for state in self._states.values():
+            state.history.clear()
+            state.last_step = None
             rest = self._rest(state.start)
             state.steps, state.coefficients = rest.steps, self._coefficients(rest)
             if state.tables is not None:
@@ -81,15 +88,19 @@ class Replay(Dispatcher):
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:
         """One model call, or its result from the last generation; see `Dispatcher`."""
         if step < self._shared and (branch, step) in self.moments:
-            return self.moments[branch, step].result
+            return _copy(self.moments[branch, step].result)
         tensors, state = self._state(branch, step, model_inputs)
         if state.last_step is None and (branch, step - 1) in self.moments:
             self._restore(state, branch, step)
-        result = super().__call__(step=step, branch=branch, **model_inputs)
+        try:
+            result = super().__call__(step=step, branch=branch, **model_inputs)
+        except DispatchError:  # such as that the timesteps of this generation were others: all of it is wrong
+            self.moments.clear()
+            raise
         slot = state.steps[step - state.start].slot
         features = {} if slot is None else {site: each for (site, at), each in state.history.items() if at == slot}
-        latents = tuple(tensors[name] for name in state.variant.names(Role.LATENTS))
-        self.moments[branch, step] = Moment(latents, result, features)
+        latents = tuple(tensors[name].clone() for name in state.variant.names(Role.LATENTS))
+        self.moments[branch, step] = Moment(latents, _copy(result), features)
         return result
 
     def _begins(self, branch: str, step: int) -> int:
@@ -104,3 +115,8 @@ class Replay(Dispatcher):
             for site, feature in self.moments[branch, at].features.items():
                 state.history[site, state.steps[at - state.start].slot] = feature
         state.last_step = step - 1
+
+
+def _copy(result: Any) -> Any:
+    """The same result in memory of its own: callers may write to theirs."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, result)

@@ -1,0 +1,1 @@
+"""The commands of `recache-compile`, one a file."""

@@ -1,0 +1,175 @@
+"""`recache-compile MODEL --budgets 5,10,15`: compile, compare, show."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from recache_compile.commands.console import DTYPES, PAGE, PROMPTS, SEED, notice, say, showing_stages
+from recache_compile.errors import ArtifactError
+from recache_compile.parameters import JsonObject, Numbers, Size, check_call
+
+if TYPE_CHECKING:
+    from recache_compile.compiled import Compiled
+    from recache_compile.measure import Measured
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option(
+    "--budgets",
+    type=Numbers("budgets"),
+    default="5,10,15",
+    show_default=True,
+    help="Recompute steps k, one engine set for all.",
+)
+@click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
+@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option(
+    "--policy",
+    default="auto",
+    show_default=True,
+    help="auto (trained for the model if there is one, else gram), gram, a trained policy's folder, uniform,"
+    " uniform:warmup=3, front-loaded:power=2, dp, minimax, teacache, magcache, a schedule file, steps or a mask.",
+)
+@click.option(
+    "--granularity",
+    default="stack",
+    show_default=True,
+    help="Where features are cached: output, stack, block or module.",
+)
+@click.option(
+    "--residual/--absolute",
+    default=None,
+    help="Cache what is added to the stream, or the stream itself.  [default: residual at block, else absolute]",
+)
+@click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
+@click.option(
+    "--batch", type=Numbers("batch", minimum=1), default="1", show_default=True, help="Pictures per call: 1 or 1,4."
+)
+@click.option(
+    "--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline: '{\"guidance_scale\": 3.5}'."
+)
+@click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
+@click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: MODEL-recache]")
+@click.option("--prompt", "prompts", multiple=True, help="Caption of the pictures that are compared; repeat for more.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the first picture.")
+@click.option(
+    "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def compile_command(
+    model: str,
+    budgets: tuple[int, ...],
+    steps: int,
+    forecaster: str,
+    order: int,
+    policy: str,
+    granularity: str,
+    residual: bool | None,
+    runtime: str,
+    dtype: str,
+    sizes: tuple[tuple[int, int], ...],
+    batch: tuple[int, ...],
+    call: dict[str, Any],
+    component: str,
+    output: Path | None,
+    prompts: tuple[str, ...],
+    seed: int,
+    hoist: bool,
+    as_json: bool,
+) -> None:
+    """Compile MODEL (`shapes`, a diffusers folder or a Hub id) and show what each budget gives."""
+    folder = output or Path(f"{Path(model).resolve().name}-recache")
+    with showing_stages() as report:
+        report("loading libraries")
+        import torch
+
+        from recache_compile.api import compile, compile_options
+        from recache_compile.artifact import check_writable
+        from recache_compile.choosing import CALIBRATIONS
+        from recache_compile.files import check_file
+        from recache_compile.loading import EMBEDDED, load_pipeline
+        from recache_compile.measure import compare
+        from recache_compile.picture import save_comparison
+        from recache_compile.recording import prompted, record_examples
+        from recache_compile.runtimes.registry import get_runtime
+
+        checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
+        compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
+        backend = get_runtime(runtime, explain=notice)
+        check_writable(folder)
+        picture = folder.with_name(f"{folder.name}.png")
+        check_file(picture)
+        if picture.exists() and not folder.exists():
+            raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
+        report(f"loading {model}")
+        pipeline = load_pipeline(model, getattr(torch, dtype))
+        captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+        check_call(call, batch)
+        shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
+        report("checking the prompts")
+        for caption in captions[1:]:  # compiling records the first
+            record_examples(pipeline, steps, prompted(pipeline, caption, shapes[0]), component)
+        compiled = compile(
+            pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
+            residual=residual, hoist=hoist, component=component, report=report,
+            call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
+            calibrate=[
+                prompted(pipeline, caption, shapes[0], batch[0])
+                for caption in itertools.islice(itertools.cycle(captions), CALIBRATIONS)
+            ],
+        )  # fmt: skip
+        where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
+        description = replace(compiled.description, model=where, call=shapes[0])
+        compiled = replace(compiled, description=description)
+        report(f"writing {folder}")
+        compiled.save(folder)
+        calls = [prompted(pipeline, caption, shapes[0], batch[0]) for caption in captions]
+        measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
+        if pictures:
+            save_comparison(pictures, compiled.schedules, captions, picture)
+    if as_json:
+        facts = compiled.description
+        result = {
+            "model": model,
+            "artifact": str(folder),
+            "picture": str(picture) if pictures else None,
+            "num_steps": steps,
+            "forecaster": facts.forecaster,
+            "order": facts.order,
+            "policy": facts.policy,
+            "runtime": facts.runtime,
+            "budgets": [asdict(each) for each in measured],
+        }
+        click.echo(json.dumps(result))
+        return
+    print_measured(compiled, measured)
+    say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else "no picture: the pipeline makes no images"))
+
+
+def print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
+    """The table that ends a compilation."""
+    facts = compiled.description
+    title = f"{facts.model}: {facts.num_steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}"
+    table = Table(title=escape(title))
+    for column in ("budget", "recompute steps", "MACs", "speed", "PSNR", "SSIM"):
+        table.add_column(column, justify="left" if column == "recompute steps" else "right")
+    for each in measured:
+        table.add_row(
+            str(each.budget),
+            " ".join(map(str, each.recompute_steps)),
+            f"÷ {each.macs_reduction:.2f}",
+            f"× {each.speedup:.2f}",
+            "-" if each.psnr is None else f"{each.psnr:.1f} dB",
+            "-" if each.ssim is None else f"{each.ssim:.3f}",
+        )
+    PAGE.print(table)

@@ -1,0 +1,98 @@
+"""`recache-compile train`: find schedules on the true loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, say, showing_stages
+from recache_compile.parameters import JsonObject, Numbers
+
+
+@click.command("train")
+@click.argument("model")
+@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option("--steps", type=click.IntRange(2), default=50, show_default=True, help="Denoising steps T.")
+@click.option("--forecaster", default="taylor", show_default=True, help="As for compile.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option("--granularity", default="stack", show_default=True, help="As for compile.")
+@click.option("--out", type=click.Path(path_type=Path), default="policy", show_default=True, help="Folder to write.")
+@click.option(
+    "--method",
+    type=click.Choice(["search", "recache"]),
+    default="search",
+    show_default=True,
+    help="search: race and climb, then fit and refine a policy; recache: REINFORCE from scratch.",
+)
+@click.option("--samples", type=click.IntRange(1), default=48, show_default=True, help="To choose schedules on.")
+@click.option("--held-out", type=click.IntRange(2), default=64, show_default=True, help="Samples to judge them on.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples that run together.")
+@click.option("--distance", default="auto", show_default=True, help="auto, lpips, ssim, mse or features (shapes).")
+@click.option("--reward", default="none", show_default=True, help="none, clip, hpsv2, imagereward or caption (shapes).")
+@click.option("--alpha", type=float, default=7.0, show_default=True, help="Weight of the reward in the loss.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one caption a line.")
+@click.option("--effort", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Scales how much is tried.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
+@click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Ray workers on this machine.  [default: none]")
+@click.option("--ray-address", help="Join this Ray cluster; --out must be on a file system that it shares.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def train_command(
+    model: str,
+    budgets: tuple[int, ...],
+    steps: int,
+    forecaster: str,
+    order: int,
+    granularity: str,
+    out: Path,
+    method: str,
+    samples: int,
+    held_out: int,
+    batch: int,
+    distance: str,
+    reward: str,
+    alpha: float,
+    prompts: Path | None,
+    effort: float,
+    seed: int,
+    dtype: str,
+    runtime: str,
+    call: dict[str, Any],
+    component: str,
+    workers: int,
+    ray_address: str | None,
+    as_json: bool,
+) -> None:
+    """Find schedules for MODEL that keep its results, and train a policy for --policy.
+
+    Stopped at any time, the same command goes on where it was.
+    """
+    with showing_stages() as report:
+        report("loading libraries")
+        from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
+        from recache_compile.training_view import showing, table_of
+
+        study = study_of(
+            model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,
+            runtime, call,
+        )  # fmt: skip
+        check_out(study, budgets, out)
+        trainer = TRAINERS[method]().scaled(effort)
+        weight = 0.0 if study.reward == "none" else alpha
+        spent = Effort(-(-samples // batch), -(-held_out // batch), weight, seed, workers, ray_address)
+    try:
+        with showing(LOG, trainer, len(budgets)) as (report, progress):
+            trained = train(study, budgets, out, trainer, spent, report, progress)
+    except KeyboardInterrupt:
+        raise click.ClickException(
+            f"stopped; what was found is in {out}, and the same command goes on from there"
+        ) from None
+    if as_json:
+        click.echo(json.dumps({**trained.policy.facts, "policy": str(out), "generations": trained.generations}))
+        return
+    PAGE.print(table_of(trained))
+    say(f"policy    {out}\ncurves    {out / 'training.png'}\nschedules {out / 'schedules.png'}")
