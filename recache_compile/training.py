@@ -227,7 +227,7 @@ def train(
         report("judging on the held-out samples")
         rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
         losses = {budget: _judge(objective, pair) for budget, pair in rivals.items()}
-    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses))
+    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses, objective.generations))
     policy.save(out)
     if seen:
         draw_training(seen, out / "training.png")
@@ -252,6 +252,7 @@ def _facts(
     trainer: Trainer,
     rivals: Mapping[int, tuple[Schedule, Schedule]],
     losses: Mapping[int, Mapping[str, tuple[float, float]]],
+    generations: int,
 ) -> dict[str, Any]:
     """Where a policy comes from, for `policy.json`."""
     return {
@@ -267,6 +268,7 @@ def _facts(
         "training_samples": effort.training * study.batch_size,
         "held_out_samples": effort.held_out * study.batch_size,
         "seed": effort.seed,
+        "generations": generations,
         "schedules": {str(budget): list(ours.recompute_steps) for budget, (ours, _) in rivals.items()},
         "held_out_losses": {str(budget): dict(values) for budget, values in losses.items()},
     }

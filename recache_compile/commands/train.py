@@ -92,7 +92,7 @@ def train_command(
             f"stopped; what was found is in {out}, and the same command goes on from there"
         ) from None
     if as_json:
-        click.echo(json.dumps({**trained.policy.facts, "policy": str(out), "generations": trained.generations}))
+        click.echo(json.dumps({**trained.policy.facts, "policy": str(out)}))
         return
     PAGE.print(table_of(trained))
     say(f"policy    {out}\ncurves    {out / 'training.png'}\nschedules {out / 'schedules.png'}")
