@@ -131,14 +131,28 @@ def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
             counted = Counted(losses)
             schedule = policy.schedule(replace(problem, objective=counted), budget)
             chosen[name] = schedule, counted.generations
+        likelihoods = {
+            likelihood: [
+                training[Reinforce(150, likelihood=likelihood, every=25).schedule(replace(problem, seed=seed), budget)]
+                for seed in range(1, 6)
+            ]
+            for likelihood in ("set", "ordered")
+        }
         assert problem.calibration is not None and problem.forecaster is not None
-        surrogate = Surrogate(problem.calibration, problem.forecaster).errors(every)
+        of_features = replace(problem.calibration, predictions=problem.calibration.features)
+        guesses = {
+            name: Surrogate(calibration, problem.forecaster).errors(every)
+            for name, calibration in (("predictions", problem.calibration), ("features", of_features))
+        }
     best, best_held_out = min(training.values()), min(held_out.values())
     return {
         "num_steps": num_steps, "budget": budget, "samples": 2 * study.batch_size, "forecaster": study.forecaster,
         "order": study.order, "schedules": len(every),
         "best": best_of(training).recompute_steps, "best_loss": best, "best_held_out_loss": best_held_out,
-        "rank_correlation": float(spearmanr(surrogate, list(training.values())).statistic),
+        "rank_correlations": {
+            name: float(spearmanr(guess, list(training.values())).statistic) for name, guess in guesses.items()
+        },
+        "likelihoods": {name: float(np.mean(found)) / best - 1 for name, found in likelihoods.items()},
         "policies": {
             name: {
                 "steps": schedule.recompute_steps, "generations": spent,

@@ -28,7 +28,8 @@ def race(
         if number == len(batches):
             break
         difference = losses - losses[:1]
-        margin = 2 * difference.std(1, ddof=1) / np.sqrt(losses.shape[1])
-        close = int((difference.mean(1) <= margin).sum())
+        samples = losses.shape[1]
+        error = difference.std(1, ddof=1) / np.sqrt(samples) if samples > 1 else np.inf  # one tells nothing
+        close = int((difference.mean(1) <= 2 * error).sum())
         left = left[: max(min(keep, len(left)), min(close, (len(left) + 1) // 2))]
     return [(schedule, float(value)) for schedule, value in zip(left, losses.mean(1), strict=True)]

@@ -72,18 +72,19 @@ class Reinforce:
         objective = problem.need_objective("recache")
         logits = start or new_logits(problem, self.width)
         best = _copy(logits)
-        lowest = _validation(best, objective, budgets)
         optimizer = torch.optim.Adam(logits.parameters(), lr=self.rate)
         generator = torch.Generator().manual_seed(problem.seed)
-        scales = {k: _mean(objective, Uniform().schedule(problem, k), objective.training[:1]) for k in budgets}
+        uniform = {k: _mean(objective, Uniform().schedule(problem, k), objective.training[:1]) for k in budgets}
+        scales = {k: abs(value) or 1.0 for k, value in uniform.items()}
+        lowest = _validation(best, objective, scales)
         for iteration in range(self.iterations):
             budget = budgets[int(torch.randint(len(budgets), (), generator=generator))]
             batch = objective.training[int(torch.randint(len(objective.training), (), generator=generator))]
-            loss = self._step(logits, optimizer, generator, objective, budget, batch, abs(scales[budget]) or 1.0)
+            loss = self._step(logits, optimizer, generator, objective, budget, batch, scales[budget])
             mode = most_likely(logits, budget)
             problem.report(Progress("reinforce", budget, mode, loss, entropy(logits(budget)).item()))
             if (iteration + 1) % self.every == 0 or iteration + 1 == self.iterations:
-                value = _validation(logits, objective, budgets)
+                value = _validation(logits, objective, scales)
                 if value <= lowest:
                     best, lowest = _copy(logits), value
         return ReCache(best)
@@ -186,9 +187,9 @@ def _mean(objective: Objective, schedule: Schedule, batches: Sequence[int]) -> f
     return float(objective.losses([schedule], batches).mean())
 
 
-def _validation(logits: Logits, objective: Objective, budgets: Sequence[int]) -> float:
-    """Mean of the logarithm of the held-out losses of the most likely schedules, so that budgets count alike."""
+def _validation(logits: Logits, objective: Objective, scales: Mapping[int, float]) -> float:
+    """Mean of the held-out losses of the most likely schedules, by budget in units of `scales`."""
     if not objective.held_out:
         return 0.0
-    losses = [_mean(objective, most_likely(logits, budget), objective.held_out) for budget in budgets]
-    return float(np.mean(losses)) if min(losses) <= 0 else float(np.mean(np.log(losses)))
+    losses = [_mean(objective, most_likely(logits, k), objective.held_out) / scale for k, scale in scales.items()]
+    return float(np.mean(losses))
