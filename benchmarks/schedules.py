@@ -113,14 +113,14 @@ def policies() -> dict[str, Policy]:
         "teacache": TeaCache(),
         "magcache": MagCache(),
         "gram": Gram(),
-        "annealing": Annealing(evaluations=40),
+        "annealing": Annealing(evaluations=32),
     }
 
 
 def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
-    """Every schedule, on two batches for training and two held out, and where the policies end among them."""
+    """Every schedule, on two batches for training and one held out, and where the policies end among them."""
     num_steps = study.num_steps
-    with studied(folder, study, Effort(2, 2)) as (problem, losses, _):
+    with studied(folder, study, Effort(2, 1)) as (problem, losses, _):
         every = [Schedule((0, *rest), num_steps) for rest in itertools.combinations(range(1, num_steps), budget - 1)]
         training = dict(zip(every, losses.losses(every, losses.training).mean(1), strict=True))
         held_out = dict(zip(every, losses.losses(every, losses.held_out).mean(1), strict=True))
@@ -146,7 +146,7 @@ def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
         }
     best, best_held_out = min(training.values()), min(held_out.values())
     return {
-        "num_steps": num_steps, "budget": budget, "samples": 2 * study.batch_size, "forecaster": study.forecaster,
+        "num_steps": num_steps, "budget": budget, "samples": 2 * study.batch_size, "held_out_samples": study.batch_size, "forecaster": study.forecaster,
         "order": study.order, "schedules": len(every),
         "best": best_of(training).recompute_steps, "best_loss": best, "best_held_out_loss": best_held_out,
         "rank_correlations": {
@@ -191,7 +191,7 @@ def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
         laboratory.prepare(TEST_BATCHES)
         trained = trained_policy(folder, problem, losses, forecaster, order)
         front = Counted(losses)
-        evolved = dict(Nsga2(population=16, generations=10).front(replace(problem, objective=front), BUDGETS))
+        evolved = dict(Nsga2(population=14, generations=10).front(replace(problem, objective=front), BUDGETS))
         for budget in BUDGETS:
             searched = trained.facts["searched"][str(budget)]
             chosen = {
@@ -245,7 +245,7 @@ def forecasters_of(folder: Path) -> dict[str, Any]:
             with studied(folder, shapes(50, name, order), T50) as (problem, losses, laboratory):
                 laboratory.prepare(TEST_BATCHES)
                 for budget in (7,):
-                    schedule = Search(shortlist=24, evaluations=64).schedule(problem, budget)
+                    schedule = Search(shortlist=16, evaluations=32).schedule(problem, budget)
                     pair = [schedule, Uniform().schedule(problem, budget)]
                     values = losses.losses(pair, TEST_BATCHES)
                     result[f"{name} {order} {budget}"] = {
@@ -262,8 +262,8 @@ def efficiency_of(folder: Path, budget: int = 7) -> dict[str, Any]:
     with studied(folder, shapes(50, "taylor", 1), T50) as (problem, losses, _):
         methods: dict[str, Callable[[Problem], Any]] = {
             "search": lambda each: Search().schedule(each, budget),
-            "annealing": lambda each: Annealing(evaluations=200).schedule(each, budget),
-            "REINFORCE": lambda each: Reinforce(iterations=240, every=40).train(each, (budget,)),
+            "annealing": lambda each: Annealing(evaluations=64).schedule(each, budget),
+            "REINFORCE": lambda each: Reinforce(iterations=160, every=40).train(each, (budget,)),
         }
         for name, method in methods.items():
             counted, seen = Counted(losses), []

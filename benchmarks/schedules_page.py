@@ -56,7 +56,7 @@ def truth_table(truth: Mapping[str, Any]) -> str:
     correlations = truth["rank_correlations"]
     head = (
         f"**{truth['forecaster']}, order {truth['order']}, T = {truth['num_steps']}, k = {truth['budget']}**:"
-        f" {truth['schedules']:,} schedules on {truth['samples']} + {truth['samples']} samples. Best:"
+        f" {truth['schedules']:,} schedules on {truth['samples']} + {truth['held_out_samples']} samples. Best:"
         f" {' '.join(map(str, truth['best']))}, loss {truth['best_loss']:.4g}. Rank correlation of the surrogate with the"
         f" loss: {correlations['predictions']:.2f} on predictions, {correlations['features']:.2f} on features."
         f" Mean regret of REINFORCE over five seeds: {truth['likelihoods']['set']:.1%} with the set's"

@@ -85,7 +85,7 @@ class ReCache:
             save_file({name: value.contiguous() for name, value in self.logits.state_dict().items()}, partial)
         shape = {"format_version": FORMAT_VERSION, "num_steps": self.logits.num_steps, "width": self.logits.width}
         with writing(folder / FACTS) as partial:
-            partial.write_text(json.dumps({**shape, **self.facts}, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({**shape, **self.facts, **shape}, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -114,9 +114,11 @@ def read_policy(folder: Path) -> ReCache:
             raise ScheduleError(
                 f"{folder}: format {version}, this version reads {FORMAT_VERSION}; upgrade recache-compile"
             )
-        logits = Logits(int(facts["num_steps"]), int(facts["width"]))
-        logits.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        with torch.device("meta"):  # takes no memory and no random numbers
+            logits = Logits(int(facts["num_steps"]), int(facts["width"]))
+        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
+        logits.load_state_dict(weights, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScheduleError(f"{folder}: no trained policy ({reason}); train it again") from None
     if not all(bool(value.isfinite().all()) for value in logits.state_dict().values()):

@@ -1,5 +1,6 @@
 """Train ReCache's logits: by REINFORCE on the true loss, or by likelihood of schedules known to be good."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -71,7 +72,7 @@ class Reinforce:
             raise ScheduleError(f"policy recache: likelihood {self.likelihood!r}: choose {' or '.join(LIKELIHOODS)}")
         objective = problem.need_objective("recache")
         logits = start or new_logits(problem, self.width)
-        best = _copy(logits)
+        best = copy.deepcopy(logits)
         optimizer = torch.optim.Adam(logits.parameters(), lr=self.rate)
         generator = torch.Generator().manual_seed(problem.seed)
         uniform = {k: _mean(objective, Uniform().schedule(problem, k), objective.training[:1]) for k in budgets}
@@ -86,9 +87,10 @@ class Reinforce:
             if (iteration + 1) % self.every == 0 or iteration + 1 == self.iterations:
                 value = _validation(logits, objective, scales)
                 if value <= lowest:
-                    best, lowest = _copy(logits), value
+                    best, lowest = copy.deepcopy(logits), value
         return ReCache(best)
 
+    @torch.enable_grad()
     def _step(
         self,
         logits: Logits,
@@ -123,6 +125,7 @@ def leave_one_out(losses: Tensor, log_p: Tensor, entropy_weight: float) -> Tenso
     return ((regular - regular.mean()) * log_p).sum() / max(1, len(losses) - 1)
 
 
+@torch.enable_grad()
 def fit(
     logits: Logits,
     evaluated: Mapping[int, Mapping[Schedule, float]],
@@ -175,12 +178,6 @@ def new_logits(problem: Problem, width: int) -> Logits:
             for parameter in logits.layers[-1].parameters():
                 parameter.mul_(0.1)
     return logits
-
-
-def _copy(logits: Logits) -> Logits:
-    twin = Logits(logits.num_steps, logits.width)
-    twin.load_state_dict(logits.state_dict())
-    return twin
 
 
 def _mean(objective: Objective, schedule: Schedule, batches: Sequence[int]) -> float:

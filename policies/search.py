@@ -1,5 +1,6 @@
 """Search on the true loss: a shortlist by the surrogate, a race, hill climbing; then a policy is fitted."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import random_schedule, relocations
 from recache_compile.policies.race import race
-from recache_compile.policies.recache import Logits, ReCache, most_likely
+from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.uniform import Uniform
@@ -31,9 +32,9 @@ class Climb:
         patience: moves from one schedule that may fail before it counts as a minimum.
     """
 
-    evaluations: int = 160
+    evaluations: int = 96
     handful: int = 8
-    patience: int = 48
+    patience: int = 32
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """From the uniform schedule."""
@@ -96,8 +97,8 @@ class Search:
 
     shortlist: int = 32
     finalists: int = 4
-    evaluations: int = 160
-    iterations: int = 40
+    evaluations: int = 96
+    iterations: int = 24
 
     def scaled(self, effort: float) -> "Search":
         """The same with `effort` times as much to try."""
@@ -170,9 +171,8 @@ class Search:
             problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
         if not self.iterations:
             return start
-        twin = Logits(fitted.num_steps, fitted.width)
-        twin.load_state_dict(fitted.state_dict())
-        trained = Reinforce(iterations=self.iterations, rate=0.002, every=20).train(problem, budgets, twin)
+        twin = copy.deepcopy(fitted)
+        trained = Reinforce(iterations=self.iterations, rate=0.002, every=12).train(problem, budgets, twin)
         return trained if is_better(problem, trained, start, budgets) else start
 
 

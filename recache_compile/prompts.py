@@ -42,7 +42,7 @@ def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...
 
 def _read(file: Path) -> tuple[str, ...]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"prompts {file}: cannot be read ({error}); give a text file, one caption a line") from None
     captions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
