@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
+from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps
+from tests.test_compiler import relative_error
 
 pytestmark = pytest.mark.slow
 
@@ -42,3 +44,17 @@ def test_every_weight_is_read_where_it_lies_however_small(saved: bool, compiled:
     other = Small()
     compiled.refit(other.state_dict())
     torch.testing.assert_close(run(step=0, sample=sample), other(sample))
+
+
+def test_features_that_are_slices_are_read_as_they_were_written(flux: nn.Module) -> None:
+    """In a batch, what is cached is cut out of text and picture tokens: a view with other strides."""
+    inputs, options = flux_inputs(batch=2), {"num_steps": NUM_STEPS, "order": 0, "hoist": False}
+    eager, inductor = (
+        rc.compile(
+            flux, inputs, (3,), timesteps={"timestep": timesteps(batch=2)}, runtime=runtime, **options
+        ).dispatcher(budget=3)
+        for runtime in ("eager", "inductor")
+    )
+    for step in range(NUM_STEPS):
+        this = loop_inputs(step, inputs)
+        assert relative_error(inductor(step=step, **this)[0], eager(step=step, **this)[0]) <= 1e-5
