@@ -74,7 +74,9 @@ def step_sizes(scheduler: Any) -> np.ndarray:
         levels = torch.as_tensor(sigmas).double().cpu()
     elif hasattr(scheduler, "alphas_cumprod"):
         signal = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.cpu().long()]
-        levels = torch.cat([((1 - signal) / signal).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        last = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu()
+        signal = torch.cat([signal, last[None]])
+        levels = ((1 - signal) / signal).sqrt()
     else:
         levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return levels.diff().numpy()
@@ -121,9 +123,9 @@ def _gram(steps: Sequence[Tensor], samples: int) -> np.ndarray:
     size = rows[0].shape[1]
     if size > MAX_COORDINATES:
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:MAX_COORDINATES]
-        rows = [row[:, chosen.to(row.device)] * (size / MAX_COORDINATES) ** 0.5 for row in rows]
+        rows = [row[:, chosen.to(row.device)] for row in rows]
     stacked = torch.stack(rows, 1).double()
-    return (stacked @ stacked.mT).cpu().numpy()
+    return (stacked @ stacked.mT).cpu().numpy() * (size / stacked.shape[2])
 
 
 def _changes(steps: Sequence[Tensor]) -> np.ndarray:

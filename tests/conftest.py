@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel
 
 import recache_compile as rc
@@ -13,6 +14,11 @@ from recache_compile.loading import load_pipeline
 
 NUM_STEPS = 12
 PROMPT = "a red circle left of a blue square on a dark background"
+TRAINING = (
+    *("train", "shapes", "--steps", "8", "--budgets", "3,4", "--samples", "4", "--held-out", "4", "--batch", "2"),
+    *("--runtime", "eager", "--effort", "0.1"),
+)
+"""A training that takes seconds; `--out` is missing."""
 
 
 def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
@@ -92,6 +98,17 @@ def inductor(flux: FluxTransformer2DModel) -> rc.Compiled:
 @pytest.fixture(scope="session")
 def shapes() -> Any:
     return load_pipeline("shapes")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained policy, and of its study; do not write to it."""
+    from recache_compile.cli import main
+
+    folder = tmp_path_factory.mktemp("trained") / "policy"
+    result = CliRunner().invoke(main, [*TRAINING, "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
 
 
 @pytest.fixture(scope="session")

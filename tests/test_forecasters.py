@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import HiCache, Newton, Reuse, Taylor, get_forecaster
+from recache_compile.forecasters import NAMES, Fitted, HiCache, Newton, Reuse, Taylor, get_forecaster
 
 GRIDS = st.lists(st.integers(0, 60), min_size=1, max_size=5, unique=True).map(sorted)
 
@@ -75,3 +75,72 @@ def test_fewer_anchors_lower_the_order() -> None:
 def test_unknown_forecasters_are_refused(name: str, order: int, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         get_forecaster(name, order)
+
+
+def test_without_an_order_each_forecaster_has_its_own() -> None:
+    assert [get_forecaster(name, gram=[[1.0]]).order for name in NAMES] == [0, 1, 2, 1, 1]
+    assert [get_forecaster(name, 3, [[1.0]]).order for name in NAMES] == [0, 3, 3, 3, 3]
+    assert [get_forecaster(name, gram=[[1.0]]).name for name in NAMES] == list(NAMES)
+
+
+@pytest.mark.parametrize("order", [None, 2])
+def test_fitted_needs_something_to_be_fitted_to(order: int | None) -> None:
+    with pytest.raises(ScheduleError, match="forecaster fitted: needs a few full generations of the model"):
+        get_forecaster("fitted", order)
+
+
+def test_an_unknown_name_is_told_what_there_is() -> None:
+    with pytest.raises(ScheduleError, match="choose one of reuse, taylor, hicache, newton, fitted"):
+        get_forecaster("fited", gram=[[1.0]])
+
+
+FEATURES = np.cumsum(np.random.default_rng(0).normal(size=(12, 40)), 0)
+"""(T, coordinates) of a random walk."""
+
+
+def fitted_to(features: np.ndarray, order: int, ridge: float = 1e-6) -> Fitted:
+    made = get_forecaster("fitted", order, (features @ features.T).tolist())
+    assert isinstance(made, Fitted)
+    return Fitted(made.gram, made.order, ridge)
+
+
+STEPS = st.lists(st.integers(0, 10), min_size=1, max_size=4, unique=True).map(sorted)
+
+
+@given(STEPS, st.data())
+def test_fitted_is_least_squares_on_the_features(anchors: list[int], data: st.DataObject) -> None:
+    step = data.draw(st.integers(anchors[-1] + 1, 11))
+    found = fitted_to(FEATURES, 3, ridge=0.0).coefficients(anchors, step)
+    expected = np.linalg.lstsq(FEATURES[anchors[::-1]].T, FEATURES[step], rcond=None)[0]
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@given(STEPS, st.data())
+def test_the_ridge_is_so_many_rows_that_want_no_weights(anchors: list[int], data: st.DataObject) -> None:
+    step = data.draw(st.integers(anchors[-1] + 1, 11))
+    known, count = FEATURES[anchors[::-1]].T, len(anchors)
+    damping = np.sqrt(0.3 * (known**2).sum() / count) * np.eye(count)
+    rows, target = np.concatenate([known, damping]), np.concatenate([FEATURES[step], np.zeros(count)])
+    expected = np.linalg.lstsq(rows, target, rcond=None)[0]
+    assert fitted_to(FEATURES, 3, ridge=0.3).coefficients(anchors, step) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("rival", [Taylor(1), Taylor(2), HiCache(1), HiCache(2), Newton(2)])
+@given(STEPS, st.data())
+def test_fitted_beats_all_others_of_equal_history_where_it_was_fitted(
+    rival: Taylor | HiCache | Newton, anchors: list[int], data: st.DataObject
+) -> None:
+    step = data.draw(st.integers(anchors[-1] + 1, 11))
+    held = anchors[-rival.order - 1 :]
+
+    def error(weights: tuple[float, ...]) -> float:
+        return float(np.linalg.norm(weights @ FEATURES[held[::-1]] - FEATURES[step]))
+
+    ours = error(fitted_to(FEATURES, rival.order, ridge=0.0).coefficients(held, step))
+    assert ours <= error(rival.coefficients(held, step)) + 1e-9
+
+
+def test_fitted_to_features_that_repeat_is_still_finite() -> None:
+    same = np.ones((4, 3))
+    weights = fitted_to(same, 1).coefficients((0, 2), 3)
+    assert weights == pytest.approx([0.5, 0.5], abs=1e-5)
