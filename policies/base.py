@@ -1,7 +1,8 @@
 """What a policy is: a rule from a problem and a budget to a schedule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -148,3 +149,17 @@ class Policy(Protocol):
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule for one budget: exactly `budget` recompute steps, step 0 among them."""
         ...
+
+
+def check_options(policy: str, least: Mapping[str, float], options: object) -> None:
+    """Raise unless a policy's options are finite and not too small.
+
+    Args:
+        policy: its name.
+        least: the smallest value that makes sense, by option.
+        options: has them as attributes.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if not smallest <= value < inf:
+            raise ScheduleError(f"policy {policy}: {name} {value}: expected {smallest} or more")

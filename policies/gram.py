@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recache_compile.policies.base import Problem
+from recache_compile.policies.base import Problem, check_options
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.moves import descend, random_schedule
 from recache_compile.policies.surrogate import Surrogate
@@ -21,6 +21,9 @@ class Gram:
     """
 
     starts: int = 6
+
+    def __post_init__(self) -> None:
+        check_options("gram", {"starts": 0}, self)
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule with the smallest surrogate error that was found.

@@ -13,8 +13,8 @@ def race(
 ) -> list[tuple[Schedule, float]]:
     """Successive halving over batches (Maron and Moore, 1993; Karnin et al., 2013).
 
-    After each batch, schedules are dropped that are worse than the best one by more than two
-    standard errors of the paired difference, and then the worse half, but never below `keep`.
+    After each batch the better ones stay: as many as are within two standard errors of the
+    best (by the paired difference), but at most half and at least `keep` of them.
 
     Returns:
         Those that have run on all batches, best first, with their mean losses.

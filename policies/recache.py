@@ -96,8 +96,10 @@ def most_likely(logits: Logits, budget: int) -> Schedule:
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a folder (or its JSON file) holds a trained policy."""
-    return (folder.parent if folder.name == FACTS else folder).joinpath(FACTS).is_file()
+    """Whether this is the folder of a trained policy, or the JSON file in one."""
+    if folder.name == FACTS and folder.is_file():
+        return (folder.parent / WEIGHTS).is_file()  # another policy.json may hold schedules
+    return (folder / FACTS).is_file()
 
 
 def read_policy(folder: Path) -> ReCache:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import ScheduleError
-from recache_compile.policies.base import Objective, Problem, Progress
+from recache_compile.policies.base import Objective, Problem, Progress, check_options
 from recache_compile.policies.plackett_luce import entropy, ordered_log_probability, sample, set_log_probability
 from recache_compile.policies.recache import Logits, ReCache, most_likely
 from recache_compile.policies.uniform import Uniform
@@ -47,6 +47,12 @@ class Reinforce:
     width: int = 64
     every: int = 50
 
+    def __post_init__(self) -> None:
+        least = {"iterations": 1, "schedules": 2, "rate": 0, "entropy": 0, "width": 0, "every": 1}
+        check_options("recache", least, self)
+        if self.likelihood not in LIKELIHOODS:
+            raise ScheduleError(f"policy recache: likelihood {self.likelihood!r}: choose {' or '.join(LIKELIHOODS)}")
+
     def scaled(self, effort: float) -> "Reinforce":
         """The same with `effort` times as many iterations."""
         return replace(self, iterations=max(1, round(self.iterations * effort)))
@@ -68,8 +74,6 @@ class Reinforce:
         Raises:
             ScheduleError: there is no objective, or no such likelihood.
         """
-        if self.likelihood not in LIKELIHOODS:
-            raise ScheduleError(f"policy recache: likelihood {self.likelihood!r}: choose {' or '.join(LIKELIHOODS)}")
         objective = problem.need_objective("recache")
         logits = start or new_logits(problem, self.width)
         best = copy.deepcopy(logits)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recache_compile.policies.base import Objective, Problem, Progress
+from recache_compile.policies.base import Objective, Problem, Progress, check_options
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import random_schedule, relocations
@@ -35,6 +35,9 @@ class Climb:
     evaluations: int = 64
     handful: int = 8
     patience: int = 32
+
+    def __post_init__(self) -> None:
+        check_options("climb", {"evaluations": 1, "handful": 1, "patience": 1}, self)
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """From the uniform schedule."""
@@ -100,6 +103,9 @@ class Search:
     evaluations: int = 64
     iterations: int = 24
 
+    def __post_init__(self) -> None:
+        check_options("search", {"shortlist": 1, "finalists": 1, "evaluations": 1, "iterations": 0}, self)
+
     def scaled(self, effort: float) -> "Search":
         """The same with `effort` times as much to try."""
         return replace(
@@ -111,7 +117,8 @@ class Search:
 
     def reports(self, budgets: int) -> int:
         """How many times at most progress is reported for so many budgets."""
-        return budgets * (2 + 2 * (self.evaluations // Climb().handful + 1))
+        handfuls = self.evaluations // Climb().handful + 1
+        return budgets * (2 + 2 * handfuls) + self.iterations
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule with the lowest training loss that was found."""
@@ -145,6 +152,7 @@ class Search:
         near = [each for schedule in known for each in _with_budget(schedule, budget)]
         if problem.calibration is None:
             random = np.random.default_rng((problem.seed, budget))
+            near = near[:: -(-len(near) // (self.shortlist // 4 or 1)) or 1]
             near += [random_schedule(problem.num_steps, budget, random) for _ in range(self.shortlist)]
         else:
             minima = [schedule for schedule, _ in Gram().minima(problem, budget)]
@@ -218,9 +226,15 @@ def _distance(schedule: Schedule, move: Schedule) -> int:
 def _with_budget(schedule: Schedule, budget: int) -> list[Schedule]:
     """Schedules of another budget that differ as little as possible: one step more or fewer at a time."""
     steps, total = schedule.recompute_steps, schedule.num_steps
-    level = {steps}
-    while len(next(iter(level))) > budget and len(level) < 200:
-        level = {tuple(s for s in each if s != drop) for each in level for drop in each[1:]}
-    while len(next(iter(level))) < budget and len(level) < 200:
-        level = {tuple(sorted((*each, new))) for each in level for new in range(total) if new not in each}
-    return [Schedule(each, total) for each in sorted(level) if len(each) == budget]
+    level = [steps]
+    while len(level[0]) > budget:
+        level = _thinned({tuple(s for s in each if s != drop) for each in level for drop in each[1:]})
+    while len(level[0]) < budget:
+        level = _thinned({tuple(sorted((*each, new))) for each in level for new in range(total) if new not in each})
+    return [Schedule(each, total) for each in level]
+
+
+def _thinned(sets: set[tuple[int, ...]], most: int = 256) -> list[tuple[int, ...]]:
+    """At most so many of them, evenly chosen."""
+    each = sorted(sets)
+    return each[:: -(-len(each) // most)]

@@ -59,8 +59,9 @@ def compile(
         order: the forecaster's polynomial order m.
         policy: name, trained policy, file, steps, mask or {budget: recompute steps}; see
             `get_policy`.  "auto": one that was trained for this model and forecaster and
-            ships with the package, else "gram"; "uniform" for a module.  Policies such as
-            "gram", and the forecaster "fitted", run a few full generations of the pipeline.
+            ships with the package, else "gram"; "uniform" for a module, and with
+            `example_inputs`.  Policies such as "gram", and the forecaster "fitted", run a few
+            full generations of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
         roles: role of inputs by name, where their names do not tell.
@@ -80,9 +81,9 @@ def compile(
         RecacheError: naming what cannot be done and the remedy.
     """
     if policy == "auto":
-        is_pipeline = not isinstance(model, nn.Module)
+        can_look = not isinstance(model, nn.Module) and example_inputs is None
         names = type(model).__name__, forecaster, order, num_steps, granularity
-        policy = default_policy(*names) if is_pipeline else "uniform"
+        policy = default_policy(*names) if can_look else "uniform"
     options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
     looks = needs_calibration(policy, forecaster, num_steps)
     if looks and (isinstance(model, nn.Module) or example_inputs is not None):

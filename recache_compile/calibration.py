@@ -34,7 +34,10 @@ def calibrate(moments: Mapping[tuple[str, int], Moment], samples: int, step_size
     branches = sorted({branch for branch, _ in moments})
     num_steps = len(step_sizes)
     if any((branch, step) not in moments for branch in branches for step in range(num_steps)):
-        raise DispatchError("calibration: the generation did not run all steps; calibrate with one that begins at 0")
+        raise DispatchError(
+            "calibration: the generation did not run all steps of this transformer; calibrate with one that does, or"
+            " choose a policy that looks at nothing, such as uniform, and another forecaster than fitted"
+        )
     of_branches = [[moments[branch, step] for step in range(num_steps)] for branch in branches]
     predictions = [
         [_only_tensors(moment.result)[number] for moment in steps]

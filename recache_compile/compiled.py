@@ -1,6 +1,6 @@
 """What compiling returns and loading restores."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,16 @@ class Compiled:
         Args:
             schedules: by budget.
             forecaster: instead of the compiled one.
+
+        Raises:
+            DispatchError: they are for another number of steps, or need engines that were not compiled.
         """
         chosen = forecaster or self.forecaster
         description = replace(
             self.description, forecaster=chosen.name, order=chosen.order, gram=getattr(chosen, "gram", ())
         )
         plans = {budget: make_plan(each, chosen, self._sites) for budget, each in schedules.items()}
+        self._check(plans.values())
         return replace(self, description=description, plans=plans)
 
     def cost(self, budget: int, variant: int = 0) -> Cost:
@@ -179,6 +183,18 @@ class Compiled:
     @property
     def _sites(self) -> int:
         return len(next(iter(self.plans.values())).steps[0].row)
+
+    def _check(self, plans: Iterable[Plan]) -> None:
+        """Raise unless these plans can be run on the engines that are here."""
+        for plan in plans:
+            steps, where = plan.schedule.num_steps, f"schedule {list(plan.schedule.recompute_steps)}"
+            if steps != self.description.num_steps:
+                raise DispatchError(f"{where}: is for {steps} steps, compiled were {self.description.num_steps}")
+            missing = {step.program for step in plan.steps} - set(self.variants[0].programs)
+            if missing:
+                raise DispatchError(
+                    f"{where}: needs {', '.join(sorted(missing))}, not compiled; compile with its budget and order"
+                )
 
     def _plan(self, budget: int) -> Plan:
         if budget not in self.plans:

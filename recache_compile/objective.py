@@ -1,6 +1,7 @@
 """The true loss of schedules, L = d(x_cached, x_full) - alpha R(x_cached), remembered on disk."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -51,11 +52,16 @@ class Losses:
         self.alpha = alpha
         self._file, self._runner, self._report = file, runner, report
         self._known: dict[Task, tuple[tuple[float, ...], tuple[float, ...]]] = dict(_read(file))
+        self._asked: set[Task] = set()
 
     @property
     def generations(self) -> int:
-        """Generations that the losses known so far have taken, by this process or earlier ones."""
-        return len(self._known) * self.batch_size
+        """Generations that the losses asked for so far have taken, by this process or earlier ones.
+
+        Those that are read from the file count as if they were run now, so that a search that
+        goes on tells the same as one that was never stopped.
+        """
+        return len(self._asked) * self.batch_size
 
     def losses(self, schedules: Sequence[Schedule], batches: Sequence[int]) -> np.ndarray:
         """Loss of every schedule on every sample (schedules, batches * batch_size)."""
@@ -77,6 +83,7 @@ class Losses:
 
     def _run(self, tasks: set[Task]) -> None:
         """Run the tasks that are not known; each is written down as soon as it is done."""
+        self._asked |= tasks
         missing = sorted(tasks - set(self._known))
         if not missing:
             return
@@ -96,7 +103,7 @@ def _read(file: Path) -> Iterator[tuple[Task, tuple[tuple[float, ...], tuple[flo
     text = file.read_bytes()
     whole, _, torn = text.rpartition(b"\n")
     if torn:
-        file.write_bytes(text[: len(whole) + 1] if whole else b"")
+        os.truncate(file, len(text) - len(torn))
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             batch, mask, distances, rewards = json.loads(line)

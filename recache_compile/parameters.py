@@ -1,6 +1,7 @@
 """Types of command-line parameters."""
 
 import json
+import math
 from typing import Any
 
 import click
@@ -27,6 +28,13 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         if self.minimum is not None and min(numbers) < self.minimum:
             raise ScheduleError(f"{self.what} {value!r}: expected {self.minimum} or more")
         return numbers
+
+
+def check_finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Callback of options that are numbers: neither infinite nor not a number."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.", ctx, param)
+    return value
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

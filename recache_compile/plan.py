@@ -35,11 +35,17 @@ class Plan:
     steps: tuple[StepPlan, ...]
 
 
-def make_plan(schedule: Schedule, forecaster: Forecaster, num_sites: int) -> Plan:
+def make_plan(schedule: Schedule, forecaster: Forecaster, num_sites: int, start: int = 0) -> Plan:
     """Write out a schedule: anchors go round a ring of `order + 1` slots.
 
     A cached step's weights are permuted here to slot order, so that nothing is moved or
     looked up in the loop.
+
+    Args:
+        schedule: counted from `start`.
+        forecaster: fills the cached steps.
+        num_sites: number of cache sites.
+        start: step of the whole loop that the schedule begins with.
     """
     size = forecaster.order + 1
     steps: list[StepPlan] = []
@@ -51,7 +57,7 @@ def make_plan(schedule: Schedule, forecaster: Forecaster, num_sites: int) -> Pla
             anchors.append(step)
             continue
         held = anchors[-size:]
-        weights = forecaster.coefficients(held, step)
+        weights = forecaster.coefficients([anchor + start for anchor in held], step + start)
         by_slot = [0.0] * len(held)
         for age, weight in enumerate(weights):
             by_slot[(len(anchors) - 1 - age) % size] = weight

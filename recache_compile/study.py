@@ -150,7 +150,7 @@ def compile_engines(
         return
     forecaster = "taylor" if study.forecaster == "fitted" else study.forecaster  # the engines are the same
     compiled = compile(
-        pipeline, None, (min(study.order + 1, study.num_steps),), study.num_steps, forecaster, study.order, "uniform",
+        pipeline, None, (max(1, min(study.order + 1, study.num_steps - 1)),), study.num_steps, forecaster, study.order, "uniform",
         study.granularity, study.runtime, component=study.component, report=report,
         call=prompted(pipeline, list(study.batch(0).prompts), study.call),
     )  # fmt: skip
@@ -230,6 +230,11 @@ class Laboratory:
             return tensors["noise"], tensors["full"]
         except (OSError, SafetensorError, KeyError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); remove it, it is then made anew") from None
+
+
+def judging_batches(count: int) -> tuple[int, ...]:
+    """Numbers of held-out batches that no decision is made on."""
+    return tuple(range(FIRST_HELD_OUT + 1000, FIRST_HELD_OUT + 1000 + count))
 
 
 def held_out_batches(count: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from recache_compile._version import __version__
@@ -24,7 +25,7 @@ from recache_compile.prompts import training_and_held_out
 from recache_compile.quality import get_distance, get_reward
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule, check_budgets
-from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, is_begun
+from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, is_begun, judging_batches
 from recache_compile.workers import RayRunner
 
 
@@ -75,7 +76,7 @@ class Trained:
     Args:
         policy: serves every budget.
         losses: held-out losses (mean, standard error) by budget: the policy's and the uniform schedule's.
-        generations: that all losses in the folder have taken.
+        generations: that the losses it asked for have taken, those of earlier attempts included.
     """
 
     policy: ReCache
@@ -217,16 +218,18 @@ def train(
     """
     check_out(study, budgets, out)
     seen: list[tuple[int, Progress]] = []
-    with opened(study, out / "study", effort, report) as (problem, objective, _):
+    with opened(study, out / "study", effort, report) as (problem, objective, laboratory):
 
         def note(each: Progress) -> None:
             seen.append((objective.generations, each))
             progress(each)
 
         policy = trainer.train(replace(problem, report=note), budgets)
-        report("judging on the held-out samples")
+        report("judging on samples that nothing was decided on")
+        judging = judging_batches(effort.held_out)
+        laboratory.prepare(judging)
         rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
-        losses = {budget: _judge(objective, pair) for budget, pair in rivals.items()}
+        losses = {budget: _judge(objective.losses(pair, judging)) for budget, pair in rivals.items()}
     policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses, objective.generations))
     policy.save(out)
     if seen:
@@ -239,10 +242,9 @@ def train(
     return Trained(policy, losses, objective.generations)
 
 
-def _judge(objective: Losses, pair: tuple[Schedule, Schedule]) -> dict[str, tuple[float, float]]:
-    """Mean held-out loss and its standard error of the trained and the uniform schedule."""
-    losses = objective.losses(pair, objective.held_out)
-    errors = losses.std(1, ddof=1) / losses.shape[1] ** 0.5
+def _judge(losses: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Mean loss and its standard error of the trained and the uniform schedule, from losses (2, samples)."""
+    errors = losses.std(1, ddof=min(1, losses.shape[1] - 1)) / losses.shape[1] ** 0.5
     return {name: (float(losses[at].mean()), float(errors[at])) for at, name in enumerate(("trained", "uniform"))}
 
 

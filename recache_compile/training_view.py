@@ -11,6 +11,9 @@ from rich.table import Table
 from recache_compile.policies.base import Progress
 from recache_compile.training import Trained, Trainer
 
+SPEED_SECONDS = 3600.0
+"""The time left is guessed from so much of the past: reports can be minutes apart."""
+
 
 @contextlib.contextmanager
 def showing(
@@ -43,15 +46,17 @@ def showing(
 
         yield write, write_change
         return
-    total = trainer.reports(budgets)
-    with Bar(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console) as bar:
+    total, after_fit = trainer.reports(budgets), trainer.reports(0)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bar:
         task = bar.add_task("starting", total=total)
 
         def advance(each: Progress) -> None:
             last.setdefault(each.budget, ("", ()))
-            started = trainer.reports(len(last) - 1) if each.stage == "race" else 0  # what ended early is skipped
+            before = {"race": len(last) - 1, "fit": len(last)}.get(each.stage)  # what ended early is skipped
+            started = 0 if before is None else trainer.reports(before) - after_fit
             done = max(bar.tasks[0].completed + 1, started)
-            bar.update(task, completed=min(done, total), description=line(each), markup=False)
+            bar.update(task, completed=min(done, total), description=line(each))
 
         yield lambda stage: bar.update(task, description=stage), advance
 

@@ -199,7 +199,8 @@ class Dispatcher:
         """The plan of generations that begin with a step."""
         if not start:
             return self.plan
-        return make_plan(self.plan.schedule.starting_at(start), self._forecaster, len(self.plan.steps[0].row))
+        rest = self.plan.schedule.starting_at(start)
+        return make_plan(rest, self._forecaster, len(self.plan.steps[0].row), start)
 
     def _coefficients(self, plan: Plan) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)

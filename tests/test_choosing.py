@@ -205,6 +205,9 @@ def test_auto_takes_the_policy_that_ships(shipped: Path, shapes: Any, monkeypatc
             rc.compile(shapes, policy=policy, **OPTIONS)
     schedules = {3: Schedule((0, 6, 7), STEPS), 4: Schedule((0, 5, 6, 7), STEPS)}
     assert seen == [(schedules, "trained taylor-1")] * 2
+    with pytest.raises(EnoughError):
+        rc.compile(shapes, {"hidden_states": torch.zeros(1)}, (3,), STEPS, policy="auto", runtime="eager")
+    assert seen[2] == ({3: Schedule((0, 2, 5), STEPS)}, "uniform")
 
 
 def test_policies_have_names() -> None:

@@ -17,6 +17,7 @@ CORE = (
     *("measure", "picture", "inspection", "parameters", "cli"),
     *("charts", "schedules"),
     *("quality", "pretrained"),
+    *("choosing", "training", "training_view", "study", "objective", "rollout", "calibration", "prompts"),
     "workers",
 )
 

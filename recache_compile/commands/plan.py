@@ -50,7 +50,8 @@ def plan_command(
         report(f"building {model}")
         abstract = find_abstract(model, 50 if steps is None else steps, call)
         steps = abstract.num_steps if steps is None else steps
-        options = compile_options(budgets, steps, forecaster, order, policy, granularity, hoist, residual)
+        chosen = "uniform" if policy == "auto" else policy  # schedules of one budget cost the same
+        options = compile_options(budgets, steps, forecaster, order, chosen, granularity, hoist, residual)
         facts = plan_model(abstract, options, report)
     if as_json:
         click.echo(json.dumps(asdict(facts)))

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, say, showing_stages
-from recache_compile.parameters import JsonObject, Numbers
+from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
+from recache_compile.parameters import JsonObject, Numbers, check_finite
 
 
 @click.command("train")
@@ -26,13 +26,27 @@ from recache_compile.parameters import JsonObject, Numbers
     help="search: race and climb, then fit and refine a policy; recache: REINFORCE from scratch.",
 )
 @click.option("--samples", type=click.IntRange(1), default=48, show_default=True, help="To choose schedules on.")
-@click.option("--held-out", type=click.IntRange(2), default=64, show_default=True, help="Samples to judge them on.")
+@click.option("--held-out", type=click.IntRange(2), default=64, show_default=True, help="To accept a refinement on, and as many more to judge the result.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples that run together.")
 @click.option("--distance", default="auto", show_default=True, help="auto, lpips, ssim, mse or features (shapes).")
 @click.option("--reward", default="none", show_default=True, help="none, clip, hpsv2, imagereward or caption (shapes).")
-@click.option("--alpha", type=float, default=7.0, show_default=True, help="Weight of the reward in the loss.")
+@click.option(
+    "--alpha",
+    type=float,
+    callback=check_finite,
+    default=7.0,
+    show_default=True,
+    help="Weight of the reward in the loss; none without a reward.",
+)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one caption a line.")
-@click.option("--effort", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Scales how much is tried.")
+@click.option(
+    "--effort",
+    type=click.FloatRange(0.01),
+    callback=check_finite,
+    default=1.0,
+    show_default=True,
+    help="Scales how much is tried.",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
@@ -81,6 +95,8 @@ def train_command(
             runtime, call,
         )  # fmt: skip
         check_out(study, budgets, out)
+        if distance == "auto":
+            notice(f"distance {study.distance}, reward {study.reward}")
         trainer = TRAINERS[method]().scaled(effort)
         weight = 0.0 if study.reward == "none" else alpha
         spent = Effort(-(-samples // batch), -(-held_out // batch), weight, seed, workers, ray_address)

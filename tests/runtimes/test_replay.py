@@ -28,9 +28,10 @@ FULL = Schedule(tuple(range(NUM_STEPS)), NUM_STEPS)
 def schedules(count: int, seed: int = 0) -> list[Schedule]:
     """Random schedules of budgets 2..6; some come twice, some differ in their last steps only."""
     random = np.random.default_rng(seed)
-    drawn = [random_schedule(NUM_STEPS, int(random.integers(2, 7)), random) for _ in range(count - 3)]
+    drawn = [random_schedule(NUM_STEPS, int(random.integers(2, 7)), random) for _ in range(count - 2)]
     late = Schedule((*drawn[0].recompute_steps[:-1], NUM_STEPS - 1), NUM_STEPS)
-    return [*drawn, drawn[0], late, drawn[0]]
+    assert late not in drawn
+    return [*drawn, drawn[0], late]
 
 
 def generation(
@@ -103,7 +104,7 @@ def test_results_have_the_same_bits_whatever_was_run_before(eager: rc.Compiled) 
 
 def test_sorted_schedules_call_an_engine_once_for_each_beginning(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, masks = compiled.replay(), sorted({schedule.mask for schedule in schedules(10, seed=1)})
+    run, masks = compiled.replay(), sorted({schedule.mask for schedule in schedules(10, seed=2)})
     for number, mask in enumerate(masks):
         replayed(run, Schedule.from_mask(mask), same=number > 0)
     assert calls.pop("prologue") == 1
