@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from recache_compile.choosing import (
 )
 from recache_compile.compiled import Compiled, Description
 from recache_compile.compiler import Example, Options, compile_module, make_schedules
-from recache_compile.errors import ModelError, ScheduleError
+from recache_compile.errors import DispatchError, ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
@@ -59,8 +60,8 @@ def compile(
         order: the forecaster's polynomial order m.
         policy: name, trained policy, file, steps, mask or {budget: recompute steps}; see
             `get_policy`.  "auto": one that was trained for this model and forecaster and
-            ships with the package, else "gram"; "uniform" for a module, and with
-            `example_inputs`.  Policies such as "gram", and the forecaster "fitted", run a few
+            ships with the package, else "gram"; "uniform" for a module, with
+            `example_inputs` and, with a warning, for pipelines that cannot be calibrated.  Policies such as "gram", and the forecaster "fitted", run a few
             full generations of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
@@ -80,6 +81,7 @@ def compile(
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
+    may_stay_uniform = policy == "auto" and forecaster != "fitted"
     if policy == "auto":
         can_look = not isinstance(model, nn.Module) and example_inputs is None
         names = type(model).__name__, forecaster, order, num_steps, granularity
@@ -111,7 +113,13 @@ def compile(
     if not looks:
         return compiled
     first = call[0] if isinstance(call, Sequence) else call or {}
-    calibration = calibrate_pipeline(model, compiled, calibrate or [first] * CALIBRATIONS, report)
+    try:
+        calibration = calibrate_pipeline(model, compiled, calibrate or [first] * CALIBRATIONS, report)
+    except (DispatchError, ModelError) as error:
+        if not may_stay_uniform:
+            raise
+        warnings.warn(f"schedules stay uniform, because the pipeline cannot be calibrated: {error}", stacklevel=2)
+        return replace(compiled, description=replace(compiled.description, policy="uniform"))
     return reschedule_calibrated(compiled, calibration, policy, forecaster, report)
 
 

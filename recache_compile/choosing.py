@@ -70,13 +70,20 @@ def calibrate_pipeline(
     found, seed = [], FIRST_SEED
     for number, call in enumerate(calls):
         report(f"calibrating, generation {number + 1} of {len(calls)}")
+        samples = _samples(call)
         prompt = call.get("prompt", "")
-        prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
+        prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * samples
         rest = {name: value for name, value in call.items() if name != "prompt"}
         rollouts = Rollouts(pipeline, compiled, rest)
-        found.append(rollouts.calibrate(Batch(prompts, tuple(range(seed, seed + len(prompts))))))
-        seed += len(prompts)
+        found.append(rollouts.calibrate(Batch(prompts, tuple(range(seed, seed + samples)))))
+        seed += samples
     return together(found)
+
+
+def _samples(call: Mapping[str, Any]) -> int:
+    """How many results a pipeline call asks for."""
+    several = [call[name] for name in ("prompt", "prompt_embeds", "class_labels") if call.get(name) is not None]
+    return len(several[0]) if several and not isinstance(several[0], str) else 1
 
 
 def reschedule_calibrated(

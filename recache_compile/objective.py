@@ -56,10 +56,14 @@ class Losses:
 
     @property
     def generations(self) -> int:
-        """Generations that the losses asked for so far have taken, by this process or earlier ones.
+        """Generations that the losses known so far have taken, by this process or earlier ones."""
+        return len(self._known) * self.batch_size
 
-        Those that are read from the file count as if they were run now, so that a search that
-        goes on tells the same as one that was never stopped.
+    @property
+    def asked(self) -> int:
+        """Generations that the losses asked of this object take; those that were known count like the others.
+
+        A search that goes on after a stop thus tells the same as one that was never stopped.
         """
         return len(self._asked) * self.batch_size
 

@@ -62,16 +62,7 @@ class Rollouts:
         Raises:
             ModelError: the pipeline gives neither.
         """
-        self._replay.begin(schedule, same=batch == self._last)
-        self._last = batch
-        arguments = {
-            "num_inference_steps": self.num_steps,
-            "output_type": "pt",
-            **prompted(self._pipeline, list(batch.prompts), self._call),
-            "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
-        }
-        with self._stand_in.generation(self._pipeline):
-            result = self._pipeline(**arguments)
+        result = self._run(schedule, batch, "pt")
         made = getattr(result, "images", getattr(result, "frames", None))
         if not isinstance(made, Tensor) or len(made) != len(batch.seeds):
             raise ModelError(
@@ -79,18 +70,40 @@ class Rollouts:
             )
         return made.detach().float().cpu()
 
+    def _run(self, schedule: Schedule, batch: Batch, output_type: str) -> Any:
+        """One pipeline call."""
+        self._replay.begin(schedule, same=batch == self._last)
+        self._last = batch
+        arguments = {
+            "num_inference_steps": self.num_steps,
+            "output_type": output_type,
+            **prompted(self._pipeline, list(batch.prompts), self._call),
+            "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
+        }
+        with self._stand_in.generation(self._pipeline):
+            return self._pipeline(**arguments)
+
     def full(self, batch: Batch) -> Tensor:
         """What the batch becomes when every step is recomputed."""
-        return self.generate(Schedule(tuple(range(self.num_steps)), self.num_steps), batch)
+        return self.generate(self._every_step, batch)
 
     def noise(self) -> Tensor:
         """The first latents of the last generation."""
         return min(self._replay.moments.items(), key=lambda item: item[0][1])[1].latents[0]
 
+    @torch.no_grad()
     def calibrate(self, batch: Batch) -> Calibration:
-        """The statistics of one uncached generation of a batch."""
-        self.full(batch)
+        """The statistics of one uncached generation of a batch, which is not decoded.
+
+        Raises:
+            DispatchError: the generation leaves out steps.
+        """
+        self._run(self._every_step, batch, "latent")
         return calibrate(self._replay.moments, len(batch.seeds), self._step_sizes())
+
+    @property
+    def _every_step(self) -> Schedule:
+        return Schedule(tuple(range(self.num_steps)), self.num_steps)
 
     def _step_sizes(self) -> Sequence[float]:
         return tuple(step_sizes(self._pipeline.scheduler))

@@ -148,7 +148,7 @@ def test_a_study_that_cannot_be_compiled_leaves_nothing_behind(shapes: Any, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-NUMBERS = st.integers(0, 500) | st.integers(0, 500).map(lambda number: FIRST_HELD_OUT + number)
+NUMBERS = st.integers(0, 500) | st.integers(0, 2000).map(lambda number: FIRST_HELD_OUT + number)
 
 
 @given(st.integers(0, 2**63 - 1_000_000), st.integers(1, 64), st.lists(NUMBERS, min_size=2, max_size=6, unique=True))

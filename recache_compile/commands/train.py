@@ -26,7 +26,13 @@ from recache_compile.parameters import JsonObject, Numbers, check_finite
     help="search: race and climb, then fit and refine a policy; recache: REINFORCE from scratch.",
 )
 @click.option("--samples", type=click.IntRange(1), default=48, show_default=True, help="To choose schedules on.")
-@click.option("--held-out", type=click.IntRange(2), default=64, show_default=True, help="To accept a refinement on, and as many more to judge the result.")
+@click.option(
+    "--held-out",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="To accept a refinement on, and as many more to judge the result.",
+)
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples that run together.")
 @click.option("--distance", default="auto", show_default=True, help="auto, lpips, ssim, mse or features (shapes).")
 @click.option("--reward", default="none", show_default=True, help="none, clip, hpsv2, imagereward or caption (shapes).")
