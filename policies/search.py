@@ -139,8 +139,13 @@ class Search:
         results = race(self.candidates(problem, budget, known), objective, self.finalists)
         problem.report(Progress("race", budget, *results[0]))
         evaluated = dict(results)
+
+        def report_best(each: Progress) -> None:
+            best = best_of({**evaluated, each.schedule: each.loss})
+            problem.report(replace(each, schedule=best, loss=min(each.loss, evaluated.get(best, each.loss))))
+
         for start, _ in results[:2]:
-            evaluated |= Climb(self.evaluations).climb(problem, start)
+            evaluated |= Climb(self.evaluations).climb(replace(problem, report=report_best), start)
         return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:

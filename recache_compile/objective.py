@@ -56,11 +56,6 @@ class Losses:
 
     @property
     def generations(self) -> int:
-        """Generations that the losses known so far have taken, by this process or earlier ones."""
-        return len(self._known) * self.batch_size
-
-    @property
-    def asked(self) -> int:
         """Generations that the losses asked of this object take; those that were known count like the others.
 
         A search that goes on after a stop thus tells the same as one that was never stopped.

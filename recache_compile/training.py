@@ -221,7 +221,7 @@ def train(
     with opened(study, out / "study", effort, report) as (problem, objective, laboratory):
 
         def note(each: Progress) -> None:
-            seen.append((objective.asked, each))
+            seen.append((objective.generations, each))
             progress(each)
 
         policy = trainer.train(replace(problem, report=note), budgets)
@@ -230,7 +230,7 @@ def train(
         laboratory.prepare(judging)
         rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
         losses = {budget: _judge(objective.losses(pair, judging)) for budget, pair in rivals.items()}
-    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses, objective.asked))
+    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses, objective.generations))
     policy.save(out)
     if seen:
         draw_training(seen, out / "training.png")
@@ -239,7 +239,7 @@ def train(
         "uniform": {k: other for k, (_, other) in rivals.items()},
     }
     draw_schedules(named, out / "schedules.png")
-    return Trained(policy, losses, objective.asked)
+    return Trained(policy, losses, objective.generations)
 
 
 def _judge(losses: np.ndarray) -> dict[str, tuple[float, float]]:
