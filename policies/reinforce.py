@@ -133,6 +133,7 @@ def leave_one_out(losses: Tensor, log_p: Tensor, entropy_weight: float) -> Tenso
 def fit(
     logits: Logits,
     evaluated: Mapping[int, Mapping[Schedule, float]],
+    others: Sequence[Schedule] = (),
     iterations: int = 600,
     rate: float = 0.01,
     sharpness: float = 30.0,
@@ -140,32 +141,36 @@ def fit(
 ) -> Logits:
     """Weighted maximum likelihood of schedules that were evaluated, ending on the best of each budget.
 
-    A schedule of loss L weighs exp(-sharpness (L / L_best - 1)); the last third of the
-    iterations sees the best schedules alone, until they are the most likely ones.
+    A schedule of loss L weighs exp(-sharpness (L / L_best - 1)).  After two thirds of the
+    iterations it sees the best schedules alone, until they are the most likely ones: at most
+    twice as long as it was asked.
 
     Args:
         logits: changed in place.
         evaluated: by budget, the schedules and their training losses.
+        others: one schedule for each of some other budgets.
         iterations: at most.
         rate: Adam's learning rate.
         sharpness: how fast weights fall with the relative loss.
         kept: schedules of each budget that count, the best ones.
     """
-    ranked = {budget: sorted(losses, key=lambda each: losses[each])[:kept] for budget, losses in evaluated.items()}
-    best = {budget: schedules[0] for budget, schedules in ranked.items()}
+    best = {budget: min(losses, key=lambda each: losses[each]) for budget, losses in evaluated.items()}
+    alone = [(schedule,) for schedule in (*best.values(), *others)]
+    ranked = [tuple(sorted(losses, key=lambda each: losses[each])[:kept]) for losses in evaluated.values()]
+    broad = [*ranked, *((schedule,) for schedule in others)]
     optimizer = torch.optim.Adam(logits.parameters(), lr=rate)
-    for iteration in range(iterations):
-        alone = iteration >= 2 * iterations // 3
-        if alone and all(most_likely(logits, budget) == schedule for budget, schedule in best.items()):
+    for iteration in range(2 * iterations):
+        late = iteration >= 2 * iterations // 3
+        if late and all(most_likely(logits, budget) == schedule for budget, schedule in best.items()):
             break
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
-        for budget, schedules in ranked.items():
-            chosen = schedules[:1] if alone else schedules
-            values = np.array([evaluated[budget][schedule] for schedule in chosen])
+        for schedules in alone if late else broad:
+            budget = schedules[0].budget
+            values = np.array([evaluated.get(budget, {}).get(schedule, 1.0) for schedule in schedules])
             excess = (values - values.min()) / (abs(values.min()) or 1.0)
             weights = torch.softmax(torch.from_numpy(-sharpness * excess), 0)
-            items = torch.tensor([schedule.recompute_steps[1:] for schedule in chosen]) - 1
+            items = torch.tensor([schedule.recompute_steps[1:] for schedule in schedules]) - 1
             total = total - (weights * set_log_probability(logits(budget), items, nodes=64)).sum()
         total.backward()
         optimizer.step()

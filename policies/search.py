@@ -1,7 +1,7 @@
 """Search on the true loss: a shortlist by the surrogate, a race, hill climbing; then a policy is fitted."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from recache_compile.policies.base import Objective, Problem, Progress, check_options
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
-from recache_compile.policies.moves import random_schedule, relocations
+from recache_compile.policies.moves import descend, random_schedule, relocations
 from recache_compile.policies.race import race
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
@@ -177,7 +177,7 @@ class Search:
         for budget in sorted(budgets, reverse=True):
             bests = [best_of(losses) for losses in evaluated.values()]
             evaluated[budget] = self.explore(problem, budget, bests[-1:])
-        fitted = fit(new_logits(problem, 64), evaluated)
+        fitted = fit(new_logits(problem, 64), evaluated, between(problem, evaluated))
         start = ReCache(fitted)
         for budget in budgets:
             mode = most_likely(fitted, budget)
@@ -187,6 +187,25 @@ class Search:
         twin = copy.deepcopy(fitted)
         trained = Reinforce(iterations=self.iterations, rate=0.002, every=12).train(problem, budgets, twin)
         return trained if is_better(problem, trained, start, budgets) else start
+
+
+def between(problem: Problem, evaluated: Mapping[int, Mapping[Schedule, float]]) -> list[Schedule]:
+    """A schedule for every other budget, 2..T-1: from the next larger one that was searched (or the
+    largest), a step fewer or more at a time, each improved on the surrogate.
+
+    Without a calibration there are none.
+    """
+    if problem.calibration is None:
+        return []
+    score = Surrogate(problem.calibration, problem.need_forecaster("search")).errors
+    found = {budget: best_of(losses) for budget, losses in evaluated.items()}
+    largest = max(found)
+    for budget in (*range(largest + 1, problem.num_steps), *range(largest - 1, 1, -1)):
+        if budget not in found:
+            neighbour = found[budget - 1 if budget > largest else budget + 1]
+            nearest = sorted_by(score, _with_budget(neighbour, budget))[0]
+            found[budget] = descend(nearest, score)[0] if budget < largest else nearest
+    return [schedule for budget, schedule in found.items() if budget not in evaluated]
 
 
 def is_better(problem: Problem, one: ReCache, other: ReCache, budgets: Sequence[int]) -> bool:
@@ -202,7 +221,7 @@ def is_better(problem: Problem, one: ReCache, other: ReCache, budgets: Sequence[
     return bool(difference.mean() < -2 * error)
 
 
-def best_of(evaluated: dict[Schedule, float]) -> Schedule:
+def best_of(evaluated: Mapping[Schedule, float]) -> Schedule:
     """The schedule with the lowest loss."""
     return min(evaluated, key=lambda schedule: (evaluated[schedule], schedule.recompute_steps))
 

@@ -84,8 +84,9 @@ def compile(
     may_stay_uniform = policy == "auto" and forecaster != "fitted"
     if policy == "auto":
         can_look = not isinstance(model, nn.Module) and example_inputs is None
-        names = type(model).__name__, forecaster, order, num_steps, granularity
-        policy = default_policy(*names) if can_look else "uniform"
+        name = type(model).__name__
+        trained = default_policy(name, forecaster, order, num_steps, granularity, budgets)
+        policy = trained if can_look else "uniform"
     options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
     looks = needs_calibration(policy, forecaster, num_steps)
     if looks and (isinstance(model, nn.Module) or example_inputs is not None):

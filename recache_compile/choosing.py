@@ -1,6 +1,6 @@
 """Schedules for a compiled pipeline: the default policy, and those that first look at the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,23 @@ SHIPPED = {"ShapesPipeline": Path(__file__).parent / "models" / "shapes" / "poli
 AnyPolicy = str | Mapping[int, Sequence[int]] | Policy
 
 
-def default_policy(pipeline: str, forecaster: str, order: int, num_steps: int, granularity: str) -> str:
+def default_policy(
+    pipeline: str, forecaster: str, order: int, num_steps: int, granularity: str, budgets: Collection[int]
+) -> str:
     """What "auto" stands for: a trained policy that ships for this pipeline and forecaster, else "gram".
 
     Args:
         pipeline: name of its class.
         forecaster, order, num_steps, granularity: must be those of the training.
+        budgets: must be among those of the training.
     """
     folder = SHIPPED.get(pipeline, Path()) / f"{forecaster}-{order}"
     if pipeline not in SHIPPED or not is_trained(folder):
         return "gram"
     facts = {"num_steps": num_steps, "granularity": granularity}
     trained = read_policy(folder).facts
-    return str(folder) if all(trained.get(name) == value for name, value in facts.items()) else "gram"
+    fits = all(trained.get(name) == value for name, value in facts.items())
+    return str(folder) if fits and {str(each) for each in budgets} <= set(trained["schedules"]) else "gram"
 
 
 def policy_name(policy: AnyPolicy) -> str:

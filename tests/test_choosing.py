@@ -14,7 +14,7 @@ import recache_compile as rc
 from recache_compile import choosing
 from recache_compile.choosing import CALIBRATIONS, calibrate_pipeline, default_policy, needs_calibration, policy_name
 from recache_compile.compiler import Options
-from recache_compile.errors import ModelError, ScheduleError
+from recache_compile.errors import ScheduleError
 from recache_compile.forecasters import Taylor
 from recache_compile.policies.base import Calibration, Problem
 from recache_compile.policies.gram import Gram
@@ -153,7 +153,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A policy that comes with the package for shapes, taylor of order 1."""
     logits = new_logits(Problem(STEPS, seed=3), width=0)
     logits.bias.copy_(torch.linspace(-1, 1, STEPS - 1))  # the last steps come first
-    ReCache(logits, {"granularity": "stack"}).save(tmp_path / "policies" / "taylor-1")
+    ReCache(logits, {"granularity": "stack", "schedules": {str(k): [] for k in range(2, STEPS)}}).save(
+        tmp_path / "policies" / "taylor-1"
+    )
     monkeypatch.setattr(choosing, "SHIPPED", {"ShapesPipeline": tmp_path / "policies"})
     return tmp_path / "policies" / "taylor-1"
 
@@ -167,6 +169,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"order": 2}, False),
         ({"num_steps": STEPS + 1}, False),
         ({"granularity": "block"}, False),
+        ({"budgets": (3, STEPS)}, False),
     ],
 )
 def test_a_shipped_policy_serves_what_it_was_trained_for(changes: dict[str, Any], ships: bool, shipped: Path) -> None:
@@ -176,6 +179,7 @@ def test_a_shipped_policy_serves_what_it_was_trained_for(changes: dict[str, Any]
         "order": 1,
         "num_steps": STEPS,
         "granularity": "stack",
+        "budgets": (2, 3),
     }
     assert default_policy(**facts | changes) == (str(shipped) if ships else "gram")
 
@@ -184,7 +188,7 @@ def test_nothing_ships_for_a_pipeline_whose_name_is_a_folder_here(
     tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shipped.parent)
-    assert default_policy("FluxPipeline", "taylor", 1, STEPS, "stack") == "gram"
+    assert default_policy("FluxPipeline", "taylor", 1, STEPS, "stack", (3,)) == "gram"
 
 
 def test_auto_takes_the_policy_that_ships(shipped: Path, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +243,6 @@ def test_shipped_policies_can_be_read() -> None:
             assert policy.facts["granularity"] == "stack"
 
 
-def test_a_calibration_needs_pictures(fitted: rc.Compiled, shapes: Any) -> None:
-    with pytest.raises(ModelError, match="gives no pictures or frames as tensors, one for each prompt"):
-        calibrate_pipeline(shapes, fitted, [{"prompt": PROMPT, "output_type": "np"}])
+def test_a_calibration_needs_no_pictures(fitted: rc.Compiled, shapes: Any) -> None:
+    found = calibrate_pipeline(shapes, fitted, [{"prompt": PROMPT, "output_type": "np"}])
+    assert found.predictions.shape == (1, STEPS, STEPS)
