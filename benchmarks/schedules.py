@@ -204,11 +204,12 @@ def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
             for name, policy in policies().items():
                 counted = Counted(losses)
                 chosen[name] = policy.schedule(replace(problem, objective=counted), budget), counted.generations
+            ours = losses.losses([chosen["trained"][0]], TEST_BATCHES)[0]
             for name, (schedule, spent) in chosen.items():
                 values = losses.losses([schedule], TEST_BATCHES)[0]
                 training = float(losses.losses([schedule], losses.training).mean())
                 row = {"steps": schedule.recompute_steps, "generations": spent, "training": training, **summary(values)}
-                table.setdefault(name, {})[budget] = row
+                table.setdefault(name, {})[budget] = {**row, "behind": summary(values - ours)}
             table.setdefault("fewer steps", {})[budget] = summary(fewer_steps(laboratory, budget))
             save(folder, f"rivals-{forecaster}-{order}", {"table": table, "samples": TEST * BATCH})
     return {"table": table, "samples": TEST * BATCH}
@@ -263,7 +264,7 @@ def efficiency_of(folder: Path, budget: int = 7) -> dict[str, Any]:
         methods: dict[str, Callable[[Problem], Any]] = {
             "search": lambda each: Search().schedule(each, budget),
             "annealing": lambda each: Annealing(evaluations=64).schedule(each, budget),
-            "REINFORCE": lambda each: Reinforce(iterations=160, every=40).train(each, (budget,)),
+            "REINFORCE": lambda each: Reinforce(iterations=110, every=55).train(each, (budget,)),
         }
         for name, method in methods.items():
             counted, seen = Counted(losses), []

@@ -17,6 +17,9 @@ ORDER = (
 )
 """Rows of the tables."""
 
+OURS = ("trained", "search", "recache", "climb", "gram", "uniform", "fewer steps")
+"""Not rivals."""
+
 
 def write_page(folder: Path, docs: Path) -> None:
     """Fill the template with every part that has a result."""
@@ -76,7 +79,17 @@ def rivals_table(result: Mapping[str, Any]) -> str:
         rows.append([name, *("-" if c is None else f"{1000 * c['mean']:.2f} ± {1000 * c['error']:.2f}" for c in cells)])
     change = [f"{rivals['trained'][k]['mean'] / rivals['uniform'][k]['mean'] - 1:+.0%}" for k in budgets]
     rows.append(["**trained against uniform**", *(f"**{each}**" for each in change)])
+    rows.append(["trained against the best rival", *(best_rival(rivals, budget) for budget in budgets)])
     return table(["policy", *(f"k = {budget}" for budget in budgets)], rows)
+
+
+def best_rival(rivals: Mapping[str, Any], budget: str) -> str:
+    """Paired difference of the trained schedule to the best of the others, in standard errors."""
+    others = {
+        name: rows[budget] for name, rows in rivals.items() if name not in OURS and "behind" in rows.get(budget, {})
+    }
+    name, row = min(others.items(), key=lambda item: item[1]["mean"])
+    return f"{-row['behind']['mean'] / row['behind']['error']:+.1f} SE ({name})"
 
 
 def steps_table(result: Mapping[str, Any]) -> str:
