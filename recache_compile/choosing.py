@@ -76,7 +76,7 @@ def calibrate_pipeline(
         report(f"calibrating, generation {number + 1} of {len(calls)}")
         samples = _samples(call)
         prompt = call.get("prompt", "")
-        prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,) * samples
+        prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
         rest = {name: value for name, value in call.items() if name != "prompt"}
         rollouts = Rollouts(pipeline, compiled, rest)
         found.append(rollouts.calibrate(Batch(prompts, tuple(range(seed, seed + samples)))))
@@ -87,7 +87,8 @@ def calibrate_pipeline(
 def _samples(call: Mapping[str, Any]) -> int:
     """How many results a pipeline call asks for."""
     several = [call[name] for name in ("prompt", "prompt_embeds", "class_labels") if call.get(name) is not None]
-    return len(several[0]) if several and not isinstance(several[0], str) else 1
+    samples = len(several[0]) if several and not isinstance(several[0], str) else 1
+    return samples * int(call.get("num_images_per_prompt", 1))
 
 
 def reschedule_calibrated(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recache_compile.calibration import calibrate, step_sizes
 from recache_compile.compiled import Compiled
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, RecacheError
 from recache_compile.forecasters import Forecaster
 from recache_compile.policies.base import Calibration
 from recache_compile.recording import prompted
@@ -80,8 +80,15 @@ class Rollouts:
             **prompted(self._pipeline, list(batch.prompts), self._call),
             "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
         }
-        with self._stand_in.generation(self._pipeline):
-            return self._pipeline(**arguments)
+        try:
+            with self._stand_in.generation(self._pipeline):
+                return self._pipeline(**arguments)
+        except RecacheError:
+            raise
+        except Exception as error:  # whatever the pipeline's own checks raise
+            raise ModelError(
+                f"{type(self._pipeline).__name__}: a generation with {sorted(arguments)} failed: {error}"
+            ) from error
 
     def full(self, batch: Batch) -> Tensor:
         """What the batch becomes when every step is recomputed."""
@@ -90,6 +97,11 @@ class Rollouts:
     def noise(self) -> Tensor:
         """The first latents of the last generation."""
         return min(self._replay.moments.items(), key=lambda item: item[0][1])[1].latents[0]
+
+    def forget(self) -> None:
+        """Let go of what the last generation left, which is every feature of its recompute steps."""
+        self._replay.moments.clear()
+        self._last = None
 
     @torch.no_grad()
     def calibrate(self, batch: Batch) -> Calibration:

@@ -184,6 +184,7 @@ class Laboratory:
         file = self._folder / "calibration.safetensors"
         if not file.exists():
             save_calibration(self._rollouts.calibrate(self.study.batch(0)), file)
+            self._rollouts.forget()
         return load_calibration(file)
 
     def forecaster(self) -> Forecaster:
@@ -225,6 +226,7 @@ class Laboratory:
             full = self._rollouts.full(self.study.batch(number))
             with writing(file) as partial:
                 save_file({"noise": self._rollouts.noise().cpu().contiguous(), "full": full.contiguous()}, partial)
+            self._rollouts.forget()
         try:
             tensors = load_file(file)
             return tensors["noise"], tensors["full"]

@@ -36,6 +36,9 @@ class Moment:
 class Replay(Dispatcher):
     """Runs one generation after another under changing schedules.
 
+    It holds the features of every recompute step of the last generation, k times what an
+    anchor takes.
+
     Two generations of the same noise and conditioning are equal up to the first step in
     which their schedules differ: there the steps of the last generation are given again,
     without running an engine.  Schedules in lexicographic order of their masks share most.

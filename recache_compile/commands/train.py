@@ -96,6 +96,7 @@ def train_command(
         from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
         from recache_compile.training_view import showing, table_of
 
+        batch = min(batch, samples, held_out)
         study = study_of(
             model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,
             runtime, call,
