@@ -117,6 +117,15 @@ def policies() -> dict[str, Policy]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Search, fit and REINFORCE for one budget, as the shipped policies are made."""
+
+    def schedule(self, problem: Problem, budget: int) -> Schedule:
+        """The fitted policy's answer."""
+        return Search().train(problem, (budget,)).schedule(problem, budget)
+
+
 def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
     """Every schedule, on two batches for training and one held out, and where the policies end among them."""
     num_steps = study.num_steps
@@ -126,7 +135,7 @@ def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
         held_out = dict(zip(every, losses.losses(every, losses.held_out).mean(1), strict=True))
         chosen: dict[str, tuple[Schedule, int]] = {}
         reinforce = Reinforce(iterations=150, every=25)
-        others = {"nsga2": Nsga2(), "climb": Climb(), "search": Search(), "recache": reinforce}
+        others = {"nsga2": Nsga2(), "climb": Climb(), "search": Search(), "recache": reinforce, "trained": Trained()}
         for name, policy in {**policies(), **others}.items():
             counted = Counted(losses)
             schedule = policy.schedule(replace(problem, objective=counted), budget)

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from recache_compile.files import writing
+from recache_compile.loading import EMBEDDED
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b", "#7f7f00")
 ORDER = (
@@ -28,9 +29,9 @@ def write_page(folder: Path, docs: Path) -> None:
     truths = [truth for name in ("reuse-0", "taylor-1", "hicache-2") for truth in results.get(f"truth-{name}", [])]
     parts = {"truth": "\n\n".join(map(truth_table, truths))}
     for name in ("taylor-1", "hicache-2"):
+        parts[f"shipped-{name}"] = shipped_table(name)
         if result := results.get(f"rivals-{name}"):
             parts[f"rivals-{name}"] = rivals_table(result)
-            parts[f"steps-{name}"] = steps_table(result)
             draw_rivals(result, docs / f"schedules-{name}.png")
     if "forecasters" in results:
         parts["forecasters"] = forecasters_table(results["forecasters"])
@@ -92,14 +93,19 @@ def best_rival(rivals: Mapping[str, Any], budget: str) -> str:
     return f"{-row['behind']['mean'] / row['behind']['error']:+.1f} SE ({name})"
 
 
-def steps_table(result: Mapping[str, Any]) -> str:
-    """The trained schedules, and the generations that finding them took."""
-    trained, searched = result["table"]["trained"], result["table"]["search"]
-    rows = [
-        [f"k = {budget}", " ".join(map(str, row["steps"])), f"{searched[budget]['generations']:,}"]
-        for budget, row in trained.items()
-    ]
-    return table(["budget", "recompute steps", "generations of the search"], rows)
+def shipped_table(name: str) -> str:
+    """What a shipped policy says of itself: its schedules and their loss on samples that nothing was decided on."""
+    file = EMBEDDED["shapes"].parent / "policies" / name / "policy.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for budget, steps in facts["schedules"].items():
+        (ours, error), (uniform, its_error) = (
+            facts["held_out_losses"][budget][each] for each in ("trained", "uniform")
+        )
+        both = (f"{1000 * ours:.2f} ± {1000 * error:.2f}", f"{1000 * uniform:.2f} ± {1000 * its_error:.2f}")
+        rows.append([f"k = {budget}", " ".join(map(str, steps)), *both, f"{ours / uniform - 1:+.0%}"])
+    head = f"{facts['generations']:,} generations for all budgets, judging included."
+    return head + "\n\n" + table(["budget", "recompute steps", "trained", "uniform", "change"], rows)
 
 
 def forecasters_table(result: Mapping[str, Any]) -> str:

@@ -118,8 +118,7 @@ class Search:
     def reports(self, budgets: int) -> int:
         """How many times at most progress is reported for so many budgets."""
         handfuls = self.evaluations // Climb().handful + 1
-        polishing = 8  # usually fewer
-        return budgets * (2 + 2 * handfuls + polishing) + self.iterations
+        return budgets * (3 + 2 * handfuls) + self.iterations
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule with the lowest training loss that was found."""
@@ -191,21 +190,19 @@ class Search:
 
 
 def polish(problem: Problem, objective: Objective, evaluated: dict[Schedule, float]) -> dict[Schedule, float]:
-    """Race the best schedule against all that have one step moved by one, until it wins.
+    """Race the best schedule once against all that have one step moved by one.
 
     Climbing looks at the first batch first and may pass over a move that only all of them favour.
 
     Returns:
         What was given, and what has run on every training batch since.
     """
-    while True:
-        best = best_of(evaluated)
-        near = [move for move in relocations(best) if _distance(best, move) == 1]
-        evaluated = evaluated | dict(race([best, *near], objective))
-        winner = best_of(evaluated)
-        problem.report(Progress("climb", best.budget, winner, evaluated[winner]))
-        if winner == best:
-            return evaluated
+    best = best_of(evaluated)
+    near = [move for move in relocations(best) if _distance(best, move) == 1]
+    evaluated = evaluated | dict(race([best, *near], objective))
+    winner = best_of(evaluated)
+    problem.report(Progress("climb", winner.budget, winner, evaluated[winner]))
+    return evaluated
 
 
 def between(problem: Problem, evaluated: Mapping[int, Mapping[Schedule, float]]) -> list[Schedule]:
