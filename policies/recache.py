@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,22 @@ class ReCache:
                 f"policy {self.source}: trained for {self.logits.num_steps} steps, not {problem.num_steps}; train one"
                 f" for {problem.num_steps}, or choose another policy"
             )
+        self._warn(problem, budget)
         return most_likely(self.logits, budget)
+
+    def _warn(self, problem: Problem, budget: int) -> None:
+        """Say where the policy is used for something else than it was trained for."""
+        trained = {name: self.facts.get(name) for name in ("forecaster", "order")}
+        if problem.forecaster is not None and None not in trained.values():
+            used = {"forecaster": problem.forecaster.name, "order": problem.forecaster.order}
+            if used != trained:
+                kinds = [f"{each['forecaster']} of order {each['order']}" for each in (trained, used)]
+                warnings.warn(f"policy {self.source}: trained for {kinds[0]}, used with {kinds[1]}", stacklevel=3)
+        budgets = self.facts.get("schedules", {str(budget): ()})
+        if str(budget) not in budgets:
+            warnings.warn(
+                f"policy {self.source}: not trained for budget {budget}, only for {', '.join(budgets)}", stacklevel=3
+            )
 
     def save(self, folder: Path) -> None:
         """Write `policy.safetensors` and `policy.json`."""

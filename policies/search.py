@@ -186,7 +186,12 @@ class Search:
             return start
         twin = copy.deepcopy(fitted)
         trained = Reinforce(iterations=self.iterations, rate=0.002, every=12).train(problem, budgets, twin)
-        return trained if is_better(problem, trained, start, budgets) else start
+        if is_better(problem, trained, start, budgets):
+            return trained
+        for budget in budgets:  # what the attempts have shown is not what is taken
+            mode = most_likely(fitted, budget)
+            problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
+        return start
 
 
 def polish(problem: Problem, objective: Objective, evaluated: dict[Schedule, float]) -> dict[Schedule, float]:

@@ -95,7 +95,7 @@ def _draw_above(figure: Any, progress: History, entropies: bool) -> None:
     heights = [0.07, 1.0, 0.6][: 2 + entropies]
     ribbon, *curves = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_stages(ribbon, progress)
-    _draw_curves(curves[0], progress, "loss", "loss of the best schedule", "steps-post")
+    _draw_curves(curves[0], progress, "loss", "training loss", "steps-post")
     _use_logarithms(curves[0])
     if entropies:
         _draw_curves(curves[1], progress, "entropy", "entropy (nats)", "default")

@@ -45,6 +45,7 @@ def writing(file: Path) -> Iterator[Path]:
         with output_errors(file, "file"):
             file.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            partial.chmod(0o644)  # some libraries write for the owner alone
             partial.replace(file)
     finally:
         with contextlib.suppress(OSError):

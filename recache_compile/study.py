@@ -95,8 +95,8 @@ def is_begun(study: Study, folder: Path) -> bool:
         ArtifactError: the folder holds another study, or something else.
     """
     if (folder / "study.json").exists():
-        there = read_study(folder)
-        names = [name for name, value in asdict(study).items() if asdict(there)[name] != value]
+        before = asdict(read_study(folder))
+        names = [name for name, value in asdict(study).items() if before[name] != value]
         if names:
             raise ArtifactError(
                 f"output {folder}: holds a study with another {' and '.join(names)}; name another folder"
@@ -130,7 +130,7 @@ def read_study(folder: Path) -> Study:
         return TypeAdapter(Study).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtifactError(f"{file}: no study ({reason}); name another folder") from None
+        raise ArtifactError(f"{file}: no study ({reason}); put the file back, or name another folder") from None
 
 
 def compile_engines(

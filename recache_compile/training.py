@@ -26,7 +26,7 @@ from recache_compile.quality import get_distance, get_reward
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule, check_budgets
 from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, is_begun, judging_batches
-from recache_compile.workers import RayRunner
+from recache_compile.workers import RayRunner, import_ray
 
 
 class Trainer(Protocol):
@@ -164,6 +164,8 @@ def opened(
         RecacheError: naming what cannot be done.
     """
     is_begun(study, folder)  # if it holds another one, that is an error
+    if effort.workers or effort.ray_address:
+        import_ray()  # before anything takes long
     pipeline = None
     if not (folder / "engines").exists():
         report(f"loading {study.model}")

@@ -111,9 +111,7 @@ def train_command(
         with showing(LOG, trainer, len(budgets)) as (report, progress):
             trained = train(study, budgets, out, trainer, spent, report, progress)
     except KeyboardInterrupt:
-        raise click.ClickException(
-            f"stopped; what was found is in {out}, and the same command goes on from there"
-        ) from None
+        raise click.ClickException(f"stopped; the same command with --out {out} goes on from where it was") from None
     if as_json:
         click.echo(json.dumps({**trained.policy.facts, "policy": str(out)}))
         return

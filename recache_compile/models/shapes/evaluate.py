@@ -5,6 +5,7 @@ python -m recache_compile.models.shapes.evaluate --captions 256 --grid docs/shap
 
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -22,7 +23,9 @@ HELD_OUT_SEED = 2**40
 
 def load_classifier(folder: Path = EMBEDDED["shapes"]) -> SceneClassifier:
     """The judge, in float32."""
-    return SceneClassifier.from_pretrained(folder / "classifier", dtype=torch.float32).eval()  # type: ignore[no-any-return]
+    lean = find_spec("accelerate") is not None  # without it, asking for little memory only warns
+    model = SceneClassifier.from_pretrained(folder / "classifier", dtype=torch.float32, low_cpu_mem_usage=lean)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> tuple[list[Scene], Tensor]:
