@@ -122,7 +122,7 @@ class Search:
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule with the lowest training loss that was found."""
-        return best_of(self.explore(problem, budget))
+        return best_of(polish(problem, self.explore(problem, budget)))
 
     def explore(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> dict[Schedule, float]:
         """Race and climb for one budget.
@@ -146,7 +146,7 @@ class Search:
 
         for start, _ in results[:2]:
             evaluated |= Climb(self.evaluations).climb(replace(problem, report=report_best), start)
-        return polish(problem, objective, evaluated)
+        return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
         """The shortlist: simple rules, neighbours in budget, and the surrogate's best or random schedules."""
@@ -177,6 +177,7 @@ class Search:
         for budget in sorted(budgets, reverse=True):
             bests = [best_of(losses) for losses in evaluated.values()]
             evaluated[budget] = self.explore(problem, budget, bests[-1:])
+        evaluated = {budget: polish(problem, losses) for budget, losses in evaluated.items()}
         fitted = fit(new_logits(problem, 64), evaluated, between(problem, evaluated))
         start = ReCache(fitted)
         for budget in budgets:
@@ -194,7 +195,7 @@ class Search:
         return start
 
 
-def polish(problem: Problem, objective: Objective, evaluated: dict[Schedule, float]) -> dict[Schedule, float]:
+def polish(problem: Problem, evaluated: dict[Schedule, float]) -> dict[Schedule, float]:
     """Race the best schedule once against all that have one step moved by one.
 
     Climbing looks at the first batch first and may pass over a move that only all of them favour.
@@ -204,7 +205,7 @@ def polish(problem: Problem, objective: Objective, evaluated: dict[Schedule, flo
     """
     best = best_of(evaluated)
     near = [move for move in relocations(best) if _distance(best, move) == 1]
-    evaluated = evaluated | dict(race([best, *near], objective))
+    evaluated = evaluated | dict(race([best, *near], problem.need_objective("search")))
     winner = best_of(evaluated)
     problem.report(Progress("climb", winner.budget, winner, evaluated[winner]))
     return evaluated

@@ -161,7 +161,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(
     monkeypatch.setattr(Laboratory, "run", stopping)
     for _ in range(3):
         result = train(out)
-        check_refused(result, "stopped; what was found is in")
+        check_refused(result, "stopped; the same command with --out")
         assert "the same command goes on from there" in result.stderr
         assert not (out / "policy.json").exists()
     with (out / "study" / "losses.jsonl").open("a") as stream:
