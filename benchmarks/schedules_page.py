@@ -120,7 +120,7 @@ def forecasters_table(result: Mapping[str, Any]) -> str:
 
 def efficiency_table(result: Mapping[str, Any]) -> str:
     """Generations after which each method had reached a loss."""
-    curves = result["curves"]
+    curves = {name: curve for name, curve in result["curves"].items() if curve}
     best = {name: min(loss for _, loss in curve) for name, curve in curves.items()}
     target = best["REINFORCE"]
     rows = []
