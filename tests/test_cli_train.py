@@ -162,7 +162,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(
     for _ in range(3):
         result = train(out)
         check_refused(result, "stopped; the same command with --out")
-        assert "the same command goes on from there" in result.stderr
+        assert "goes on from where it was" in result.stderr
         assert not (out / "policy.json").exists()
     with (out / "study" / "losses.jsonl").open("a") as stream:
         stream.write('[0, "1010')  # as if the process had been killed while it wrote
