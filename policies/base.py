@@ -38,6 +38,11 @@ class Calibration:
         """Length T of the denoising loop."""
         return self.predictions.shape[-1]
 
+    @property
+    def gram(self) -> list[list[float]]:
+        """What the forecaster `fitted` is fitted to: the Gram matrix (T, T) of the features of all samples."""
+        return self.features.sum(0).tolist()
+
 
 class Objective(Protocol):
     """The loss of schedules on fixed samples, by running the model.

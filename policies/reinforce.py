@@ -72,7 +72,7 @@ class Reinforce:
         every few iterations, is returned; without held-out batches, the last one.
 
         Raises:
-            ScheduleError: there is no objective, or no such likelihood.
+            ScheduleError: there is no objective.
         """
         objective = problem.need_objective("recache")
         logits = start or new_logits(problem, self.width)

@@ -180,18 +180,14 @@ class Search:
         evaluated = {budget: polish(problem, losses) for budget, losses in evaluated.items()}
         fitted = fit(new_logits(problem, 64), evaluated, between(problem, evaluated))
         start = ReCache(fitted)
-        for budget in budgets:
-            mode = most_likely(fitted, budget)
-            problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
+        _report_fit(problem, start, budgets, evaluated)
         if not self.iterations:
             return start
         twin = copy.deepcopy(fitted)
         trained = Reinforce(iterations=self.iterations, rate=0.002, every=12).train(problem, budgets, twin)
         if is_better(problem, trained, start, budgets):
             return trained
-        for budget in budgets:  # what the attempts have shown is not what is taken
-            mode = most_likely(fitted, budget)
-            problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
+        _report_fit(problem, start, budgets, evaluated)  # what the attempts have shown is not what is taken
         return start
 
 
@@ -252,6 +248,15 @@ def sorted_by(score: Callable[[Sequence[Schedule]], np.ndarray], schedules: Iter
     """Schedules by their score, lowest first."""
     each = list(schedules)
     return [each[at] for at in np.argsort(score(each), kind="stable")] if each else []
+
+
+def _report_fit(
+    problem: Problem, fitted: ReCache, budgets: Sequence[int], evaluated: Mapping[int, Mapping[Schedule, float]]
+) -> None:
+    """Tell the schedules of a fitted policy and their training losses."""
+    for budget in budgets:
+        mode = most_likely(fitted.logits, budget)
+        problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))
 
 
 def _ranking(problem: Problem) -> Callable[[Schedule], list[Schedule]]:

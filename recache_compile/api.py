@@ -19,7 +19,7 @@ from recache_compile.choosing import (
 from recache_compile.compiled import Compiled, Description
 from recache_compile.compiler import Example, Options, compile_module, make_schedules
 from recache_compile.errors import DispatchError, ModelError, ScheduleError
-from recache_compile.forecasters import get_forecaster
+from recache_compile.forecasters import get_forecaster, uncalibrated
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.policies.uniform import Uniform
@@ -87,8 +87,9 @@ def compile(
         name = type(model).__name__
         trained = default_policy(name, forecaster, order, num_steps, granularity, budgets)
         policy = trained if can_look else "uniform"
-    options = compile_options(budgets, num_steps, forecaster, order, policy, granularity, hoist, residual, roles)
-    looks = needs_calibration(policy, forecaster, num_steps)
+    chosen = get_policy(policy, num_steps)
+    options = compile_options(budgets, num_steps, forecaster, order, chosen, granularity, hoist, residual, roles)
+    looks = needs_calibration(chosen, forecaster, num_steps)
     if looks and (isinstance(model, nn.Module) or example_inputs is not None):
         raise ScheduleError(
             f"policy {policy}, forecaster {forecaster}: they need a few full generations; compile a pipeline without"
@@ -121,7 +122,7 @@ def compile(
             raise
         warnings.warn(f"schedules stay uniform, because the pipeline cannot be calibrated: {error}", stacklevel=2)
         return replace(compiled, description=replace(compiled.description, policy="uniform"))
-    return reschedule_calibrated(compiled, calibration, policy, forecaster, report)
+    return reschedule_calibrated(compiled, calibration, chosen, forecaster, report)
 
 
 def compile_options(
@@ -143,12 +144,11 @@ def compile_options(
     Raises:
         ScheduleError: naming the choice that cannot be used.
     """
-    fits = forecaster == "fitted"
-    later = isinstance(get_policy(policy, num_steps), CALIBRATED)
-    filler = get_forecaster("taylor" if fits else forecaster, order)
-    chosen = Uniform() if later else get_policy(policy, num_steps)
+    chosen = get_policy(policy, num_steps)
+    filler = get_forecaster(uncalibrated(forecaster), order)
+    for_now = Uniform() if isinstance(chosen, CALIBRATED) else chosen
     return Options(
-        schedules=make_schedules(chosen, budgets, Problem(num_steps, filler)),
+        schedules=make_schedules(for_now, budgets, Problem(num_steps, filler)),
         forecaster=filler,
         granularity=_granularity(granularity),
         residual=residual,

@@ -1,6 +1,7 @@
 """Schedules for a compiled pipeline: the default policy, and those that first look at the model."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from recache_compile.forecasters import get_forecaster
 from recache_compile.policies.base import Calibration, Policy, Problem
 from recache_compile.policies.recache import is_trained, read_policy
 from recache_compile.policies.registry import CALIBRATED, get_policy
+from recache_compile.recording import prompted
 from recache_compile.rollout import Batch, Rollouts
 
 CALIBRATIONS = 4
@@ -84,6 +86,13 @@ def calibrate_pipeline(
     return together(found)
 
 
+def calibration_calls(
+    pipeline: Any, captions: Sequence[str], call: Mapping[str, Any], batch: int = 1
+) -> list[dict[str, Any]]:
+    """Arguments of the pipeline calls of a calibration, the captions taken in turn."""
+    return [prompted(pipeline, caption, call, batch) for caption in islice(cycle(captions), CALIBRATIONS)]
+
+
 def _samples(call: Mapping[str, Any]) -> int:
     """How many results a pipeline call asks for."""
     several = [call[name] for name in ("prompt", "prompt_embeds", "class_labels") if call.get(name) is not None]
@@ -92,14 +101,14 @@ def _samples(call: Mapping[str, Any]) -> int:
 
 
 def reschedule_calibrated(
-    compiled: Compiled, calibration: Calibration, policy: AnyPolicy, forecaster: str, report: Callable[[str], None]
+    compiled: Compiled, calibration: Calibration, policy: Policy, forecaster: str, report: Callable[[str], None]
 ) -> Compiled:
     """The same engines under the schedules of a policy, and with a forecaster, that a calibration tells.
 
     Args:
         compiled: with the budgets and the order that are wanted.
         calibration: of the model.
-        policy: as for `compile`.
+        policy: chooses them.
         forecaster: its name.
         report: told what begins.
 
@@ -108,7 +117,7 @@ def reschedule_calibrated(
     """
     facts = compiled.description
     report("choosing schedules")
-    chosen = get_forecaster(forecaster, facts.order, calibration.features.sum(0) if forecaster == "fitted" else None)
+    chosen = get_forecaster(forecaster, facts.order, calibration.gram)
     problem = Problem(facts.num_steps, chosen, calibration)
-    schedules = make_schedules(get_policy(policy, facts.num_steps), compiled.plans, problem)
+    schedules = make_schedules(policy, compiled.plans, problem)
     return compiled.reschedule(schedules, chosen)

@@ -157,6 +157,11 @@ NAMES = (*FORECASTERS, "fitted")
 """All names; `fitted` is made of a calibration."""
 
 
+def uncalibrated(name: str) -> str:
+    """The forecaster itself, or `taylor` for `fitted`: its programs are the same, and it needs no calibration."""
+    return "taylor" if name == "fitted" else name
+
+
 def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[float]] | None = None) -> Forecaster:
     """The forecaster of that name; without `order`, of its own default order.  `reuse` has none.
 

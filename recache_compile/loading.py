@@ -63,6 +63,11 @@ def load_config(model: str, component: str | None = None) -> dict[str, Any]:
         return dict(reader.load_config(_source(model), subfolder=component))
 
 
+def absolute(model: str) -> str:
+    """What the user wrote, good from every working folder: a folder's whole path."""
+    return str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
+
+
 def _source(model: str) -> str:
     """The folder or Hub id of a model."""
     folder = EMBEDDED.get(model, Path(model))

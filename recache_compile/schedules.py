@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.api import compile
-from recache_compile.choosing import CALIBRATIONS, calibrate_pipeline
+from recache_compile.choosing import calibrate_pipeline, calibration_calls
 from recache_compile.compiler import make_schedules
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Forecaster, get_forecaster
+from recache_compile.forecasters import Forecaster, get_forecaster, uncalibrated
 from recache_compile.policies.base import Calibration, Problem
 from recache_compile.policies.registry import get_policy
 from recache_compile.policies.surrogate import Surrogate
-from recache_compile.recording import prompted
 from recache_compile.schedule import Schedule, check_budgets
 
 ByPolicy = Mapping[str, Mapping[int, Schedule]]
@@ -73,7 +71,7 @@ class Question:
 
     def __post_init__(self) -> None:
         check_budgets(self.budgets, self.num_steps)
-        get_forecaster("taylor" if self.forecaster == "fitted" else self.forecaster, self.order)
+        get_forecaster(uncalibrated(self.forecaster), self.order)
         for name in self.policies:
             get_policy(name, self.num_steps)
             if self.policies.count(name) > 1:
@@ -94,7 +92,7 @@ def calibration_of(
     Raises:
         RecacheError: the pipeline cannot be compiled or run.
     """
-    calls = [prompted(pipeline, caption, {}) for caption in islice(cycle(captions), CALIBRATIONS)]
+    calls = calibration_calls(pipeline, captions, {})
     compiled = compile(
         pipeline, None, (num_steps,), num_steps, "reuse", 0, "uniform", runtime="eager", call=calls[0], report=report
     )
@@ -163,7 +161,7 @@ def timeline(schedule: Schedule) -> str:
 def _forecaster(question: Question, calibration: Calibration | None) -> Forecaster:
     if question.forecaster == "fitted" and calibration is None:
         raise ScheduleError("forecaster fitted: needs a few full generations of a model; name the model with --model")
-    gram = None if calibration is None else calibration.features.sum(0)
+    gram = None if calibration is None else calibration.gram
     return get_forecaster(question.forecaster, question.order, gram)
 
 

@@ -28,7 +28,7 @@ from recache_compile.calibration import load_calibration, save_calibration
 from recache_compile.compiled import Compiled
 from recache_compile.errors import ArtifactError, ModelError
 from recache_compile.files import writing
-from recache_compile.forecasters import Forecaster, get_forecaster
+from recache_compile.forecasters import Forecaster, get_forecaster, uncalibrated
 from recache_compile.loading import load_pipeline
 from recache_compile.policies.base import Calibration
 from recache_compile.quality import get_distance, get_reward
@@ -148,9 +148,8 @@ def compile_engines(
     """
     if (folder / "engines").exists():
         return
-    forecaster = "taylor" if study.forecaster == "fitted" else study.forecaster  # the engines are the same
     compiled = compile(
-        pipeline, None, (max(1, min(study.order + 1, study.num_steps - 1)),), study.num_steps, forecaster, study.order, "uniform",
+        pipeline, None, (max(1, min(study.order + 1, study.num_steps - 1)),), study.num_steps, uncalibrated(study.forecaster), study.order, "uniform",
         study.granularity, study.runtime, component=study.component, report=report,
         call=prompted(pipeline, list(study.batch(0).prompts), study.call),
     )  # fmt: skip
@@ -189,7 +188,7 @@ class Laboratory:
 
     def forecaster(self) -> Forecaster:
         """The study's forecaster; `fitted` is fitted to the calibration."""
-        gram = self.calibration().features.sum(0) if self.study.forecaster == "fitted" else None
+        gram = self.calibration().gram if self.study.forecaster == "fitted" else None
         return get_forecaster(self.study.forecaster, self.study.order, gram)
 
     @functools.cached_property

@@ -14,7 +14,7 @@ from recache_compile.api import compile_options
 from recache_compile.charts import draw_schedules, draw_training
 from recache_compile.errors import ArtifactError, ScheduleError
 from recache_compile.files import check_place, output_errors
-from recache_compile.loading import EMBEDDED, load_pipeline
+from recache_compile.loading import absolute, load_pipeline
 from recache_compile.objective import Losses, Runner
 from recache_compile.policies.base import Problem, Progress
 from recache_compile.policies.recache import ReCache
@@ -113,7 +113,7 @@ def study_of(
     compile_options((num_steps,), num_steps, forecaster, order, "uniform", granularity, True)
     training, held_out = training_and_held_out(model, prompts)
     return Study(
-        model=str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model,
+        model=absolute(model),
         num_steps=num_steps,
         forecaster=forecaster,
         order=0 if forecaster == "reuse" else order,

@@ -31,7 +31,7 @@ def test_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     lines = [line.rpartition("&&")[2].strip() for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if shlex.split(line)[0].endswith("recache-compile")]
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output

@@ -1,6 +1,5 @@
 """`recache-compile MODEL --budgets 5,10,15`: compile, compare, show."""
 
-import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from recache_compile.commands.console import DTYPES, PAGE, PROMPTS, SEED, notice, say, showing_stages
+from recache_compile.commands.console import DTYPES, PAGE, SEED, captions_for, notice, say, showing_stages
 from recache_compile.errors import ArtifactError
 from recache_compile.parameters import JsonObject, Numbers, Size, check_call
 
@@ -95,9 +94,9 @@ def compile_command(
 
         from recache_compile.api import compile, compile_options
         from recache_compile.artifact import check_writable
-        from recache_compile.choosing import CALIBRATIONS
+        from recache_compile.choosing import calibration_calls
         from recache_compile.files import check_file
-        from recache_compile.loading import EMBEDDED, load_pipeline
+        from recache_compile.loading import absolute, load_pipeline
         from recache_compile.measure import compare
         from recache_compile.picture import save_comparison
         from recache_compile.recording import prompted, record_examples
@@ -113,7 +112,7 @@ def compile_command(
             raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
         report(f"loading {model}")
         pipeline = load_pipeline(model, getattr(torch, dtype))
-        captions = prompts or PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+        captions = prompts or captions_for(pipeline)
         check_call(call, batch)
         shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
         report("checking the prompts")
@@ -123,13 +122,9 @@ def compile_command(
             pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
             residual=residual, hoist=hoist, component=component, report=report,
             call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
-            calibrate=[
-                prompted(pipeline, caption, shapes[0], batch[0])
-                for caption in itertools.islice(itertools.cycle(captions), CALIBRATIONS)
-            ],
+            calibrate=calibration_calls(pipeline, captions, shapes[0], batch[0]),
         )  # fmt: skip
-        where = str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
-        description = replace(compiled.description, model=where, call=shapes[0])
+        description = replace(compiled.description, model=absolute(model), call=shapes[0])
         compiled = replace(compiled, description=description)
         report(f"writing {folder}")
         compiled.save(folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 from rich.console import Console
@@ -20,6 +21,11 @@ PROMPTS = {
         "a blue ring below a yellow square on a light background",
     )
 }
+
+
+def captions_for(pipeline: Any) -> tuple[str, ...]:
+    """Captions for a pipeline where the user gives none."""
+    return PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
 
 
 def say(text: str) -> None:

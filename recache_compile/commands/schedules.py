@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from recache_compile.commands.console import PAGE, PROMPTS, say, showing_stages
+from recache_compile.commands.console import PAGE, captions_for, say, showing_stages
 from recache_compile.parameters import Numbers
 
 
@@ -45,8 +45,7 @@ def schedules_command(
         if model is not None:
             report(f"loading {model}")
             pipeline = load_pipeline(model)
-            captions = PROMPTS.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
-            calibration = calibration_of(pipeline, captions, steps, report)
+            calibration = calibration_of(pipeline, captions_for(pipeline), steps, report)
         report("asking the policies")
         compared = compare_policies(question, calibration)
         draw_schedules(compared.policies, output)
