@@ -25,9 +25,9 @@ class Reinforce:
     """Policy gradient on schedules of common noise (ReCache, arXiv 2606.06060).
 
     An iteration draws a budget k, n schedules by Gumbel-top-k and a batch of samples that
-    they share.  With L_reg = L / s_k + entropy * log p and the leave-one-out baseline, the
-    gradient is 1 / (n - 1) sum_i (L_reg,i - mean) grad log p_i.  The scale s_k is the
-    uniform schedule's loss, so that small budgets do not drown the others.
+    they share.  With L_reg = L / s + entropy * log p and the leave-one-out baseline, the
+    gradient is 1 / (n - 1) sum_i (L_reg,i - mean) grad log p_i.  The scale s is the standard
+    deviation of the n losses, so that no budget drowns the others and no unit matters.
 
     Args:
         iterations: updates.
@@ -41,8 +41,8 @@ class Reinforce:
 
     iterations: int = 400
     schedules: int = 8
-    rate: float = 0.02
-    entropy: float = 0.01
+    rate: float = 0.005
+    entropy: float = 0.1
     likelihood: Likelihood = "set"
     width: int = 64
     every: int = 50
@@ -85,7 +85,7 @@ class Reinforce:
         for iteration in range(self.iterations):
             budget = budgets[int(torch.randint(len(budgets), (), generator=generator))]
             batch = objective.training[int(torch.randint(len(objective.training), (), generator=generator))]
-            loss = self._step(logits, optimizer, generator, objective, budget, batch, scales[budget])
+            loss = self._step(logits, optimizer, generator, objective, budget, batch)
             mode = most_likely(logits, budget)
             problem.report(Progress("reinforce", budget, mode, loss, entropy(logits(budget)).item()))
             if (iteration + 1) % self.every == 0 or iteration + 1 == self.iterations:
@@ -103,7 +103,6 @@ class Reinforce:
         objective: Objective,
         budget: int,
         batch: int,
-        scale: float,
     ) -> float:
         """One update; returns the mean loss of the schedules drawn."""
         theta = logits(budget)
@@ -112,7 +111,7 @@ class Reinforce:
         losses = torch.from_numpy(objective.losses(drawn, (batch,)).mean(1))
         log_p = LIKELIHOODS[self.likelihood](theta, items)
         optimizer.zero_grad()
-        leave_one_out(losses / scale, log_p, self.entropy).backward()
+        leave_one_out(losses / (float(losses.std()) or 1.0), log_p, self.entropy).backward()
         optimizer.step()
         return float(losses.mean())
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from recache_compile.policies.base import Objective, Problem, Progress, check_options
+from recache_compile.policies.base import Objective, Policy, Problem, Progress, check_options
+from recache_compile.policies.dynamic import DynamicProgram, Minimax
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import descend, random_schedule, relocations
@@ -14,6 +15,7 @@ from recache_compile.policies.race import race
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
 from recache_compile.policies.surrogate import Surrogate
+from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
 from recache_compile.schedule import Schedule
 
@@ -23,8 +25,7 @@ class Climb:
     """Hill climbing on the true loss by moving one recompute step at a time.
 
     Moves are tried in the surrogate's order where there is a calibration, else nearest
-    first, a handful at a time: on the first batch, and on all of them if they are better
-    there.  The best of a handful that is better is taken.
+    first, a handful at a time, in a race against the schedule they were made of.
 
     Args:
         evaluations: schedules tried at most.
@@ -75,11 +76,7 @@ class Climb:
             if not handful:
                 return None
             tried.update(handful)
-            quick = objective.losses([best, *handful], objective.training[:1]).mean(1)
-            promising = [move for move, value in zip(handful, quick[1:], strict=True) if value < quick[0]]
-            if promising:
-                values = objective.losses(promising, objective.training).mean(1)
-                known.update(zip(promising, map(float, values), strict=True))
+            known.update(race([best, *handful], objective, keep=1))
             winner = best_of(known)
             problem.report(Progress("climb", best.budget, winner, known[winner]))
             if known[winner] < known[best]:
@@ -150,10 +147,10 @@ class Search:
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
         """The shortlist: simple rules, neighbours in budget, and the surrogate's best or random schedules."""
-        simple = [
-            Uniform().schedule(problem, budget),
-            *(FrontLoaded(power).schedule(problem, budget) for power in (0.6, 0.8, 1.25, 1.5)),
-        ]
+        rules: list[Policy] = [Uniform(), *(FrontLoaded(power) for power in (0.6, 0.8, 1.25, 1.5))]
+        if problem.calibration is not None:
+            rules += [DynamicProgram(), Minimax(), MagCache(), TeaCache()]
+        simple = [rule.schedule(problem, budget) for rule in rules]
         near = [each for schedule in known for each in _with_budget(schedule, budget)]
         if problem.calibration is None:
             random = np.random.default_rng((problem.seed, budget))
