@@ -122,7 +122,7 @@ def efficiency_table(result: Mapping[str, Any]) -> str:
     """Generations after which each method had reached a loss."""
     curves = {name: curve for name, curve in result["curves"].items() if curve}
     best = {name: min(loss for _, loss in curve) for name, curve in curves.items()}
-    target = best["REINFORCE"]
+    target = min(loss for name, loss in best.items() if name.startswith("REINFORCE"))
     rows = []
     for name, curve in curves.items():
         reached = next((f"{spent:,}" for spent, loss in curve if loss <= target), "never")

@@ -61,8 +61,9 @@ def compile(
         policy: name, trained policy, file, steps, mask or {budget: recompute steps}; see
             `get_policy`.  "auto": one that was trained for this model and forecaster and
             ships with the package, else "gram"; "uniform" for a module, with
-            `example_inputs` and, with a warning, for pipelines that cannot be calibrated.  Policies such as "gram", and the forecaster "fitted", run a few
-            full generations of the pipeline.
+            `example_inputs` and, with a warning, for pipelines that cannot be calibrated.
+            Policies such as "gram", and the forecaster "fitted", run a few full generations
+            of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", or "auto": inductor where it can be used.
         roles: role of inputs by name, where their names do not tell.
@@ -115,14 +116,28 @@ def compile(
     if not looks:
         return compiled
     first = call[0] if isinstance(call, Sequence) else call or {}
+    calls = calibrate or [first] * CALIBRATIONS
+    return _calibrated(compiled, model, calls, chosen, forecaster, may_stay_uniform, report)
+
+
+def _calibrated(
+    compiled: Compiled,
+    pipeline: Any,
+    calls: Sequence[Mapping[str, Any]],
+    policy: Policy,
+    forecaster: str,
+    may_stay_uniform: bool,
+    report: Callable[[str], None],
+) -> Compiled:
+    """The same engines under schedules that a few full generations tell."""
     try:
-        calibration = calibrate_pipeline(model, compiled, calibrate or [first] * CALIBRATIONS, report)
+        calibration = calibrate_pipeline(pipeline, compiled, calls, report)
     except (DispatchError, ModelError) as error:
         if not may_stay_uniform:
             raise
-        warnings.warn(f"schedules stay uniform, because the pipeline cannot be calibrated: {error}", stacklevel=2)
+        warnings.warn(f"schedules stay uniform, because the pipeline cannot be calibrated: {error}", stacklevel=3)
         return replace(compiled, description=replace(compiled.description, policy="uniform"))
-    return reschedule_calibrated(compiled, calibration, chosen, forecaster, report)
+    return reschedule_calibrated(compiled, calibration, policy, forecaster, report)
 
 
 def compile_options(

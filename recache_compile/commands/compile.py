@@ -133,22 +133,24 @@ def compile_command(
         if pictures:
             save_comparison(pictures, compiled.schedules, captions, picture)
     if as_json:
-        facts = compiled.description
-        result = {
-            "model": model,
-            "artifact": str(folder),
-            "picture": str(picture) if pictures else None,
-            "num_steps": steps,
-            "forecaster": facts.forecaster,
-            "order": facts.order,
-            "policy": facts.policy,
-            "runtime": facts.runtime,
-            "budgets": [asdict(each) for each in measured],
-        }
-        click.echo(json.dumps(result))
+        files = {"artifact": str(folder), "picture": str(picture) if pictures else None}
+        click.echo(json.dumps({"model": model, **files, **_facts(compiled, measured)}))
         return
     print_measured(compiled, measured)
     say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else "no picture: the pipeline makes no images"))
+
+
+def _facts(compiled: "Compiled", measured: "list[Measured]") -> "dict[str, Any]":
+    """What `--json` prints of a compilation."""
+    facts = compiled.description
+    return {
+        "num_steps": facts.num_steps,
+        "forecaster": facts.forecaster,
+        "order": facts.order,
+        "policy": facts.policy,
+        "runtime": facts.runtime,
+        "budgets": [asdict(each) for each in measured],
+    }
 
 
 def print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
