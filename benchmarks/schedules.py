@@ -44,7 +44,7 @@ from recache_compile.study import FIRST_HELD_OUT, Laboratory, Study
 from recache_compile.training import Effort, opened, study_of
 
 BATCH = 16
-TRAINING, VALIDATION, TEST = 12, 4, 8
+TRAINING, VALIDATION, TEST = 8, 4, 8
 """Batches that schedules are chosen on, that REINFORCE is accepted on, and that all are judged on."""
 
 T50 = Effort(TRAINING, VALIDATION)

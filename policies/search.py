@@ -33,7 +33,7 @@ class Climb:
         patience: moves from one schedule that may fail before it counts as a minimum.
     """
 
-    evaluations: int = 64
+    evaluations: int = 48
     handful: int = 8
     patience: int = 32
 
@@ -97,7 +97,7 @@ class Search:
 
     shortlist: int = 32
     finalists: int = 4
-    evaluations: int = 64
+    evaluations: int = 48
     iterations: int = 24
 
     def __post_init__(self) -> None:

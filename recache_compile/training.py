@@ -154,6 +154,9 @@ def opened(
 ) -> Iterator[tuple[Problem, Losses, Laboratory]]:
     """Everything that looking for schedules takes: engines, samples, calibration, workers.
 
+    Until it is closed torch has one thread on the CPU: more of them add up in another order,
+    and losses have the same bits on every machine.  Workers are what uses more cores.
+
     Args:
         study: what is studied.
         folder: where it is kept; whatever is there is not made again.
@@ -167,17 +170,19 @@ def opened(
     if effort.workers or effort.ray_address:
         import_ray()  # before anything takes long
     pipeline = None
-    if not (folder / "engines").exists():
-        report(f"loading {study.model}")
-        pipeline = load_pipeline(study.model, getattr(torch, study.dtype))
-        compile_engines(study, folder, pipeline, report)
-    report("loading the engines")
-    laboratory = Laboratory(folder, pipeline)
-    report("generating the uncached samples")
-    laboratory.prepare((*range(effort.training), *held_out_batches(effort.held_out)))
-    report("calibrating")
-    calibration = laboratory.calibration()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        if not (folder / "engines").exists():
+            report(f"loading {study.model}")
+            pipeline = load_pipeline(study.model, getattr(torch, study.dtype))
+            compile_engines(study, folder, pipeline, report)
+        report("loading the engines")
+        laboratory = Laboratory(folder, pipeline)
+        report("generating the uncached samples")
+        laboratory.prepare((*range(effort.training), *held_out_batches(effort.held_out)))
+        report("calibrating")
+        calibration = laboratory.calibration()
         runner: Runner = laboratory
         if effort.workers or effort.ray_address:
             report("starting the workers")

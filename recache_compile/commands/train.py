@@ -58,7 +58,12 @@ from recache_compile.parameters import JsonObject, Numbers, check_finite
 @click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
 @click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
 @click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
-@click.option("--workers", type=click.IntRange(0), default=0, help="Ray workers on this machine.  [default: none]")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    help="Ray workers on this machine, a CPU core each.  [default: none]",
+)
 @click.option("--ray-address", help="Join this Ray cluster; --out must be on a file system that it shares.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def train_command(

@@ -57,20 +57,21 @@ def test_it_takes_less_than_all_on_all() -> None:
     assert objective.generations <= halves + 2 * objective.batch_size < everything
 
 
-def test_each_batch_is_asked_of_those_that_are_left_alone() -> None:
-    objective = FakeObjective(separable(8), noise=0.05)
-    race(EVERY, objective)
-    assert [batches for _, batches in objective.calls] == [(0,), (0, 1), (0, 1, 2)]
+def test_rounds_double_and_ask_those_that_are_left_alone() -> None:
+    objective = FakeObjective(separable(8), noise=0.05, training=tuple(range(6)))
+    race(EVERY, objective, keep=2)
+    assert [len(batches) for _, batches in objective.calls] == [1, 2, 4, 6]
     counts = [len(schedules) for schedules, _ in objective.calls]
     assert counts == sorted(counts, reverse=True)
     for (before, _), (after, _) in pairwise(objective.calls):
         assert set(after) <= set(before)
 
 
-def test_a_clear_winner_leaves_no_more_than_are_to_be_kept() -> None:
+def test_a_clear_winner_leaves_no_more_than_are_to_be_kept_and_those_run_on_all() -> None:
     objective = FakeObjective(lambda mask: 0.0 if mask[:4].all() else 10.0, noise=0.01)
     race(EVERY, objective, keep=3)
-    assert [len(schedules) for schedules, _ in objective.calls] == [len(EVERY), 3, 3]
+    assert [len(schedules) for schedules, _ in objective.calls] == [len(EVERY), 3]
+    assert objective.calls[-1][1] == objective.training
 
 
 @pytest.mark.filterwarnings("error")

@@ -18,7 +18,7 @@ from recache_compile.training_view import showing, table_of
 BUDGETS = (5, 7, 9, 10, 13, 15)
 FORECASTERS = (("taylor", 1), ("hicache", 2))
 NUM_STEPS = 50
-TRAINING = 12
+TRAINING = 8
 """Batches of 16 samples that schedules are chosen on; few of them see every schedule."""
 
 
@@ -26,7 +26,7 @@ TRAINING = 12
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option("--workers", default=0, show_default=True, help="Ray workers on this machine.")
 def main(output: Path, workers: int) -> None:
-    """Train both policies: feature distance alone, 192 training and 64 held-out samples."""
+    """Train both policies: feature distance alone, 128 training and 64 held-out samples."""
     console = Console()
     trainer = Search()
     for name, order in FORECASTERS:
