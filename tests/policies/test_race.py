@@ -58,7 +58,7 @@ def test_it_takes_less_than_all_on_all() -> None:
 
 
 def test_rounds_double_and_ask_those_that_are_left_alone() -> None:
-    objective = FakeObjective(separable(8), noise=0.05, training=tuple(range(6)))
+    objective = FakeObjective(separable(8), noise=3.0, training=tuple(range(6)))
     race(EVERY, objective, keep=2)
     assert [len(batches) for _, batches in objective.calls] == [1, 2, 4, 6]
     counts = [len(schedules) for schedules, _ in objective.calls]
