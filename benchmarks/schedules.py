@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from torchmetrics.functional import spearman_corrcoef
 
 from recache_compile.loading import load_pipeline
 from recache_compile.objective import Losses
@@ -159,7 +159,7 @@ def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
         "order": study.order, "schedules": len(every),
         "best": best_of(training).recompute_steps, "best_loss": best, "best_held_out_loss": best_held_out,
         "rank_correlations": {
-            name: float(spearmanr(guess, list(training.values())).statistic) for name, guess in guesses.items()
+            name: float(spearman_corrcoef(torch.from_numpy(guess), torch.tensor(list(training.values())))) for name, guess in guesses.items()
         },
         "likelihoods": {name: float(np.mean(found)) / best - 1 for name, found in likelihoods.items()},
         "policies": {

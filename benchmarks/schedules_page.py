@@ -90,6 +90,8 @@ def best_rival(rivals: Mapping[str, Any], budget: str) -> str:
         name: rows[budget] for name, rows in rivals.items() if name not in OURS and "behind" in rows.get(budget, {})
     }
     name, row = min(others.items(), key=lambda item: item[1]["mean"])
+    if not row["behind"]["error"]:
+        return f"the same ({name})"
     return f"{-row['behind']['mean'] / row['behind']['error']:+.1f} SE ({name})"
 
 

@@ -48,7 +48,7 @@ class Objective(Protocol):
     """The loss of schedules on fixed samples, by running the model.
 
     Samples come in batches of one size, so that results do not depend on how they are asked
-    for.  Some batches are for choosing schedules, the others for judging them.
+    for.  Some batches are for choosing schedules, the others for accepting what was trained.
     """
 
     @property
@@ -58,7 +58,7 @@ class Objective(Protocol):
 
     @property
     def held_out(self) -> tuple[int, ...]:
-        """Numbers of the batches that schedules are judged on."""
+        """Numbers of the batches that what was trained is validated and accepted on."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Progress:
     Args:
         stage: what it is doing ("race", "climb", "fit", "reinforce").
         budget: that it is doing it for.
-        schedule: the best one so far.
+        schedule: the best one so far; the most likely one, while a distribution is trained.
         loss: of that schedule, the mean over the training samples seen so far; of the
             schedules that were drawn, while a distribution is trained.
         entropy: of the policy's first choice, in nats, where a distribution is trained.

@@ -8,9 +8,7 @@ from recache_compile.policies.base import Objective
 from recache_compile.schedule import Schedule
 
 
-def race(
-    candidates: Sequence[Schedule], objective: Objective, keep: int = 4, batches: Sequence[int] | None = None
-) -> list[tuple[Schedule, float]]:
+def race(candidates: Sequence[Schedule], objective: Objective, keep: int = 4) -> list[tuple[Schedule, float]]:
     """Successive halving (Maron and Moore, 1993; Karnin et al., 2013): on 1, 2, 4, ... batches, then on all.
 
     After each of these the better ones stay: as many as are within two standard errors of
@@ -20,7 +18,7 @@ def race(
         Those that have run on all batches, best first, with their mean losses.
     """
     left = list(dict.fromkeys(candidates))
-    batches = objective.training if batches is None else batches
+    batches = objective.training
     number = 1
     while True:
         number = len(batches) if len(left) <= keep else min(number, len(batches))

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import comb
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Climb:
         patience: moves from one schedule that may fail before it counts as a minimum.
     """
 
-    evaluations: int = 48
+    evaluations: int = 40
     handful: int = 8
     patience: int = 32
 
@@ -90,14 +91,14 @@ class Search:
 
     Args:
         shortlist: schedules that enter the race.
-        finalists: how many the race leaves; the best two of them are climbed from.
+        finalists: how many the race leaves at least; the best two of them are climbed from.
         evaluations: schedules that each climb tries at most.
         iterations: of REINFORCE, after the fit.
     """
 
     shortlist: int = 32
     finalists: int = 4
-    evaluations: int = 48
+    evaluations: int = 40
     iterations: int = 24
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class Search:
     def reports(self, budgets: int) -> int:
         """How many times at most progress is reported for so many budgets."""
         handfuls = self.evaluations // Climb().handful + 1
-        return budgets * (3 + 2 * handfuls) + self.iterations
+        return budgets * (4 + 2 * handfuls) + self.iterations
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule with the lowest training loss that was found."""
@@ -146,23 +147,30 @@ class Search:
         return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
-        """The shortlist: simple rules, neighbours in budget, and the surrogate's best or random schedules."""
-        rules: list[Policy] = [Uniform(), *(FrontLoaded(power) for power in (0.6, 0.8, 1.25, 1.5))]
-        if problem.calibration is not None:
-            rules += [DynamicProgram(), Minimax(), MagCache(), TeaCache()]
-        simple = [rule.schedule(problem, budget) for rule in rules]
+        """The shortlist: the surrogate's best or random schedules, neighbours in budget, and what rules say.
+
+        Rules are the uniform and front-loaded ones and, with a calibration, those of DPCache,
+        LeMiCa, MagCache and TeaCache.
+        """
+        rules: list[Policy] = [FrontLoaded(power) for power in (0.6, 0.8, 1.25, 1.5)]
         near = [each for schedule in known for each in _with_budget(schedule, budget)]
         if problem.calibration is None:
             random = np.random.default_rng((problem.seed, budget))
             near = near[:: -(-len(near) // (self.shortlist // 4 or 1)) or 1]
-            near += [random_schedule(problem.num_steps, budget, random) for _ in range(self.shortlist)]
+            near += [rule.schedule(problem, budget) for rule in rules]
+            rest = [random_schedule(problem.num_steps, budget, random) for _ in range(self.shortlist)]
         else:
+            forecaster = problem.need_forecaster("search")
+            rules += [MagCache(), TeaCache()]
+            if comb(problem.num_steps, forecaster.order + 2) <= 10**6:  # histories; more of them take long
+                rules += [DynamicProgram(), Minimax()]
             minima = [schedule for schedule, _ in Gram().minima(problem, budget)]
             around = [move for schedule in minima[:2] for move in relocations(schedule)]
-            rank = Surrogate(problem.calibration, problem.need_forecaster("search")).errors
-            near = sorted_by(rank, dict.fromkeys(near))[: self.shortlist // 4] + minima
-            near += sorted_by(rank, dict.fromkeys(around))
-        return list(dict.fromkeys([*simple, *near]))[: self.shortlist]
+            rank = Surrogate(problem.calibration, forecaster).errors
+            near = minima[:2] + sorted_by(rank, dict.fromkeys(near))[: self.shortlist // 4]
+            near += [rule.schedule(problem, budget) for rule in rules]
+            rest = minima[2:] + sorted_by(rank, dict.fromkeys(around))
+        return list(dict.fromkeys([Uniform().schedule(problem, budget), *near, *rest]))[: self.shortlist]
 
     def train(self, problem: Problem, budgets: Sequence[int]) -> ReCache:
         """One policy for all budgets: search each, fit, and try to improve it by REINFORCE.
@@ -189,9 +197,9 @@ class Search:
 
 
 def polish(problem: Problem, evaluated: dict[Schedule, float]) -> dict[Schedule, float]:
-    """Race the best schedule once against all that have one step moved by one.
+    """Race the best schedule against all that have one step moved by one; four of them run on every batch.
 
-    Climbing looks at the first batch first and may pass over a move that only all of them favour.
+    Climbing tries moves in the surrogate's order and a handful at a time, and may never come to these.
 
     Returns:
         What was given, and what has run on every training batch since.
@@ -205,8 +213,9 @@ def polish(problem: Problem, evaluated: dict[Schedule, float]) -> dict[Schedule,
 
 
 def between(problem: Problem, evaluated: Mapping[int, Mapping[Schedule, float]]) -> list[Schedule]:
-    """A schedule for every other budget, 2..T-1: from the next larger one that was searched (or the
-    largest), a step fewer or more at a time, each improved on the surrogate.
+    """A schedule for every other budget, 2..T-1, a step fewer or more at a time: below the largest one
+    that was searched from the next larger budget and improved on the surrogate, above it the surrogate's
+    favourite step added.
 
     Without a calibration there are none.
     """

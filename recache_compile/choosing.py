@@ -97,7 +97,7 @@ def _samples(call: Mapping[str, Any]) -> int:
     """How many results a pipeline call asks for."""
     several = [call[name] for name in ("prompt", "prompt_embeds", "class_labels") if call.get(name) is not None]
     samples = len(several[0]) if several and not isinstance(several[0], str) else 1
-    return samples * int(call.get("num_images_per_prompt", 1))
+    return samples * int(call.get("num_images_per_prompt", 1)) * int(call.get("num_videos_per_prompt", 1))
 
 
 def reschedule_calibrated(

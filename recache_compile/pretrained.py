@@ -118,7 +118,7 @@ def load_clip() -> ClipScore:
 
 def load_hpsv2() -> HumanPreference:
     """HPSv2.1 in `open_clip`, of which package hpsv2 holds a fork that lacks its vocabulary (release 1.2.0)."""
-    with _importing("reward hpsv2", "pip install open_clip_torch"):
+    with _importing("reward hpsv2", "pip install 'recache-compile[rewards]'"):
         import open_clip
         from huggingface_hub import hf_hub_download
     remedy = f"run `hf download {' '.join(HPS_WEIGHTS)}` where there is a network"
@@ -128,7 +128,7 @@ def load_hpsv2() -> HumanPreference:
 
 
 def load_imagereward() -> ImageReward:
-    """ImageReward-v1.0."""
+    """ImageReward-v1.0, whose package pins versions that do not fit ours: no extra can bring it."""
     install = "pip install image-reward git+https://github.com/openai/CLIP, in an environment with the versions it pins"
     with _importing("reward imagereward", install):
         import ImageReward as package  # noqa: N813 - the package's own name is that of our class

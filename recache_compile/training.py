@@ -45,7 +45,7 @@ class Trainer(Protocol):
         ...
 
 
-TRAINERS: dict[str, Callable[[], Trainer]] = {"search": Search, "recache": Reinforce}
+TRAINERS: dict[str, type[Search] | type[Reinforce]] = {"search": Search, "recache": Reinforce}
 """Ways to train, by the name users choose them by."""
 
 
@@ -150,18 +150,23 @@ def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
 
 @contextlib.contextmanager
 def opened(
-    study: Study, folder: Path, effort: Effort, report: Callable[[str], None]
+    study: Study,
+    folder: Path,
+    effort: Effort,
+    report: Callable[[str], None],
+    count: Callable[[int, int], None] = lambda done, asked: None,
 ) -> Iterator[tuple[Problem, Losses, Laboratory]]:
     """Everything that looking for schedules takes: engines, samples, calibration, workers.
 
     Until it is closed torch has one thread on the CPU: more of them add up in another order,
-    and losses have the same bits on every machine.  Workers are what uses more cores.
+    and losses shall have the same bits with any number of workers, which use more cores.
 
     Args:
         study: what is studied.
         folder: where it is kept; whatever is there is not made again.
         effort: how much of it.
         report: told what begins.
+        count: told how many losses of those asked for are there.
 
     Raises:
         RecacheError: naming what cannot be done.
@@ -188,7 +193,7 @@ def opened(
             report("starting the workers")
             runner = stack.enter_context(RayRunner(folder, max(1, effort.workers), effort.ray_address))
         objective = Losses(
-            folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha
+            folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha, count
         )
         yield (
             Problem(study.num_steps, laboratory.forecaster(), calibration, objective, effort.seed),
@@ -205,6 +210,7 @@ def train(
     effort: Effort,
     report: Callable[[str], None] = lambda stage: None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    count: Callable[[int, int], None] = lambda done, asked: None,
 ) -> Trained:
     """Train a policy and write it to a folder, with its curves and schedules.
 
@@ -219,13 +225,14 @@ def train(
         effort: how much.
         report: told what begins.
         progress: told how the search goes.
+        count: told how many losses of those asked for are there.
 
     Raises:
         RecacheError: naming what cannot be done.
     """
     check_out(study, budgets, out)
     seen: list[tuple[int, Progress]] = []
-    with opened(study, out / "study", effort, report) as (problem, objective, laboratory):
+    with opened(study, out / "study", effort, report, count) as (problem, objective, laboratory):
 
         def note(each: Progress) -> None:
             seen.append((objective.generations, each))
@@ -270,7 +277,7 @@ def _facts(
         "forecaster": study.forecaster,
         "order": study.order,
         "granularity": study.granularity,
-        "method": type(trainer).__name__.lower(),
+        "method": next(name for name, kind in TRAINERS.items() if kind is type(trainer)),
         "distance": study.distance,
         "reward": study.reward,
         "alpha": effort.alpha,

@@ -18,8 +18,8 @@ SPEED_SECONDS = 3600.0
 @contextlib.contextmanager
 def showing(
     console: Console, trainer: Trainer, budgets: int
-) -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None]]]:
-    """Two functions that show a stage, and the progress of a search.
+) -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None], Callable[[int, int], None]]]:
+    """Three functions that show a stage, the progress of a search, and how many losses of those asked for are there.
 
     Args:
         console: where.
@@ -44,12 +44,13 @@ def showing(
                 write(line(each))
             last[each.budget] = now
 
-        yield write, write_change
+        yield write, write_change, lambda done, asked: None
         return
     total, after_fit = trainer.reports(budgets), trainer.reports(0)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
+    text, losses = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[losses]}")
+    columns = text, losses, BarColumn(), TimeRemainingColumn()
     with Bar(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bar:
-        task = bar.add_task("starting", total=total)
+        task = bar.add_task("starting", total=total, losses="")
 
         def advance(each: Progress) -> None:
             last.setdefault(each.budget, ("", ()))
@@ -58,7 +59,10 @@ def showing(
             done = max(bar.tasks[0].completed + 1, started)
             bar.update(task, completed=min(done, total), description=line(each))
 
-        yield lambda stage: bar.update(task, description=stage), advance
+        def count(done: int, asked: int) -> None:
+            bar.update(task, losses=f"{done}/{asked}")
+
+        yield lambda stage: bar.update(task, description=stage), advance, count
 
 
 def table_of(trained: Trained) -> Table:

@@ -200,6 +200,7 @@ def test_more_budgets_can_be_trained_in_the_same_folder(own: Path) -> None:
     assert result.exit_code == 0, result.output
     facts = json.loads((own / "policy.json").read_text())
     assert list(facts["schedules"]) == ["4", "2"]
+    assert facts["method"] == "recache"
     assert before.items() < losses_in(own).items()
 
 
@@ -247,6 +248,8 @@ def test_alpha_counts_where_there_is_a_reward_only(trained: Path) -> None:
         (["--batch", "0"], "is not in the range"),
         (["--effort", "0"], "is not in the range"),
         (["--call", "[]"], "expected a JSON object"),
+        (["--call", '{"output_type": "np"}'], "call: output_type is not yours to set"),
+        (["--call", '{"prompt": "a cat"}'], "call: a prompt is not yours to set; use --prompts"),
         (["--out", "/proc/nothing/here"], "cannot be written"),
         (["--out", "x" * 300], "cannot be written"),
     ],

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
-from recache_compile.parameters import JsonObject, Numbers, check_finite
+from recache_compile.errors import ModelError
+from recache_compile.parameters import JsonObject, Numbers, check_call, check_finite
 
 
 @click.command("train")
@@ -101,6 +102,9 @@ def train_command(
         from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
         from recache_compile.training_view import showing, table_of
 
+        check_call(call, (1,))
+        if any(name.startswith("prompt") for name in call):
+            raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
         batch = min(batch, samples, held_out)
         study = study_of(
             model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,
@@ -113,8 +117,8 @@ def train_command(
         weight = 0.0 if study.reward == "none" else alpha
         spent = Effort(-(-samples // batch), -(-held_out // batch), weight, seed, workers, ray_address)
     try:
-        with showing(LOG, trainer, len(budgets)) as (report, progress):
-            trained = train(study, budgets, out, trainer, spent, report, progress)
+        with showing(LOG, trainer, len(budgets)) as shown:
+            trained = train(study, budgets, out, trainer, spent, *shown)
     except KeyboardInterrupt:
         raise click.ClickException(f"stopped; the same command with --out {out} goes on from where it was") from None
     if as_json:

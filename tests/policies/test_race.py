@@ -88,12 +88,6 @@ def test_a_candidate_named_twice_runs_once() -> None:
     assert len(left) == 2
 
 
-def test_other_batches_can_be_named() -> None:
-    objective = FakeObjective(separable(8))
-    race(EVERY[:3], objective, batches=objective.held_out)
-    assert objective.calls[-1][1] == objective.held_out
-
-
 def test_the_same_race_has_the_same_end() -> None:
     first, second = (race(EVERY, FakeObjective(separable(8), noise=0.4)) for _ in range(2))
     assert first == second

@@ -11,6 +11,7 @@ from recache_compile.errors import ScheduleError
 from recache_compile.forecasters import Taylor
 from recache_compile.policies import search
 from recache_compile.policies.base import Calibration, Problem, Progress
+from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import relocations
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
@@ -136,6 +137,17 @@ def test_progress_never_gets_worse_within_a_climb() -> None:
     assert {(each.stage, each.budget) for each in reports} == {("climb", 5)}
     assert all(after.loss <= before.loss for before, after in pairwise(reports))
     assert reports[-1].schedule == found
+
+
+def test_a_short_list_has_what_gram_would_choose() -> None:
+    problem = problem_of(FakeObjective(separable(TOTAL)), calibrated=True)
+    found = Search(shortlist=8).candidates(problem, 5, [Uniform().schedule(problem, 6)])
+    assert Gram().schedule(problem, 5) in found
+
+
+def test_candidates_of_a_high_order_need_no_table_of_all_histories() -> None:
+    problem = Problem(50, Taylor(4), calibration_of(trajectories(50)), FakeObjective(separable(50)))
+    assert len(Search().candidates(problem, 7)) == Search().shortlist
 
 
 @WITH_AND_WITHOUT

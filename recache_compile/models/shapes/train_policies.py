@@ -31,9 +31,9 @@ def main(output: Path, workers: int) -> None:
     trainer = Search()
     for name, order in FORECASTERS:
         study = study_of("shapes", NUM_STEPS, name, order, "stack", "features", "caption")
-        with showing(console, trainer, len(BUDGETS)) as (report, progress):
+        with showing(console, trainer, len(BUDGETS)) as shown:
             trained = train(
-                study, BUDGETS, output / f"{name}-{order}", trainer, Effort(TRAINING, workers=workers), report, progress
+                study, BUDGETS, output / f"{name}-{order}", trainer, Effort(TRAINING, workers=workers), *shown
             )
         console.print(table_of(trained))
 
