@@ -12,21 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_loop_benchmark_runs_at_a_tiny_size(tmp_path: Path) -> None:
-    sizes = [
-        "--blocks",
-        "1,2",
-        "--width",
-        "64",
-        "--tokens",
-        "16",
-        "--text-tokens",
-        "4",
-        "--steps",
-        "6",
-        "--budget",
-        "2",
-    ]
-    command = [sys.executable, "benchmarks/loop.py", *sizes, "--rounds", "1", "--json", str(tmp_path / "loop.json")]
+    sizes = ["--blocks=1,1", "--width=64", "--tokens=16", "--text-tokens=4", "--steps=6", "--budget=2", "--rounds=1"]
+    command = [sys.executable, "benchmarks/loop.py", *sizes, "--runtime=eager", "--json", str(tmp_path / "loop.json")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=500)
     result = json.loads((tmp_path / "loop.json").read_text())
     assert result["weight_file_bytes"] <= result["weight_bytes"] + 100_000

@@ -182,7 +182,7 @@ def test_imagereward_scores_each_picture_for_its_prompt(monkeypatch: pytest.Monk
     ("name", "package", "install"),
     [
         ("clip", "transformers", "pip install 'recache-compile[hub]'"),
-        ("hpsv2", "open_clip", "pip install open_clip_torch"),
+        ("hpsv2", "open_clip", "pip install 'recache-compile[rewards]'"),
         ("imagereward", "ImageReward", "pip install image-reward git+https://github.com/openai/CLIP"),
     ],
 )

@@ -4,11 +4,14 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import recache_compile as rc
+from recache_compile import compiler
+from recache_compile.capture import Captured, capture
 from recache_compile.compiled import Compiled
 from recache_compile.program import Kind, Role
 from tests.reference import CachedReference, changed_latents
@@ -39,36 +42,51 @@ class Checked:
     baked: tuple[str, ...]
 
 
-def check(case: Case, granularity: str, runtime: str = "eager") -> Checked:
-    """Compile a case and run T steps under both budgets."""
-    module = case.build()
-    inputs = case.inputs(Draw(0))
-    compiled = rc.compile(
-        module, inputs, (BUDGET, NUM_STEPS), NUM_STEPS, granularity=granularity, runtime=runtime, roles=case.roles
-    )
-    steps = [step_inputs(compiled, inputs, step) for step in range(NUM_STEPS)]
-    expected = [original(module, each) for each in steps]
-    full = compiled.dispatcher(NUM_STEPS)
-    full_error = max(distance(full(step=i, **each), expected[i]) for i, each in enumerate(steps))
-    cached_error = None
-    if granularity in ("stack", "block"):
-        latents = compiled.variants[0].names(Role.LATENTS)
-        reference = CachedReference(
-            module, inputs, latents, compiled.schedules[BUDGET].recompute_steps, increments=granularity == "block"
+class Checker:
+    """One case under every granularity; they differ in what follows the capture, which is made once."""
+
+    def __init__(self, case: Case) -> None:
+        self._module = case.build()
+        self._inputs = case.inputs(Draw(0))
+        self._roles = case.roles
+        self._captures: dict[str, Captured] = {}
+
+    def check(self, granularity: str, runtime: str = "eager") -> Checked:
+        """Compile and run T steps under both budgets."""
+        with mock.patch.object(compiler, "capture", self._capture):
+            compiled = rc.compile(
+                self._module, self._inputs, (BUDGET, NUM_STEPS), NUM_STEPS,
+                granularity=granularity, runtime=runtime, roles=self._roles,
+            )  # fmt: skip
+        module, inputs = self._module, self._inputs
+        steps = [step_inputs(compiled, inputs, step) for step in range(NUM_STEPS)]
+        expected = [original(module, each) for each in steps]
+        full = compiled.dispatcher(NUM_STEPS)
+        full_error = max(distance(full(step=i, **each), expected[i]) for i, each in enumerate(steps))
+        cached_error = None
+        if granularity in ("stack", "block"):
+            latents = compiled.variants[0].names(Role.LATENTS)
+            reference = CachedReference(
+                module, inputs, latents, compiled.schedules[BUDGET].recompute_steps, increments=granularity == "block"
+            )
+            run = compiled.dispatcher(BUDGET)
+            cached_error = max(distance(run(step=i, **each), reference(i, **each)) for i, each in enumerate(steps))
+        features = [value for value in compiled.variants[0].programs["recompute"].outputs if value.kind is Kind.FEATURE]
+        prologue = compiled.variants[0].programs.get("prologue")
+        hoisted = prologue.num_parameters if prologue else 0
+        return Checked(
+            sites=len(features),
+            bytes_per_anchor=sum(value.nbytes for value in features),
+            hoisted=hoisted / max(1, sum(weight.numel() for weight in compiled.weights.values())),
+            full_error=full_error,
+            cached_error=cached_error,
+            baked=tuple(compiled.variants[0].fixed),
         )
-        run = compiled.dispatcher(BUDGET)
-        cached_error = max(distance(run(step=i, **each), reference(i, **each)) for i, each in enumerate(steps))
-    features = [value for value in compiled.variants[0].programs["recompute"].outputs if value.kind is Kind.FEATURE]
-    prologue = compiled.variants[0].programs.get("prologue")
-    hoisted = prologue.num_parameters if prologue else 0
-    return Checked(
-        sites=len(features),
-        bytes_per_anchor=sum(value.nbytes for value in features),
-        hoisted=hoisted / max(1, sum(weight.numel() for weight in compiled.weights.values())),
-        full_error=full_error,
-        cached_error=cached_error,
-        baked=tuple(compiled.variants[0].fixed),
-    )
+
+    def _capture(self, module: nn.Module, inputs: Mapping[str, Any], roles: Any, label: str) -> Captured:
+        if label not in self._captures:
+            self._captures[label] = capture(module, inputs, roles, label)
+        return self._captures[label]
 
 
 def step_inputs(compiled: Compiled, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from recache_compile.errors import RecacheError
 from tests.zoo.base import Case
-from tests.zoo.check import BUDGET, NUM_STEPS, Checked, check
+from tests.zoo.check import BUDGET, NUM_STEPS, Checked, Checker
 
 MODULES = ("images_a_to_l", "images_n_to_z", "videos_a_to_h", "videos_k_to_z", "audio_and_others")
 GRANULARITIES = ("output", "stack", "block", "module")
@@ -64,10 +64,10 @@ def examine(name: str) -> Line:
     case = all_cases().get(name)
     if case is None:
         return Line(name, {}, {"stack": "no small configuration of it is known here"})
-    checked, stopped = {}, {}
+    checker, checked, stopped = Checker(case), {}, {}
     for granularity in GRANULARITIES:
         try:
-            checked[granularity] = check(case, granularity)
+            checked[granularity] = checker.check(granularity)
         except RecacheError as error:
             stopped[granularity] = str(error)
     return Line(name, checked, stopped)
