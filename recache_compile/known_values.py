@@ -36,6 +36,15 @@ _MAKERS_LIKE = {
     *(torch.zeros_like, torch.ones_like, torch.full_like),
     *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
 }
+_FACTS = {
+    *(Tensor.size, Tensor.stride, Tensor.storage_offset, Tensor.untyped_storage, Tensor.numel, Tensor.dim),
+    *(Tensor.is_conj, Tensor.is_neg, Tensor.is_inference, Tensor._is_view),
+    *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__),  # type: ignore[attr-defined]
+    *(Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.is_sparse.__get__, Tensor.is_quantized.__get__),  # type: ignore[attr-defined]
+    *(Tensor.is_nested.__get__, Tensor.is_mkldnn.__get__),  # type: ignore[attr-defined]
+}
+"""What a tracer tells of a tensor by itself; most calls are of this kind."""
+
 _UNKNOWN: Any = object()
 
 
@@ -52,6 +61,8 @@ class KnownValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__iter__:  # an iterator would hide its tensors
             return iter(self.__torch_function__(Tensor.unbind, types, args))
+        if func in _FACTS:
+            return func(*args, **(kwargs or {}))
         args, kwargs = self._with_sizes(func, args, kwargs or {})
         values, asked = self._evaluate(func, args, kwargs)
         if asked:
