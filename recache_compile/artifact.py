@@ -3,14 +3,13 @@
 manifest.json          facts and the hash of every other file
 weights.safetensors    every weight, once, and the known timesteps
 programs/V/NAME.json   the programs of variant V
-engines/V/NAME.pt2     their engines, for runtimes that have files
+engines/V/NAME.pt2     their engines, for runtimes that have files; NAME.V.onnx beside the weights that they name
 """
 
 import contextlib
 import hashlib
 import json
 import math
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule
 from recache_compile.serialize import program_from_json, program_to_json, read_value, value_to_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -56,10 +55,9 @@ class _Variant(_Facts):
 
 
 class _Manifest(_Facts):
-    format_version: Literal[2]
+    format_version: Literal[3]
     recache_version: str
-    torch_version: str
-    platform: str
+    engines_for: str | None
     device: str
     description: Description
     signature: Signature
@@ -166,18 +164,15 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
     if device != torch.device(manifest.device):
         raise ArtifactError(f"compiled for {manifest.device}, not for {device}; compile again there")
     runtime = get_runtime(description.runtime)
-    if runtime.suffix and (found := engine_key(device)) != (manifest.torch_version, manifest.platform):
-        raise ArtifactError(
-            f"its engines are for torch {manifest.torch_version} on {manifest.platform}, this is torch"
-            f" {found[0]} on {found[1]}; compile again here"
-        )
+    if (found := runtime.key(device)) != manifest.engines_for:
+        raise ArtifactError(f"its engines are for {manifest.engines_for}, this is {found}; compile again here")
     tensors = load_file(folder / WEIGHTS, device=str(device))
     weights = _under("weights/", tensors)
     variants = []
     for number, facts in enumerate(manifest.variants):
         programs = {name: _read_program(folder, number, name, weights) for name in facts.programs}
         engines = {
-            name: runtime.load(program, folder / _engine_file(number, name, runtime.suffix), weights)
+            name: runtime.load(program, folder / (runtime.file(number, name) or name), weights, device)
             for name, program in programs.items()
         }
         inputs = tuple(read_value(entry) for entry in facts.inputs)
@@ -198,7 +193,7 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
         for budget, plan in manifest.plans.items()
     }
     check_plans(plans, variants)
-    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder / "engines")
+    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder)
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -227,36 +222,31 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
                 raise ArtifactError(f"the plan of budget {budget} makes no sense at step {number}; compile again")
 
 
-def engine_key(device: torch.device) -> tuple[str, str]:
-    """What engines depend on: the torch version, and the processor or GPU architecture."""
-    if device.type == "cuda":
-        return torch.__version__, "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
-    return torch.__version__, f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
 def _write(compiled: Compiled, folder: Path) -> None:
-    suffix = get_runtime(compiled.description.runtime).suffix
+    runtime = get_runtime(compiled.description.runtime)
+    engines = []
     for number, variant in enumerate(compiled.variants):
         for name, program in variant.programs.items():
             file = folder / _program_file(number, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(program_to_json(program), encoding="utf-8")
-            if suffix:
-                engine = folder / _engine_file(number, name, suffix)
-                engine.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(compiled.folder / str(number) / f"{name}{suffix}", engine)
+            if engine := runtime.file(number, name):
+                engines.append(folder / engine)
+                engines[-1].parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(compiled.folder / engine, engines[-1])
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
         tensors |= {f"fixed/{number}/{name}": value for name, value in variant.fixed.items()}
     save_file(_apart(tensors), folder / WEIGHTS)
-    torch_version, machine = engine_key(compiled.variants[0].device)
+    for engine in engines:
+        runtime.link(engine, folder / WEIGHTS, "weights/")
+    device = compiled.variants[0].device
     manifest = _Manifest(
         format_version=FORMAT_VERSION,
         recache_version=__version__,
-        torch_version=torch_version,
-        platform=machine,
-        device=str(compiled.variants[0].device),
+        engines_for=runtime.key(device),
+        device=str(device),
         description=compiled.description,
         signature=compiled.signature,
         plans={
@@ -330,12 +320,13 @@ class _Version(BaseModel):
 def _check_files(folder: Path, manifest: _Manifest) -> None:
     """Every file of the manifest is there and unchanged, and there is no other."""
     present = _files(folder) - {MANIFEST}
-    suffix = get_runtime(manifest.description.runtime).suffix
+    runtime = get_runtime(manifest.description.runtime)
     needed = [
         file
         for number, facts in enumerate(manifest.variants)
         for name in facts.programs
-        for file in (_program_file(number, name), *([_engine_file(number, name, suffix)] if suffix else ()))
+        for file in (_program_file(number, name), runtime.file(number, name))
+        if file is not None
     ]
     if unlisted := sorted({WEIGHTS, *needed} - set(manifest.files)):
         raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
@@ -364,7 +355,3 @@ def _read_program(folder: Path, number: int, name: str, weights: dict[str, torch
 
 def _program_file(number: int, name: str) -> str:
     return f"programs/{number}/{name}.json"
-
-
-def _engine_file(number: int, name: str, suffix: str | None) -> str:
-    return f"engines/{number}/{name}{suffix or ''}"

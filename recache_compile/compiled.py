@@ -68,7 +68,7 @@ class Compiled:
         plans: what each step runs, by budget.
         variants: programs and engines, one for each set of input shapes.
         weights: every weight, once.
-        folder: holds the engine files, one folder for each variant.
+        folder: holds the engine files, where an artifact has them.
         keep: kept alive with this object.
         revision: counts how often the weights were replaced.
     """

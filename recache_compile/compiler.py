@@ -107,7 +107,7 @@ def compile_module(
                 fixed=captured.fixed,
                 device=device,
                 programs=programs,
-                engines=lower(programs, runtime, weights, device, Path(keep.name) / str(number), report),
+                engines=lower(programs, runtime, weights, device, Path(keep.name), number, report),
                 timesteps=timesteps,
                 macs=count_macs(captured.program, device),
             )
@@ -278,14 +278,15 @@ def lower(
     weights: Mapping[str, Tensor],
     device: torch.device,
     folder: Path,
+    number: int,
     report: Report,
 ) -> dict[str, Engine]:
-    """One engine for every program; engine files go to `folder`."""
-    folder.mkdir(parents=True)
+    """One engine for every program of variant `number`; engine files go to `folder`, as in an artifact."""
     engines = {}
     for name, program in programs.items():
         report(f"lowering {name} to {runtime.name}")
-        file = folder / f"{name}{runtime.suffix or ''}"
+        file = folder / (runtime.file(number, name) or name)
+        file.parent.mkdir(parents=True, exist_ok=True)
         runtime.lower(program, device, file)
-        engines[name] = runtime.load(program, file, weights)
+        engines[name] = runtime.load(program, file, weights, device)
     return engines

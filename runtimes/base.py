@@ -25,9 +25,12 @@ class Runtime(Protocol):
         """The name users choose it by."""
         ...
 
-    @property
-    def suffix(self) -> str | None:
-        """Ending of its engine files; None when it needs none."""
+    def file(self, variant: int, program: str) -> str | None:
+        """Where in an artifact the engine of a program lies; None when it has no file."""
+        ...
+
+    def key(self, device: torch.device) -> str | None:
+        """What engines of this machine fit, for people; None when they fit everywhere."""
         ...
 
     def require(self) -> None:
@@ -38,7 +41,11 @@ class Runtime(Protocol):
         """Write the engine of a program for a device, without its weights."""
         ...
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
+    def link(self, file: Path, weights: Path, prefix: str) -> None:
+        """Let an engine file tell where its weights are: in the safetensors file `weights` beside it, under `prefix`."""
+        ...
+
+    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
         """Make an engine that uses `weights` in place, without a copy."""
         ...
 
@@ -77,6 +84,19 @@ class Variant:
     def names(self, role: Role) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
         return tuple(value.name for value in self.inputs if value.kind is Kind(role))
+
+
+def output_shapes(program: Program, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Sizes of the results of a call: a table has as many rows as its timesteps."""
+    rows = {
+        value.name.rpartition("@")[2]: tensor.shape[0]
+        for value, tensor in zip(program.inputs, inputs, strict=True)
+        if None in value.shape
+    }
+    return [
+        tuple(rows[value.name.partition(".")[0]] if size is None else size for size in value.shape)
+        for value in program.outputs
+    ]
 
 
 def example_inputs(program: Program, device: torch.device) -> tuple[Tensor, ...]:

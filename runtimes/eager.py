@@ -16,7 +16,14 @@ class Eager:
     """Runs everywhere and needs nothing."""
 
     name: str = "eager"
-    suffix: str | None = None
+
+    def file(self, variant: int, program: str) -> str | None:
+        """No engine has a file."""
+        return None
+
+    def key(self, device: torch.device) -> str | None:
+        """Runs everywhere."""
+        return None
 
     def require(self) -> None:
         """Always usable."""
@@ -24,7 +31,10 @@ class Eager:
     def lower(self, program: Program, device: torch.device, file: Path) -> None:
         """Nothing to write: the program is the engine."""
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
+    def link(self, file: Path, weights: Path, prefix: str) -> None:
+        """There is no file."""
+
+    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
         """The program's graph on the given weights."""
         module = fx.GraphModule({name: weights[name] for name in program.weights}, program.module.graph)
 

@@ -1,5 +1,6 @@
 """Ahead-of-time compilation with AOTInductor: one `.pt2` package per program, no weights inside."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,18 @@ class Inductor:
     """AOTInductor on the CPU or a GPU."""
 
     name: str = "inductor"
-    suffix: str | None = ".pt2"
+
+    def file(self, variant: int, program: str) -> str | None:
+        """One package a program."""
+        return f"engines/{variant}/{program}.pt2"
+
+    def key(self, device: torch.device) -> str | None:
+        """The torch version, and the processor or GPU architecture."""
+        if device.type == "cuda":
+            machine = "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
+        else:
+            machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"torch {torch.__version__} on {machine}"
 
     def require(self) -> None:
         """Needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
@@ -56,7 +68,10 @@ class Inductor:
                 f" compiler: {str(error).strip().splitlines()[-1]}"
             ) from error
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
+    def link(self, file: Path, weights: Path, prefix: str) -> None:
+        """Packages know their weights by name."""
+
+    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
         """Load a package and hand it pointers to the weights."""
         compiled = torch._inductor.aoti_load_package(str(file))
         own = {name: weights[name] for name in compiled.get_constant_fqns()}

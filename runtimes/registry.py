@@ -18,7 +18,13 @@ def _inductor() -> Runtime:
     return Inductor()
 
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"eager": _eager, "inductor": _inductor}
+def _onnxruntime() -> Runtime:
+    from recache_compile.runtimes.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime()
+
+
+RUNTIMES: dict[str, Callable[[], Runtime]] = {"eager": _eager, "inductor": _inductor, "onnxruntime": _onnxruntime}
 
 
 def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None) -> Runtime:
