@@ -230,10 +230,10 @@ def _write(compiled: Compiled, folder: Path) -> None:
             file = folder / _program_file(number, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(program_to_json(program), encoding="utf-8")
-            if engine := runtime.file(number, name):
-                engines.append(folder / engine)
+            if place := runtime.file(number, name):
+                engines.append(folder / place)
                 engines[-1].parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(compiled.folder / engine, engines[-1])
+                shutil.copyfile(compiled.folder / place, engines[-1])
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}

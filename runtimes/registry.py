@@ -1,5 +1,6 @@
 """Find a runtime by name."""
 
+import contextlib
 from collections.abc import Callable
 
 from recache_compile.errors import RuntimeUnavailableError
@@ -31,7 +32,7 @@ def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None
     """A usable runtime.
 
     Args:
-        name: one of `RUNTIMES`, or "auto": inductor where it can be used, else eager.
+        name: one of `RUNTIMES`, or "auto": the first that can be used of inductor, onnxruntime and eager.
         explain: told why "auto" did not take inductor.
 
     Raises:
@@ -41,6 +42,10 @@ def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None
         try:
             return get_runtime("inductor")
         except RuntimeUnavailableError as error:
+            with contextlib.suppress(RuntimeUnavailableError):
+                runtime = get_runtime("onnxruntime")
+                explain(f"{error}; using runtime onnxruntime")
+                return runtime
             explain(f"{error}; using runtime eager")
             return get_runtime("eager")
     if name not in RUNTIMES:

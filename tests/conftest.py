@@ -13,6 +13,7 @@ import recache_compile as rc
 from recache_compile.loading import load_pipeline
 
 NUM_STEPS = 12
+RUNTIMES = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inductor", "onnxruntime"))]
 PROMPT = "a red circle left of a blue square on a dark background"
 TRAINING = (
     *("train", "shapes", "--steps", "8", "--budgets", "3,4", "--samples", "4", "--held-out", "4", "--batch", "2"),
@@ -96,6 +97,12 @@ def inductor(flux: FluxTransformer2DModel) -> rc.Compiled:
 
 
 @pytest.fixture(scope="session")
+def onnxruntime(flux: FluxTransformer2DModel) -> rc.Compiled:
+    pytest.importorskip("onnxruntime")
+    return compile_flux(flux, runtime="onnxruntime")
+
+
+@pytest.fixture(scope="session")
 def shapes() -> Any:
     return load_pipeline("shapes")
 
@@ -122,4 +129,11 @@ def eager_artifact(eager: rc.Compiled, tmp_path_factory: pytest.TempPathFactory)
 def inductor_artifact(inductor: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts") / "inductor"
     inductor.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_artifact(onnxruntime: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "onnxruntime"
+    onnxruntime.save(folder)
     return folder

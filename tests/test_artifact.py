@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import recache_compile as rc
 from recache_compile.artifact import _digest
 from recache_compile.errors import ArtifactError
-from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs
+from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
 from tests.test_compiler import relative_error
 
 TOLERANCE = 1e-6
@@ -28,7 +28,7 @@ def generation(compiled: rc.Compiled) -> list[torch.Tensor]:
     return [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(NUM_STEPS)]
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_loaded_artifact_gives_the_same_results(runtime: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{runtime}_artifact")
     loaded = rc.load(folder)
@@ -37,7 +37,7 @@ def test_a_loaded_artifact_gives_the_same_results(runtime: str, request: pytest.
     assert max(map(relative_error, generation(loaded), expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_weights_are_stored_once(runtime: str, request: pytest.FixtureRequest) -> None:
     folder, compiled = request.getfixturevalue(f"{runtime}_artifact"), request.getfixturevalue(runtime)
     weight_bytes = sum(weight.nbytes for weight in compiled.weights.values())
@@ -46,7 +46,7 @@ def test_weights_are_stored_once(runtime: str, request: pytest.FixtureRequest) -
     assert stored == {f"weights/{name}" for name in compiled.weights}
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_loading_imports_neither_the_model_nor_diffusers(
     runtime: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -66,7 +66,7 @@ torch.save(results, {str(tmp_path / "results.pt")!r})
     assert max(map(relative_error, torch.load(tmp_path / "results.pt"), expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_engines_read_the_one_copy_of_the_weights(runtime: str, request: pytest.FixtureRequest) -> None:
     loaded = rc.load(request.getfixturevalue(f"{runtime}_artifact"))
     loaded.weights["proj_out.weight"].zero_()
@@ -84,7 +84,7 @@ def test_saving_again_replaces_an_artifact(eager: rc.Compiled, tmp_path: Path) -
     rc.load(folder)
 
 
-@pytest.mark.parametrize("runtime", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_loaded_artifact_can_be_saved_again(runtime: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(f"{runtime}_artifact")
     rc.load(folder).save(tmp_path / "copy")
@@ -145,7 +145,7 @@ def test_an_older_format_is_refused(eager_artifact: Path, tmp_path: Path) -> Non
 def test_a_newer_format_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(eager_artifact, tmp_path)
     edit_manifest(folder, format_version=99, something_new=[1])
-    with pytest.raises(ArtifactError, match="format 99, this version reads up to 2; upgrade"):
+    with pytest.raises(ArtifactError, match="format 99, this version reads up to 3; upgrade"):
         rc.load(folder)
 
 
@@ -168,7 +168,7 @@ def test_a_file_outside_the_folder_is_refused(eager_artifact: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_engines_of_another_torch_are_refused(inductor_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(inductor_artifact, tmp_path)
-    edit_manifest(folder, torch_version="1.0.0")
+    edit_manifest(folder, engines_for="torch 1.0.0 on x86_64")
     with pytest.raises(ArtifactError, match=r"its engines are for torch 1\.0\.0"):
         rc.load(folder)
 

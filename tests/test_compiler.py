@@ -17,11 +17,10 @@ from recache_compile.plan import make_plan
 from recache_compile.policies.base import Problem
 from recache_compile.program import Kind
 from recache_compile.schedule import Schedule
-from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
+from tests.conftest import NUM_STEPS, RUNTIMES, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
 from tests.reference import CachedReference
 
 LATENTS = ("hidden_states",)
-RUNTIMES = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -29,7 +28,12 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "tolerance"), [("eager", 1e-6), pytest.param("inductor", 1e-5, marks=pytest.mark.slow)]
+    ("runtime", "tolerance"),
+    [
+        ("eager", 1e-6),
+        pytest.param("inductor", 1e-5, marks=pytest.mark.slow),
+        pytest.param("onnxruntime", 1e-5, marks=pytest.mark.slow),
+    ],
 )
 def test_full_budget_reproduces_the_original_call_by_call(
     runtime: str, tolerance: float, flux: torch.nn.Module, request: pytest.FixtureRequest

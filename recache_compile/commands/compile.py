@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     default=None,
     help="Cache what is added to the stream, or the stream itself.  [default: residual at block, else absolute]",
 )
-@click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, inductor, onnxruntime or eager.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
 @click.option(

@@ -56,7 +56,7 @@ from recache_compile.parameters import JsonObject, Numbers, check_call, check_fi
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
-@click.option("--runtime", default="auto", show_default=True, help="auto, inductor or eager.")
+@click.option("--runtime", default="auto", show_default=True, help="auto, inductor, onnxruntime or eager.")
 @click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
 @click.option("--component", default="transformer", show_default=True, help="Which transformer of the pipeline.")
 @click.option(
