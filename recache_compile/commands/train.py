@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.parameters import JsonObject, Numbers, check_call, check_finite
 
 
@@ -65,7 +65,10 @@ from recache_compile.parameters import JsonObject, Numbers, check_call, check_fi
     default=0,
     help="Ray workers on this machine, a CPU core each.  [default: none]",
 )
-@click.option("--ray-address", help="Join this Ray cluster; --out must be on a file system that it shares.")
+@click.option(
+    "--ray-address",
+    help="The --workers are processes of this Ray cluster; --out must be on a file system that it shares.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def train_command(
     model: str,
@@ -103,6 +106,8 @@ def train_command(
         from recache_compile.training_view import showing, table_of
 
         check_call(call, (1,))
+        if ray_address and not workers:
+            raise RuntimeUnavailableError("--ray-address: name the number of its processes too, --workers N")
         if any(name.startswith("prompt") for name in call):
             raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
         batch = min(batch, samples, held_out)
