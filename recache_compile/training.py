@@ -279,7 +279,7 @@ def _facts(
         "granularity": study.granularity,
         "method": next(name for name, kind in TRAINERS.items() if kind is type(trainer)),
         "distance": study.distance,
-        "reward": study.reward,
+        "reward": study.reward if effort.alpha else "none",
         "alpha": effort.alpha,
         "training_samples": effort.training * study.batch_size,
         "held_out_samples": effort.held_out * study.batch_size,

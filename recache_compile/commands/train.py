@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
-from recache_compile.errors import ModelError, RuntimeUnavailableError
+from recache_compile.errors import ModelError
 from recache_compile.parameters import JsonObject, Numbers, check_call, check_finite
 
 
@@ -63,7 +63,7 @@ from recache_compile.parameters import JsonObject, Numbers, check_call, check_fi
     "--workers",
     type=click.IntRange(0),
     default=0,
-    help="Ray workers on this machine, a CPU core each.  [default: none]",
+    help="Ray workers, a CPU core or a share of a GPU each; on this machine without --ray-address.  [default: none]",
 )
 @click.option(
     "--ray-address",
@@ -107,7 +107,7 @@ def train_command(
 
         check_call(call, (1,))
         if ray_address and not workers:
-            raise RuntimeUnavailableError("--ray-address: name the number of its processes too, --workers N")
+            raise ModelError("--ray-address: name the number of its processes too, --workers N")
         if any(name.startswith("prompt") for name in call):
             raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
         batch = min(batch, samples, held_out)
