@@ -300,7 +300,7 @@ def test_what_reinforce_made_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
 def test_effort_scales_what_is_tried() -> None:
     assert Search(32, 4, 96, 40).scaled(0.5) == Search(16, 4, 48, 20)
-    assert Search(32, 4, 96, 40).scaled(0.01) == Search(8, 4, 8, 0)
+    assert Search(32, 4, 96, 40).scaled(0.01) == Search(12, 4, 8, 0)
 
 
 @pytest.mark.parametrize(("policy", "name"), [(Search(), "search"), (Climb(), "climb")])
