@@ -34,7 +34,7 @@ class Reinforce:
         schedules: n, drawn in each iteration.
         rate: Adam's learning rate.
         entropy: weight of log p in the loss.
-        likelihood: "set" (order does not matter, less variance) or "ordered".
+        likelihood: "set" (order does not matter) or "ordered".
         width: of the network; 0 for logits that do not depend on the budget.
         every: iterations between two validations on the held-out samples.
     """

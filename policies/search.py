@@ -108,7 +108,7 @@ class Search:
         """The same with `effort` times as much to try."""
         return replace(
             self,
-            shortlist=max(8, round(self.shortlist * effort)),
+            shortlist=max(12, round(self.shortlist * effort)),  # room for what the rules say
             evaluations=max(8, round(self.evaluations * effort)),
             iterations=round(self.iterations * effort),
         )
@@ -152,23 +152,23 @@ class Search:
         Rules are the uniform and front-loaded ones and, with a calibration, those of DPCache,
         LeMiCa, MagCache and TeaCache.
         """
-        rules: list[Policy] = [FrontLoaded(power) for power in (0.6, 0.8, 1.25, 1.5)]
+        front: list[Policy] = [FrontLoaded(power) for power in (0.6, 0.8, 1.25, 1.5)]
         near = [each for schedule in known for each in _with_budget(schedule, budget)]
         if problem.calibration is None:
             random = np.random.default_rng((problem.seed, budget))
             near = near[:: -(-len(near) // (self.shortlist // 4 or 1)) or 1]
-            near += [rule.schedule(problem, budget) for rule in rules]
+            near += [rule.schedule(problem, budget) for rule in front]
             rest = [random_schedule(problem.num_steps, budget, random) for _ in range(self.shortlist)]
         else:
             forecaster = problem.need_forecaster("search")
-            rules += [MagCache(), TeaCache()]
+            rules: list[Policy] = [MagCache(), TeaCache()]
             if comb(problem.num_steps, forecaster.order + 2) <= 10**6:  # histories; more of them take long
                 rules += [DynamicProgram(), Minimax()]
             minima = [schedule for schedule, _ in Gram().minima(problem, budget)]
             around = [move for schedule in minima[:2] for move in relocations(schedule)]
             rank = Surrogate(problem.calibration, forecaster).errors
             near = minima[:2] + sorted_by(rank, dict.fromkeys(near))[: self.shortlist // 4]
-            near += [rule.schedule(problem, budget) for rule in rules]
+            near += [rule.schedule(problem, budget) for rule in (*rules, *front)]
             rest = minima[2:] + sorted_by(rank, dict.fromkeys(around))
         return list(dict.fromkeys([Uniform().schedule(problem, budget), *near, *rest]))[: self.shortlist]
 

@@ -67,11 +67,11 @@ class Losses:
         return self.distances(schedules, batches) - self.alpha * self.rewards(schedules, batches)
 
     def distances(self, schedules: Sequence[Schedule], batches: Sequence[int]) -> np.ndarray:
-        """d of every schedule on every sample."""
+        """d of every schedule on every sample (schedules, batches * batch_size)."""
         return self._table(schedules, batches, 0)
 
     def rewards(self, schedules: Sequence[Schedule], batches: Sequence[int]) -> np.ndarray:
-        """R of every schedule on every sample."""
+        """R of every schedule on every sample (schedules, batches * batch_size)."""
         return self._table(schedules, batches, 1)
 
     def _table(self, schedules: Sequence[Schedule], batches: Sequence[int], which: int) -> np.ndarray:

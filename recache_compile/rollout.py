@@ -91,11 +91,11 @@ class Rollouts:
             ) from error
 
     def full(self, batch: Batch) -> Tensor:
-        """What the batch becomes when every step is recomputed."""
+        """What the batch becomes when every step is recomputed (samples, *shape)."""
         return self.generate(self._every_step, batch)
 
     def noise(self) -> Tensor:
-        """The first latents of the last generation."""
+        """The first latents of the last generation, in the transformer's shape."""
         return min(self._replay.moments.items(), key=lambda item: item[0][1])[1].latents[0]
 
     def forget(self) -> None:

@@ -215,7 +215,7 @@ class Laboratory:
             self._reference(number)
 
     def full(self, number: int) -> Tensor:
-        """The uncached results of a batch."""
+        """The uncached results of a batch (samples, *shape), as the pipeline returns them."""
         return self._reference(number)[1]
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Effort:
         alpha: weight of the reward.
         seed: of the search; the study's own is that of the noise.
         workers: Ray workers; 0: in this process.
-        ray_address: of a running cluster.
+        ray_address: of a running cluster for the workers; None: they get one on this machine.
     """
 
     training: int = 3
@@ -172,7 +172,7 @@ def opened(
         RecacheError: naming what cannot be done.
     """
     is_begun(study, folder)  # if it holds another one, that is an error
-    if effort.workers or effort.ray_address:
+    if effort.workers:
         import_ray()  # before anything takes long
     pipeline = None
     with contextlib.ExitStack() as stack:
@@ -189,9 +189,9 @@ def opened(
         report("calibrating")
         calibration = laboratory.calibration()
         runner: Runner = laboratory
-        if effort.workers or effort.ray_address:
+        if effort.workers:
             report("starting the workers")
-            runner = stack.enter_context(RayRunner(folder, max(1, effort.workers), effort.ray_address))
+            runner = stack.enter_context(RayRunner(folder, effort.workers, effort.ray_address))
         objective = Losses(
             folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha, count
         )
@@ -279,7 +279,7 @@ def _facts(
         "granularity": study.granularity,
         "method": next(name for name, kind in TRAINERS.items() if kind is type(trainer)),
         "distance": study.distance,
-        "reward": study.reward,
+        "reward": study.reward if effort.alpha else "none",
         "alpha": effort.alpha,
         "training_samples": effort.training * study.batch_size,
         "held_out_samples": effort.held_out * study.batch_size,

@@ -243,6 +243,7 @@ def test_alpha_counts_where_there_is_a_reward_only(trained: Path) -> None:
         (["--order", "-1"], "order -1"),
         (["--runtime", "magic"], "runtime 'magic' is unknown"),
         (["--method", "luck"], "is not one of"),
+        (["--ray-address", "10.0.0.1:6379"], "--ray-address: name the number of its processes too, --workers N"),
         (["--prompts", "missing.txt"], "prompts missing.txt: cannot be read"),
         (["--held-out", "1"], "is not in the range"),
         (["--batch", "0"], "is not in the range"),

@@ -33,6 +33,7 @@ from recache_compile.study import (
     read_study,
     write_study,
 )
+from recache_compile.training import Effort, opened
 
 STEPS = 8
 STUDY = Study(
@@ -78,6 +79,17 @@ def laboratory(folder: Path, shapes: Any) -> Laboratory:
 def own(folder: Path, tmp_path: Path) -> Path:
     """A copy that may be written to."""
     return Path(shutil.copytree(folder, tmp_path / "study"))
+
+
+def test_torch_gets_its_threads_back_when_a_study_is_closed(own: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with opened(STUDY, own, Effort(1, 1), lambda stage: None):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 class Forbidden:

@@ -63,9 +63,12 @@ from recache_compile.parameters import JsonObject, Numbers, check_call, check_fi
     "--workers",
     type=click.IntRange(0),
     default=0,
-    help="Ray workers on this machine, a CPU core each.  [default: none]",
+    help="Ray workers, a CPU core or a share of a GPU each; on this machine without --ray-address.  [default: none]",
 )
-@click.option("--ray-address", help="Join this Ray cluster; --out must be on a file system that it shares.")
+@click.option(
+    "--ray-address",
+    help="The --workers are processes of this Ray cluster; --out must be on a file system that it shares.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def train_command(
     model: str,
@@ -103,6 +106,8 @@ def train_command(
         from recache_compile.training_view import showing, table_of
 
         check_call(call, (1,))
+        if ray_address and not workers:
+            raise ModelError("--ray-address: name the number of its processes too, --workers N")
         if any(name.startswith("prompt") for name in call):
             raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
         batch = min(batch, samples, held_out)

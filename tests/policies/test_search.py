@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from recache_compile.errors import ScheduleError
 from recache_compile.forecasters import Taylor
 from recache_compile.policies import search
-from recache_compile.policies.base import Calibration, Problem, Progress
+from recache_compile.policies.base import Calibration, Policy, Problem, Progress
+from recache_compile.policies.dynamic import DynamicProgram, Minimax
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import relocations
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
 from recache_compile.policies.search import Climb, Search, best_of, is_better
+from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
 from recache_compile.schedule import Schedule
 from tests.policies.fakes import FakeObjective, away_from, calibration_of, separable, trajectories
@@ -143,6 +145,13 @@ def test_a_short_list_has_what_gram_would_choose() -> None:
     problem = problem_of(FakeObjective(separable(TOTAL)), calibrated=True)
     found = Search(shortlist=8).candidates(problem, 5, [Uniform().schedule(problem, 6)])
     assert Gram().schedule(problem, 5) in found
+
+
+@pytest.mark.parametrize("rule", [MagCache(), TeaCache(), DynamicProgram(), Minimax()])
+def test_the_smallest_search_has_what_the_rules_would_choose(rule: Policy) -> None:
+    problem = problem_of(FakeObjective(separable(TOTAL)), calibrated=True)
+    known = [Uniform().schedule(problem, budget) for budget in (6, 7, 8)]
+    assert rule.schedule(problem, 5) in Search().scaled(0.01).candidates(problem, 5, known)
 
 
 def test_candidates_of_a_high_order_need_no_table_of_all_histories() -> None:
@@ -291,7 +300,7 @@ def test_what_reinforce_made_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
 def test_effort_scales_what_is_tried() -> None:
     assert Search(32, 4, 96, 40).scaled(0.5) == Search(16, 4, 48, 20)
-    assert Search(32, 4, 96, 40).scaled(0.01) == Search(8, 4, 8, 0)
+    assert Search(32, 4, 96, 40).scaled(0.01) == Search(12, 4, 8, 0)
 
 
 @pytest.mark.parametrize(("policy", "name"), [(Search(), "search"), (Climb(), "climb")])
