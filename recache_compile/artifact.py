@@ -172,7 +172,7 @@ def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compile
     for number, facts in enumerate(manifest.variants):
         programs = {name: _read_program(folder, number, name, weights) for name in facts.programs}
         engines = {
-            name: runtime.load(program, folder / (runtime.file(number, name) or name), weights, device)
+            name: runtime.load(program, [folder / file for file in runtime.files(number, name)], weights, device)
             for name, program in programs.items()
         }
         inputs = tuple(read_value(entry) for entry in facts.inputs)
@@ -224,23 +224,23 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
 
 def _write(compiled: Compiled, folder: Path) -> None:
     runtime = get_runtime(compiled.description.runtime)
-    engines = []
+    engines: list[list[Path]] = []
     for number, variant in enumerate(compiled.variants):
         for name, program in variant.programs.items():
             file = folder / _program_file(number, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(program_to_json(program), encoding="utf-8")
-            if place := runtime.file(number, name):
-                engines.append(folder / place)
-                engines[-1].parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(compiled.folder / place, engines[-1])
+            engines.append([folder / place for place in runtime.files(number, name)])
+            for place, target in zip(runtime.files(number, name), engines[-1], strict=True):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(compiled.folder / place, target)
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
         tensors |= {f"fixed/{number}/{name}": value for name, value in variant.fixed.items()}
     save_file(_apart(tensors), folder / WEIGHTS)
-    for engine in engines:
-        runtime.link(engine, folder / WEIGHTS, "weights/")
+    for files in engines:
+        runtime.link(files, folder / WEIGHTS, "weights/")
     device = compiled.variants[0].device
     manifest = _Manifest(
         format_version=FORMAT_VERSION,
@@ -325,8 +325,7 @@ def _check_files(folder: Path, manifest: _Manifest) -> None:
         file
         for number, facts in enumerate(manifest.variants)
         for name in facts.programs
-        for file in (_program_file(number, name), runtime.file(number, name))
-        if file is not None
+        for file in (_program_file(number, name), *runtime.files(number, name))
     ]
     if unlisted := sorted({WEIGHTS, *needed} - set(manifest.files)):
         raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")

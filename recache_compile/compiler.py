@@ -285,8 +285,9 @@ def lower(
     engines = {}
     for name, program in programs.items():
         report(f"lowering {name} to {runtime.name}")
-        file = folder / (runtime.file(number, name) or name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        runtime.lower(program, device, file)
-        engines[name] = runtime.load(program, file, weights, device)
+        files = [folder / file for file in runtime.files(number, name)]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        runtime.lower(program, device, files)
+        engines[name] = runtime.load(program, files, weights, device)
     return engines

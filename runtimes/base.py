@@ -25,8 +25,8 @@ class Runtime(Protocol):
         """The name users choose it by."""
         ...
 
-    def file(self, variant: int, program: str) -> str | None:
-        """Where in an artifact the engine of a program lies; None when it has no file."""
+    def files(self, variant: int, program: str) -> tuple[str, ...]:
+        """Where in an artifact the engine of a program lies, and what it was built of."""
         ...
 
     def key(self, device: torch.device) -> str | None:
@@ -37,15 +37,17 @@ class Runtime(Protocol):
         """Raise `RuntimeUnavailableError` where this machine cannot lower or run."""
         ...
 
-    def lower(self, program: Program, device: torch.device, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Write the engine of a program for a device, without its weights."""
         ...
 
-    def link(self, file: Path, weights: Path, prefix: str) -> None:
-        """Let an engine file tell where its weights are: in the safetensors file `weights` beside it, under `prefix`."""
+    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
+        """Let files tell where their weights are: in the safetensors file `weights`, under `prefix`."""
         ...
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
+    def load(
+        self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
+    ) -> Engine:
         """Make an engine that uses `weights` in place, without a copy."""
         ...
 

@@ -17,9 +17,9 @@ class Eager:
 
     name: str = "eager"
 
-    def file(self, variant: int, program: str) -> str | None:
+    def files(self, variant: int, program: str) -> tuple[str, ...]:
         """No engine has a file."""
-        return None
+        return ()
 
     def key(self, device: torch.device) -> str | None:
         """Runs everywhere."""
@@ -28,13 +28,15 @@ class Eager:
     def require(self) -> None:
         """Always usable."""
 
-    def lower(self, program: Program, device: torch.device, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Nothing to write: the program is the engine."""
 
-    def link(self, file: Path, weights: Path, prefix: str) -> None:
+    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """There is no file."""
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
+    def load(
+        self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
+    ) -> Engine:
         """The program's graph on the given weights."""
         module = fx.GraphModule({name: weights[name] for name in program.weights}, program.module.graph)
 

@@ -20,9 +20,9 @@ class Inductor:
 
     name: str = "inductor"
 
-    def file(self, variant: int, program: str) -> str | None:
+    def files(self, variant: int, program: str) -> tuple[str, ...]:
         """One package a program."""
-        return f"engines/{variant}/{program}.pt2"
+        return (f"engines/{variant}/{program}.pt2",)
 
     def key(self, device: torch.device) -> str | None:
         """The torch version, and the processor or GPU architecture."""
@@ -44,7 +44,7 @@ class Inductor:
                 "runtime inductor: no C++ compiler found; install g++ or clang, or choose --runtime eager"
             ) from None
 
-    def lower(self, program: Program, device: torch.device, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Compile; weights stay outside of the package."""
         from torch._inductor.exc import CppCompileError, InductorError
 
@@ -56,7 +56,7 @@ class Inductor:
             with quiet("torch.utils.cpp_extension"):
                 torch._inductor.aoti_compile_and_package(
                     exported,
-                    package_path=str(file),
+                    package_path=str(files[0]),
                     inductor_configs={
                         "aot_inductor.package_constants_in_so": False,
                         "always_keep_tensor_constants": True,  # else small weights become part of the code
@@ -68,12 +68,14 @@ class Inductor:
                 f" compiler: {str(error).strip().splitlines()[-1]}"
             ) from error
 
-    def link(self, file: Path, weights: Path, prefix: str) -> None:
+    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """Packages know their weights by name."""
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
+    def load(
+        self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
+    ) -> Engine:
         """Load a package and hand it pointers to the weights."""
-        compiled = torch._inductor.aoti_load_package(str(file))
+        compiled = torch._inductor.aoti_load_package(str(files[0]))
         own = {name: weights[name] for name in compiled.get_constant_fqns()}
         compiled.load_constants(own, check_full_update=True, user_managed=True)
         run = compiled.loader.run

@@ -13,6 +13,7 @@ import io
 import json
 import struct
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def require_onnx(runtime: str) -> None:
             __import__(package)
         except ImportError as error:
             raise RuntimeUnavailableError(f"runtime {runtime}: {error}; {INSTALL}") from None
+
+
+def onnx_file(variant: int, program: str) -> str:
+    """Where in an artifact a program's model lies: beside the weights, as ONNX asks for of external data."""
+    return f"{program}.{variant}.onnx"
 
 
 def export_onnx(program: Program, device: torch.device, file: Path) -> None:
@@ -142,23 +148,11 @@ def link_weights(file: Path, weights: Path, prefix: str) -> None:
         (length,) = struct.unpack("<Q", stream.read(8))
         entries = json.loads(stream.read(length))
     model = _with_inputs(onnx.load(file, load_external_data=False))
-    values = {value.name: value for value in model.graph.input}
-    for name, value in values.items():
-        entry = entries.get(prefix + name)
-        if entry is None:
-            continue
-        model.graph.input.remove(value)
-        begin, end = entry["data_offsets"]
-        place = {"location": weights.name, "offset": str(8 + length + begin), "length": str(end - begin)}
-        model.graph.initializer.append(
-            onnx.TensorProto(
-                name=name,
-                data_type=value.type.tensor_type.elem_type,
-                dims=entry["shape"],
-                data_location=onnx.TensorProto.EXTERNAL,
-                external_data=[onnx.StringStringEntryProto(key=key, value=text) for key, text in place.items()],
-            )
-        )
+    for value in list(model.graph.input):
+        if entry := entries.get(prefix + value.name):
+            begin, end = entry["data_offsets"]
+            place = {"location": weights.name, "offset": str(8 + length + begin), "length": str(end - begin)}
+            _make_initializer(model, value, entry["shape"], place)
     onnx.save(model, file)
 
 
@@ -178,3 +172,19 @@ def _with_inputs(model: Any) -> Any:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
             model.graph.initializer.remove(tensor)
     return model
+
+
+def _make_initializer(model: Any, value: Any, shape: Sequence[int], place: Mapping[str, str]) -> None:
+    """Turn an input into an initializer with external data."""
+    import onnx
+
+    model.graph.input.remove(value)
+    model.graph.initializer.append(
+        onnx.TensorProto(
+            name=value.name,
+            data_type=value.type.tensor_type.elem_type,
+            dims=shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+            external_data=[onnx.StringStringEntryProto(key=key, value=text) for key, text in place.items()],
+        )
+    )

@@ -17,6 +17,7 @@ from recache_compile.runtimes.onnx_program import (
     INSTALL,
     export_onnx,
     link_weights,
+    onnx_file,
     require_onnx,
     runnable,
 )
@@ -30,9 +31,9 @@ class OnnxRuntime:
 
     name: str = "onnxruntime"
 
-    def file(self, variant: int, program: str) -> str | None:
+    def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Beside the weights, as ONNX asks for of external data."""
-        return f"{program}.{variant}.onnx"
+        return (onnx_file(variant, program),)
 
     def key(self, device: torch.device) -> str | None:
         """Models fit every machine; sessions are made of them when they are loaded."""
@@ -46,17 +47,19 @@ class OnnxRuntime:
         except ImportError as error:
             raise RuntimeUnavailableError(f"runtime {self.name}: {error}; {INSTALL}") from None
 
-    def lower(self, program: Program, device: torch.device, file: Path) -> None:
+    def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Export; the weights become inputs."""
-        export_onnx(program, device, file)
+        export_onnx(program, device, files[0])
 
-    def link(self, file: Path, weights: Path, prefix: str) -> None:
+    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """Make the weights external data of the model."""
-        link_weights(file, weights, prefix)
+        link_weights(files[0], weights, prefix)
 
-    def load(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> Engine:
+    def load(
+        self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
+    ) -> Engine:
         """A session, and one binding for every thread that calls it."""
-        session = _session(program, file, device)
+        session = _session(program, files[0], device)
         bindings = threading.local()
         names = [value.name for value in program.inputs]
         results = program.outputs
