@@ -58,7 +58,8 @@ class Inductor:
 
     def load(self, program: Program, file: Path, weights: Mapping[str, Tensor]) -> Engine:
         """Load a package and hand it pointers to the weights."""
-        compiled = torch._inductor.aoti_load_package(str(file))
+        with quiet("torch.utils.cpp_extension"):
+            compiled = torch._inductor.aoti_load_package(str(file))
         own = {name: weights[name] for name in compiled.get_constant_fqns()}
         compiled.load_constants(own, check_full_update=True, user_managed=True)
         run = compiled.loader.run
