@@ -60,7 +60,8 @@ def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: in
         if Path(choice).exists():
             return read_file(Path(choice), num_steps)
     raise ScheduleError(
-        f"policy {choice!r} is neither a policy ({', '.join(POLICIES)}), a trained policy's folder, a file, steps such as 0,4,9 nor a 0/1 mask"
+        f"policy {choice!r} is neither a policy (auto, {', '.join(POLICIES)}), a trained policy's folder, a file, steps"
+        " such as 0,4,9 nor a 0/1 mask"
     )
 
 

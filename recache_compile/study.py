@@ -167,7 +167,11 @@ class Laboratory:
 
     def __init__(self, folder: Path, pipeline: Any = None) -> None:
         self.study = read_study(folder)
-        self.compiled: Compiled = load(folder / "engines")
+        try:
+            self.compiled: Compiled = load(folder / "engines")
+        except ArtifactError as error:
+            reason = str(error).removesuffix("; compile again")
+            raise ArtifactError(f"{reason}; remove {folder / 'engines'}, they are then compiled again") from error
         self._folder = folder
         if pipeline is None:
             dtype = getattr(torch, self.study.dtype)

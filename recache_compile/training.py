@@ -17,7 +17,7 @@ from recache_compile.files import check_place, output_errors
 from recache_compile.loading import absolute, load_pipeline
 from recache_compile.objective import Losses, Runner
 from recache_compile.policies.base import Problem, Progress
-from recache_compile.policies.recache import ReCache
+from recache_compile.policies.recache import ReCache, is_trained, read_policy
 from recache_compile.policies.reinforce import Reinforce
 from recache_compile.policies.search import Search
 from recache_compile.policies.uniform import Uniform
@@ -136,7 +136,7 @@ def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
 
     Raises:
         ScheduleError: a budget leaves nothing to choose.
-        ArtifactError: the folder holds something else, or cannot be written.
+        ArtifactError: the folder holds something else, or a policy of other budgets, or cannot be written.
     """
     for budget in check_budgets(budgets, study.num_steps):
         if not 1 < budget < study.num_steps:
@@ -146,6 +146,13 @@ def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
         if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ArtifactError(f"output {out}: holds something that is no policy in training; name another folder")
         check_place(out / "study")
+    if is_trained(out):
+        known = read_policy(out).facts.get("schedules", {})
+        if lost := [budget for budget in known if int(budget) not in budgets]:
+            raise ArtifactError(
+                f"output {out}: its policy is for {', '.join(known)} too; add {', '.join(lost)} to --budgets (what was run is"
+                " not run again), or name another folder"
+            )
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ class Inductor:
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
         """Load a package and hand it pointers to the weights."""
-        compiled = torch._inductor.aoti_load_package(str(files[0]))
+        with quiet("torch.utils.cpp_extension"):
+            compiled = torch._inductor.aoti_load_package(str(files[0]))
         own = {name: weights[name] for name in compiled.get_constant_fqns()}
         compiled.load_constants(own, check_full_update=True, user_managed=True)
         run = compiled.loader.run

@@ -196,12 +196,18 @@ def test_a_training_stopped_while_the_samples_are_made_goes_on(
 @pytest.mark.slow
 def test_more_budgets_can_be_trained_in_the_same_folder(own: Path) -> None:
     before = losses_in(own)
-    result = train(own, "--budgets", "4,2", "--method", "recache", "--effort", "0.01")
+    result = train(own, "--budgets", "4,2,3", "--method", "recache", "--effort", "0.01")
     assert result.exit_code == 0, result.output
     facts = json.loads((own / "policy.json").read_text())
-    assert list(facts["schedules"]) == ["4", "2"]
+    assert list(facts["schedules"]) == ["4", "2", "3"]
     assert facts["method"] == "recache"
     assert before.items() < losses_in(own).items()
+
+
+def test_a_policy_of_other_budgets_is_not_replaced(own: Path) -> None:
+    before = files(own)
+    check_refused(train(own, "--budgets", "4,2"), "its policy is for 3, 4 too; add 3 to --budgets")
+    assert files(own) == before
 
 
 def test_the_policy_answers_for_its_number_of_steps_only(trained: Path, tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def own(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "study"))
 
 
+def test_damaged_engines_are_named_with_the_folder_to_remove(own: Path) -> None:
+    (own / "engines" / "weights.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ArtifactError, match=rf"damaged .*; remove {own / 'engines'}, they are then compiled again"):
+        Laboratory(own)
+
+
 def test_torch_gets_its_threads_back_when_a_study_is_closed(own: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)

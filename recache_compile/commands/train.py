@@ -125,7 +125,8 @@ def train_command(
         with showing(LOG, trainer, len(budgets)) as shown:
             trained = train(study, budgets, out, trainer, spent, *shown)
     except KeyboardInterrupt:
-        raise click.ClickException(f"stopped; the same command with --out {out} goes on from where it was") from None
+        kept = "goes on from where it was" if (out / "study").exists() else "begins anew, nothing was kept yet"
+        raise click.ClickException(f"stopped; the same command with --out {out} {kept}") from None
     if as_json:
         click.echo(json.dumps({**trained.policy.facts, "policy": str(out)}))
         return
