@@ -25,7 +25,7 @@ DOZEN = (
 """Joint and single blocks, cross attention, skip connections, lists in and out, masks that the code reads, refiners,
 two streams of latents, in-place writes, audio."""
 
-EVERYWHERE = DOZEN[:2] + ("SanaTransformer2DModel", "WanTransformer3DModel")
+EVERYWHERE = (*DOZEN[:2], "SanaTransformer2DModel", "WanTransformer3DModel")
 """Those that are compiled at every granularity here; docs/models.md has all of them at all."""
 
 UNREADABLE = ("HiDreamImageTransformer2DModel",)
