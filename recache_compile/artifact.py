@@ -230,10 +230,11 @@ def _write(compiled: Compiled, folder: Path) -> None:
             file = folder / _program_file(number, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(program_to_json(program), encoding="utf-8")
-            engines.append([folder / place for place in runtime.files(number, name)])
-            for place, target in zip(runtime.files(number, name), engines[-1], strict=True):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(compiled.folder / place, target)
+            places = runtime.files(number, name)
+            for place in places:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(compiled.folder / place, folder / place)
+            engines.append([folder / place for place in places])
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}

@@ -1,5 +1,8 @@
 """The one error tree of the package: each message says what, where and the remedy."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class RecacheError(Exception):
     """Something the user can mend."""
@@ -35,3 +38,17 @@ class MismatchError(DispatchError):
 
 class ArtifactError(RecacheError):
     """An artifact is damaged, from a newer version, or cannot be written."""
+
+
+@contextlib.contextmanager
+def importing(who: str, install: str) -> Iterator[None]:
+    """One line for a package that is missing or does not fit what is installed beside it."""
+    try:
+        yield
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"{who}: {reason_of(error)}; {install}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 ALEXNET_SIDE = 31
@@ -100,7 +100,7 @@ class ImageReward:
 
 def load_lpips() -> Lpips:
     """LPIPS on AlexNet."""
-    with _importing("distance lpips", "pip install 'recache-compile[train]'"):
+    with importing("distance lpips", "pip install 'recache-compile[train]'"):
         import lpips
     remedy = f"put the file from {ALEXNET_URL} into {torch.hub.get_dir()}/checkpoints, or choose distance ssim or mse"
     with _loading("distance lpips", f"torchvision's AlexNet ({ALEXNET_URL.rpartition('/')[2]})", remedy):
@@ -109,7 +109,7 @@ def load_lpips() -> Lpips:
 
 def load_clip() -> ClipScore:
     """CLIPScore with OpenAI's ViT-B/32."""
-    with _importing("reward clip", "pip install 'recache-compile[hub]'"):
+    with importing("reward clip", "pip install 'recache-compile[hub]'"):
         from transformers import CLIPModel, CLIPProcessor
     with _loading("reward clip", CLIP_WEIGHTS, f"run `hf download {CLIP_WEIGHTS}` where there is a network"):
         processor = CLIPProcessor.from_pretrained(CLIP_WEIGHTS)
@@ -118,7 +118,7 @@ def load_clip() -> ClipScore:
 
 def load_hpsv2() -> HumanPreference:
     """HPSv2.1 in `open_clip`, of which package hpsv2 holds a fork that lacks its vocabulary (release 1.2.0)."""
-    with _importing("reward hpsv2", "pip install 'recache-compile[rewards]'"):
+    with importing("reward hpsv2", "pip install 'recache-compile[rewards]'"):
         import open_clip
         from huggingface_hub import hf_hub_download
     remedy = f"run `hf download {' '.join(HPS_WEIGHTS)}` where there is a network"
@@ -130,20 +130,11 @@ def load_hpsv2() -> HumanPreference:
 def load_imagereward() -> ImageReward:
     """ImageReward-v1.0, whose package pins versions that do not fit ours: no extra can bring it."""
     install = "pip install image-reward git+https://github.com/openai/CLIP, in an environment with the versions it pins"
-    with _importing("reward imagereward", install):
+    with importing("reward imagereward", install):
         import ImageReward as package  # noqa: N813 - the package's own name is that of our class
     remedy = f"run `hf download {IMAGE_REWARD_WEIGHTS} --local-dir ~/.cache/ImageReward` where there is a network"
     with _loading("reward imagereward", IMAGE_REWARD_WEIGHTS, remedy):
         return ImageReward(package.load("ImageReward-v1.0"))
-
-
-@contextlib.contextmanager
-def _importing(judge: str, install: str) -> Iterator[None]:
-    """One line for a package that is missing or does not fit what is installed beside it."""
-    try:
-        yield
-    except ImportError as error:
-        raise RuntimeUnavailableError(f"{judge}: {_reason(error)}; {install}") from error
 
 
 @contextlib.contextmanager
@@ -155,12 +146,8 @@ def _loading(judge: str, weights: str, remedy: str) -> Iterator[None]:
             yield
     except Exception as error:  # URLs, the Hub and damaged files raise many kinds
         raise RuntimeUnavailableError(
-            f"{judge}: the weights {weights} cannot be loaded: {_reason(error)}; {remedy}"
+            f"{judge}: the weights {weights} cannot be loaded: {reason_of(error)}; {remedy}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def _enlarged(pictures: Tensor) -> Tensor:

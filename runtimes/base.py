@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,12 @@ class Variant:
     def names(self, role: Role) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
         return tuple(value.name for value in self.inputs if value.kind is Kind(role))
+
+
+def free_sizes(program: Program) -> list[dict[int, Any]]:
+    """For `torch.export`: the dimensions of every input whose size is free."""
+    free = torch.export.Dim.AUTO
+    return [{at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs]
 
 
 def output_shapes(program: Program, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.export import export_module, quiet
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine, example_inputs
+from recache_compile.runtimes.base import Engine, example_inputs, free_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,8 @@ class Inductor:
         from torch._inductor.exc import CppCompileError, InductorError
 
         inputs = example_inputs(program, device)
-        free = torch.export.Dim.AUTO
-        shapes = tuple({at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs)
-        exported = export_module(program.module, inputs, {}, dynamic_shapes=shapes if any(shapes) else None)
+        sizes = free_sizes(program)
+        exported = export_module(program.module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
         try:
             with quiet("torch.utils.cpp_extension"):
                 torch._inductor.aoti_compile_and_package(

@@ -13,7 +13,6 @@ import io
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,7 @@ from torch import Tensor, fx
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.export import export_module, quiet
 from recache_compile.program import Program
-from recache_compile.runtimes.base import example_inputs
-
-ELEMENT_TYPES = {
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-"""Numbers of element types in ONNX."""
-
-INSTALL = "pip install 'recache-compile[onnx]'"
-
-
-def require_onnx(runtime: str) -> None:
-    """Raise `RuntimeUnavailableError` where the exporter's packages are missing."""
-    for package in ("onnx", "onnxscript"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise RuntimeUnavailableError(f"runtime {runtime}: {error}; {INSTALL}") from None
+from recache_compile.runtimes.base import example_inputs, free_sizes
 
 
 def onnx_file(variant: int, program: str) -> str:
@@ -70,11 +45,9 @@ def export_onnx(program: Program, device: torch.device, file: Path) -> None:
     import onnx_ir as ir
 
     module, weights = lift_weights(program)
-    free = torch.export.Dim.AUTO
-    shapes = [{at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs]
-    shapes += [{} for _ in weights]
+    sizes = [*free_sizes(program), *({} for _ in weights)]
     inputs = (*example_inputs(program, device), *weights.values())
-    exported = export_module(module, inputs, {}, dynamic_shapes=tuple(shapes) if any(shapes) else None)
+    exported = export_module(module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
     silence = contextlib.redirect_stdout(io.StringIO())
     with silence, quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:
@@ -87,7 +60,7 @@ def export_onnx(program: Program, device: torch.device, file: Path) -> None:
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).strip().splitlines()[0]
-            raise RuntimeUnavailableError(f"runtime onnx: {program.name} cannot be exported: {reason}") from error
+            raise RuntimeUnavailableError(f"ONNX: {program.name} cannot be exported: {reason}") from error
     assert made is not None
     describe_nodes(made.model)
     made.model.graph.name = program.name
@@ -152,7 +125,16 @@ def link_weights(file: Path, weights: Path, prefix: str) -> None:
         if entry := entries.get(prefix + value.name):
             begin, end = entry["data_offsets"]
             place = {"location": weights.name, "offset": str(8 + length + begin), "length": str(end - begin)}
-            _make_initializer(model, value, entry["shape"], place)
+            model.graph.input.remove(value)
+            model.graph.initializer.append(
+                onnx.TensorProto(
+                    name=value.name,
+                    data_type=value.type.tensor_type.elem_type,
+                    dims=entry["shape"],
+                    data_location=onnx.TensorProto.EXTERNAL,
+                    external_data=[onnx.StringStringEntryProto(key=key, value=text) for key, text in place.items()],
+                )
+            )
     onnx.save(model, file)
 
 
@@ -172,19 +154,3 @@ def _with_inputs(model: Any) -> Any:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
             model.graph.initializer.remove(tensor)
     return model
-
-
-def _make_initializer(model: Any, value: Any, shape: Sequence[int], place: Mapping[str, str]) -> None:
-    """Turn an input into an initializer with external data."""
-    import onnx
-
-    model.graph.input.remove(value)
-    model.graph.initializer.append(
-        onnx.TensorProto(
-            name=value.name,
-            data_type=value.type.tensor_type.elem_type,
-            dims=shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-            external_data=[onnx.StringStringEntryProto(key=key, value=text) for key, text in place.items()],
-        )
-    )

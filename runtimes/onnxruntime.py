@@ -9,18 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, output_shapes
-from recache_compile.runtimes.onnx_program import (
-    ELEMENT_TYPES,
-    INSTALL,
-    export_onnx,
-    link_weights,
-    onnx_file,
-    require_onnx,
-    runnable,
-)
+from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, runnable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -41,11 +33,10 @@ class OnnxRuntime:
 
     def require(self) -> None:
         """Needs the extra `onnx`."""
-        require_onnx(self.name)
-        try:
+        with importing(f"runtime {self.name}", "pip install 'recache-compile[onnx]'"):
+            import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
-        except ImportError as error:
-            raise RuntimeUnavailableError(f"runtime {self.name}: {error}; {INSTALL}") from None
+            import onnxscript  # noqa: F401
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Export; the weights become inputs."""
@@ -90,8 +81,10 @@ class OnnxRuntime:
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
     """Let a session read or write a tensor's memory."""
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
     index = tensor.device.index or 0
-    bind(name, tensor.device.type, index, ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+    bind(name, tensor.device.type, index, int(from_torch_dtype(tensor.dtype)), tuple(tensor.shape), tensor.data_ptr())
 
 
 def _session(program: Program, file: Path, device: torch.device) -> Any:
@@ -114,5 +107,6 @@ def _session(program: Program, file: Path, device: torch.device) -> Any:
     try:
         return onnxruntime.InferenceSession(runnable(file), options, providers=[(provider, settings)])
     except Exception as error:  # the package raises a class for each of its status codes
-        reason = " ".join(str(error).split())
-        raise RuntimeUnavailableError(f"runtime onnxruntime: {program.name} cannot be run: {reason[:300]}") from error
+        raise RuntimeUnavailableError(
+            f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}"
+        ) from error

@@ -1,6 +1,5 @@
 """Find a runtime by name."""
 
-import contextlib
 from collections.abc import Callable
 
 from recache_compile.errors import RuntimeUnavailableError
@@ -39,15 +38,18 @@ def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None
         RuntimeUnavailableError: unknown, or not usable on this machine.
     """
     if name == "auto":
-        try:
-            return get_runtime("inductor")
-        except RuntimeUnavailableError as error:
-            with contextlib.suppress(RuntimeUnavailableError):
-                runtime = get_runtime("onnxruntime")
-                explain(f"{error}; using runtime onnxruntime")
-                return runtime
-            explain(f"{error}; using runtime eager")
-            return get_runtime("eager")
+        reasons: list[RuntimeUnavailableError] = []
+        for each in ("inductor", "onnxruntime"):
+            try:
+                runtime = get_runtime(each)
+                break
+            except RuntimeUnavailableError as error:
+                reasons.append(error)
+        else:
+            runtime = get_runtime("eager")
+        if reasons:
+            explain(f"{reasons[0]}; using runtime {runtime.name}")
+        return runtime
     if name not in RUNTIMES:
         raise RuntimeUnavailableError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
     runtime = RUNTIMES[name]()

@@ -93,9 +93,7 @@ def compile_command(
         import torch
 
         from recache_compile.api import compile, compile_options
-        from recache_compile.artifact import check_writable
         from recache_compile.choosing import calibration_calls
-        from recache_compile.files import check_file
         from recache_compile.loading import absolute, load_pipeline
         from recache_compile.measure import compare
         from recache_compile.picture import save_comparison
@@ -105,11 +103,7 @@ def compile_command(
         checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
         compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
         backend = get_runtime(runtime, explain=notice)
-        check_writable(folder)
-        picture = folder.with_name(f"{folder.name}.png")
-        check_file(picture)
-        if picture.exists() and not folder.exists():
-            raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
+        picture = _check_output(folder)
         report(f"loading {model}")
         pipeline = load_pipeline(model, getattr(torch, dtype))
         captions = prompts or captions_for(pipeline)
@@ -138,6 +132,19 @@ def compile_command(
         return
     print_measured(compiled, measured)
     say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else "no picture: the pipeline makes no images"))
+
+
+def _check_output(folder: Path) -> Path:
+    """The place of an artifact's picture, once both are known to be writable."""
+    from recache_compile.artifact import check_writable
+    from recache_compile.files import check_file
+
+    check_writable(folder)
+    picture = folder.with_name(f"{folder.name}.png")
+    check_file(picture)
+    if picture.exists() and not folder.exists():
+        raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
+    return picture
 
 
 def _facts(compiled: "Compiled", measured: "list[Measured]") -> "dict[str, Any]":
