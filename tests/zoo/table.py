@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import diffusers
 import torch
+from diffusers.models import transformers
 from rich.progress import track
 from torch import nn
 
@@ -45,15 +46,11 @@ def all_cases() -> dict[str, Case]:
 
 def transformer_classes() -> list[str]:
     """Every model class that `diffusers` exports from `diffusers.models.transformers`."""
-    found = []
-    for name in dir(diffusers):
-        try:
-            value = getattr(diffusers, name)
-        except (ImportError, RuntimeError):  # an optional dependency of something else
-            continue
-        if inspect.isclass(value) and issubclass(value, nn.Module) and ".models.transformers." in value.__module__:
-            found.append(name)
-    return found
+    return [
+        name
+        for name, value in sorted(vars(transformers).items())
+        if name in dir(diffusers) and inspect.isclass(value) and issubclass(value, nn.Module)
+    ]
 
 
 def examine(name: str) -> Line:
