@@ -7,64 +7,43 @@ engines/V/NAME.pt2     their engines, for runtimes that have files; NAME.V.onnx 
 """
 
 import contextlib
-import hashlib
-import json
 import math
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from recache_compile._version import __version__
-from recache_compile.capture import Signature
-from recache_compile.compiled import Compiled, Description
+from recache_compile.compiled import Compiled
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.files import check_place, output_errors
-from recache_compile.plan import Plan, StepPlan
+from recache_compile.manifest import (
+    FORMAT_VERSION,
+    WEIGHTS,
+    Manifest,
+    PlanFacts,
+    VariantFacts,
+    check_files,
+    hash_of,
+    is_artifact,
+    read_manifest,
+    write_manifest,
+)
+from recache_compile.plan import Plan
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Variant
-from recache_compile.runtimes.registry import get_runtime
+from recache_compile.runtimes.base import Engine, Runtime, Variant, fits
+from recache_compile.runtimes.offload import Offloaded, at_home
+from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.schedule import Schedule
-from recache_compile.serialize import program_from_json, program_to_json, read_value, value_to_json
+from recache_compile.serialize import program_from_json, program_to_json, read_value, value_to_json, weights_named
 
-FORMAT_VERSION = 3
-MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Plan(_Facts):
-    recompute_steps: tuple[int, ...]
-    steps: tuple[StepPlan, ...]
-
-
-class _Variant(_Facts):
-    inputs: tuple[dict[str, Any], ...]
-    constants: tuple[tuple[str, str], ...]
-    programs: tuple[str, ...]
-    macs: int
-
-
-class _Manifest(_Facts):
-    format_version: Literal[3]
-    recache_version: str
-    engines_for: str | None
-    device: str
-    description: Description
-    signature: Signature
-    plans: dict[int, _Plan]
-    variants: tuple[_Variant, ...]
-    files: dict[str, str]
-    digest: str
+MakeEngine = Callable[[int, Program, Mapping[str, Tensor], set[str]], Engine]
 
 
 def save(compiled: Compiled, folder: Path) -> None:
@@ -82,24 +61,9 @@ def check_writable(folder: Path) -> None:
                 raise ArtifactError(f"output {folder}: is a file; name a folder")
             if Path.cwd().resolve().is_relative_to(folder.resolve()):
                 raise ArtifactError(f"output {folder}: is the working folder or holds it; name another folder")
-            if any(folder.iterdir()) and not _is_artifact(folder):
+            if any(folder.iterdir()) and not is_artifact(folder):
                 raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
         check_place(folder)
-
-
-def _is_artifact(folder: Path) -> bool:
-    """Whether a folder holds an artifact's files, whole or not, and nothing else."""
-    try:
-        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        listed = {MANIFEST, *facts["files"]} if "recache_version" in facts else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return _files(folder) <= listed
-
-
-def _files(folder: Path) -> set[str]:
-    """Names of all that is not a folder, relative to `folder`."""
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
 
 
 @contextlib.contextmanager
@@ -133,70 +97,145 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> Compiled:
+def load(folder: str | Path, device: str | torch.device | None = None, offload_prologue: bool = False) -> Compiled:
     """Load an artifact; nothing in it is unpickled, and every file is checked first.
 
     Args:
         folder: what `Compiled.save` wrote.
-        device: must be the device type it was compiled for; by default that one.
+        device: must be of the kind that the engines are for; by default that one.
+        offload_prologue: keep the weights that only the prologue reads in the host's memory;
+            they are on the device while it runs, once per generation.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, is from a newer version, or
             its engines do not fit this machine.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    _check_files(folder, manifest)
+
+    def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
+        files = [folder / file for file in runtime.files(number, program.name)]
+        if not (offload_prologue and program.name == "prologue"):
+            return runtime.load(program, files, weights, place)
+        own = {name: weights[name] for name in program.weights}
+        return Offloaded(lambda present: runtime.load(program, files, present, place), own, away & set(own), place)
+
+    manifest = check(folder)
+    with _telling(folder):
+        runtime = get_runtime(manifest.description.runtime, building=False)
+        place = torch.device(manifest.device if device is None else device)
+        check_fit(manifest, runtime, place, folder)
+        return restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+
+
+def check(folder: Path) -> Manifest:
+    """The manifest of an artifact whose files are all whole, and no others are there."""
+    manifest = read_manifest(folder)
+    runtime = known_runtime(manifest.description.runtime)
+    needed = [
+        file
+        for number, facts in enumerate(manifest.variants)
+        for name in facts.programs
+        for file in (_program_file(number, name), *runtime.files(number, name))
+    ]
+    check_files(folder, manifest, needed)
+    return manifest
+
+
+def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder: Path) -> None:
+    """Raise `ArtifactError` unless the engines run on this device; the message names the command that rebuilds them."""
+    command = f"recache-compile rebuild {shlex.quote(str(folder))}"
+    built_for = ", ".join([manifest.device, *_facts(manifest.engines_for)])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(
+            f"its engines are for {built_for}, and there is no CUDA GPU here; run {command} --runtime auto"
+        )
+    if device.type != torch.device(manifest.device).type:
+        raise ArtifactError(f"its engines are for {built_for}, not for {device}; run {command} --device {device}")
+    if not fits(manifest.engines_for, here := runtime.here(device)):
+        raise ArtifactError(f"its engines are for {built_for}, this is {', '.join(_facts(here))}; run {command}")
+
+
+def _facts(key: Mapping[str, str]) -> list[str]:
+    return [f"{name} {value}" for name, value in key.items()]
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Errors that say which artifact they are about."""
     try:
-        return _restore(folder, manifest, torch.device(manifest.device if device is None else device))
+        yield
     except RuntimeUnavailableError:
         raise
     except ArtifactError as error:
-        raise ArtifactError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
+        raise ArtifactError(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}") from error
     except Exception as error:  # whatever a manifest that makes no sense provokes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ArtifactError(f"{folder}: cannot be loaded ({reason[0]}); compile again") from error
 
 
-def _restore(folder: Path, manifest: _Manifest, device: torch.device) -> Compiled:
-    """Everything that `load` returns, from files that are known to be whole."""
-    description = manifest.description
-    if device != torch.device(manifest.device):
-        raise ArtifactError(f"compiled for {manifest.device}, not for {device}; compile again there")
-    runtime = get_runtime(description.runtime)
-    if (found := runtime.key(device)) != manifest.engines_for:
-        raise ArtifactError(f"its engines are for {manifest.engines_for}, this is {found}; compile again here")
-    tensors = load_file(folder / WEIGHTS, device=str(device))
+def restore(
+    folder: Path, manifest: Manifest, device: torch.device, engine: MakeEngine, offloaded: str | None = None
+) -> Compiled:
+    """All that an artifact holds, from files that are known to be whole.
+
+    Args:
+        folder: of the artifact.
+        manifest: of the artifact.
+        device: where its weights go.
+        engine: makes one, of a variant's number, a program, the weights, and which of them
+            are not on the device.
+        offloaded: name of the program whose own weights stay in the host's memory.
+    """
+    texts = {
+        (number, name): (folder / _program_file(number, name)).read_text(encoding="utf-8")
+        for number, facts in enumerate(manifest.variants)
+        for name in facts.programs
+    }
+    by_it, by_others = (
+        {weight for (_, name), text in texts.items() if (name == offloaded) is own for weight in weights_named(text)}
+        for own in (True, False)
+    )
+    away = by_it - by_others
+    tensors = _read_tensors(folder / WEIGHTS, device, away)
     weights = _under("weights/", tensors)
     variants = []
     for number, facts in enumerate(manifest.variants):
-        programs = {name: _read_program(folder, number, name, weights) for name in facts.programs}
-        engines = {
-            name: runtime.load(program, [folder / file for file in runtime.files(number, name)], weights, device)
-            for name, program in programs.items()
+        programs = {
+            name: _program(text, weights, device, folder / _program_file(number, name))
+            for (at, name), text in texts.items()
+            if at == number
         }
-        inputs = tuple(read_value(entry) for entry in facts.inputs)
         variants.append(
             Variant(
-                inputs=inputs,
+                inputs=tuple(read_value(entry) for entry in facts.inputs),
                 constants=facts.constants,
                 fixed=_under(f"fixed/{number}/", tensors),
                 device=device,
                 programs=programs,
-                engines=engines,
+                engines={name: engine(number, program, weights, away) for name, program in programs.items()},
                 timesteps=_under(f"timesteps/{number}/", tensors),
                 macs=facts.macs,
             )
         )
+    description = manifest.description
     plans = {
         budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
         for budget, plan in manifest.plans.items()
     }
     check_plans(plans, variants)
-    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder)
+    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder, manifest.engines_for)
 
 
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
+    """The tensors of a file on a device; the weights `away` in the host's memory."""
+    if not away:
+        return load_file(file, device=str(device))
+    tensors = load_file(file)
+    stay = {f"weights/{name}" for name in away}
+    return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, which is removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -223,7 +262,7 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
-    runtime = get_runtime(compiled.description.runtime)
+    runtime = known_runtime(compiled.description.runtime)
     engines: list[list[Path]] = []
     for number, variant in enumerate(compiled.variants):
         for name, program in variant.programs.items():
@@ -240,22 +279,22 @@ def _write(compiled: Compiled, folder: Path) -> None:
         tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
         tensors |= {f"fixed/{number}/{name}": value for name, value in variant.fixed.items()}
     save_file(_apart(tensors), folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # the package writes for the owner alone
     for files in engines:
         runtime.link(files, folder / WEIGHTS, "weights/")
-    device = compiled.variants[0].device
-    manifest = _Manifest(
+    manifest = Manifest(
         format_version=FORMAT_VERSION,
         recache_version=__version__,
-        engines_for=runtime.key(device),
-        device=str(device),
+        engines_for=dict(compiled.engines_for),
+        device=str(runtime.place(compiled.variants[0].device)),
         description=compiled.description,
         signature=compiled.signature,
         plans={
-            budget: _Plan(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
+            budget: PlanFacts(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
             for budget, plan in compiled.plans.items()
         },
         variants=tuple(
-            _Variant(
+            VariantFacts(
                 inputs=tuple(map(value_to_json, variant.inputs)),
                 constants=variant.constants,
                 programs=tuple(variant.programs),
@@ -263,15 +302,13 @@ def _write(compiled: Compiled, folder: Path) -> None:
             )
             for variant in compiled.variants
         ),
-        files={str(file.relative_to(folder)): _hash(file) for file in sorted(folder.rglob("*")) if file.is_file()},
+        files={str(file.relative_to(folder)): hash_of(file) for file in sorted(folder.rglob("*")) if file.is_file()},
         digest="",
     )
-    facts = json.loads(manifest.model_dump_json())
-    facts["digest"] = _digest(facts)
-    (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write_manifest(manifest, folder)
 
 
-def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors of which no two share memory, as safetensors asks for."""
     seen: set[int] = set()
     stored = {}
@@ -282,73 +319,9 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stored
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    """Hash of a manifest's facts, its own digest left out."""
-    canonical = json.dumps({name: fact for name, fact in facts.items() if name != "digest"}, sort_keys=True)
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    file = folder / MANIFEST
+def _program(text: str, weights: dict[str, Tensor], device: torch.device, file: Path) -> Program:
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder}: no artifact (there is no {MANIFEST}); make one with recache-compile") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{file}: cannot be read ({error})") from None
-    try:
-        version = _Version.model_validate_json(text).format_version
-        if version > FORMAT_VERSION:
-            raise ArtifactError(
-                f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}; upgrade recache-compile"
-            )
-        if version < FORMAT_VERSION:
-            raise ArtifactError(f"{folder}: format {version}, of an older version of recache-compile; compile again")
-        manifest = _Manifest.model_validate_json(text)
-        if manifest.digest != _digest(json.loads(text)):
-            raise ArtifactError(f"{file}: damaged (its digest differs); compile again")
-        return manifest
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{file}: damaged at {where}: {first['msg']}; compile again") from None
-
-
-class _Version(BaseModel):
-    format_version: int
-
-
-def _check_files(folder: Path, manifest: _Manifest) -> None:
-    """Every file of the manifest is there and unchanged, and there is no other."""
-    present = _files(folder) - {MANIFEST}
-    runtime = get_runtime(manifest.description.runtime)
-    needed = [
-        file
-        for number, facts in enumerate(manifest.variants)
-        for name in facts.programs
-        for file in (_program_file(number, name), *runtime.files(number, name))
-    ]
-    if unlisted := sorted({WEIGHTS, *needed} - set(manifest.files)):
-        raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if name not in present:
-            raise ArtifactError(f"{file}: missing from the artifact; compile again")
-        if _hash(file) != expected:
-            raise ArtifactError(f"{file}: damaged (its hash differs from the manifest's); compile again")
-    if extra := sorted(present - set(manifest.files)):
-        raise ArtifactError(f"{folder / extra[0]}: not part of the artifact; remove it or compile again")
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_program(folder: Path, number: int, name: str, weights: dict[str, torch.Tensor]) -> Program:
-    file = folder / _program_file(number, name)
-    try:
-        return program_from_json(file.read_text(encoding="utf-8"), weights)
+        return program_from_json(text, weights, device)
     except ArtifactError as error:
         raise ArtifactError(f"{file}: {error}") from error
 

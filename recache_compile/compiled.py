@@ -69,6 +69,7 @@ class Compiled:
         variants: programs and engines, one for each set of input shapes.
         weights: every weight, once.
         folder: holds the engine files, where an artifact has them.
+        engines_for: library versions and hardware that the engines fit; empty: any.
         keep: kept alive with this object.
         revision: counts how often the weights were replaced.
     """
@@ -79,6 +80,7 @@ class Compiled:
     variants: tuple[Variant, ...]
     weights: Mapping[str, Tensor]
     folder: Path
+    engines_for: Mapping[str, str]
     keep: Any = None
     revision: Revision = field(default_factory=Revision)
 

@@ -28,7 +28,7 @@ from recache_compile.passes.verify_split import verify_split
 from recache_compile.plan import make_plan
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.program import Granularity, Kind, Program, Role, Row, dtype_name, row_name, table_name
-from recache_compile.runtimes.base import Engine, Runtime, Variant
+from recache_compile.runtimes.base import Engine, Runtime, Variant, lower
 from recache_compile.schedule import Schedule, check_budgets
 
 Report = Callable[[str], None]
@@ -95,6 +95,11 @@ def compile_module(
     report(describe_sites(annotated[0]))
     weights: dict[str, Tensor] = {}
     variants: list[Variant] = []
+
+    def lowered(program: Program, number: int, device: torch.device) -> Engine:
+        report(f"lowering {program.name} to {runtime.name}")
+        return lower(program, runtime, weights, device, Path(keep.name), number)
+
     for number, ((example, captured), program) in enumerate(zip(captures, annotated, strict=True)):
         device = device_of(example.inputs)
         timesteps = check_timesteps(example.timesteps, captured.program, options, device)
@@ -107,7 +112,7 @@ def compile_module(
                 fixed=captured.fixed,
                 device=device,
                 programs=programs,
-                engines=lower(programs, runtime, weights, device, Path(keep.name), number, report),
+                engines={name: lowered(each, number, device) for name, each in programs.items()},
                 timesteps=timesteps,
                 macs=count_macs(captured.program, device),
             )
@@ -119,7 +124,8 @@ def compile_module(
         dtype=dtype_name(latents.dtype),
         weights=names,
     )
-    return Compiled(description, captures[0][1].signature, plans, tuple(variants), weights, Path(keep.name), keep)
+    signature, folder, key = captures[0][1].signature, Path(keep.name), runtime.key(variants[0].device)
+    return Compiled(description, signature, plans, tuple(variants), weights, folder, key, keep)
 
 
 def capture_example(
@@ -270,24 +276,3 @@ def specialise(annotated: Program, options: Options, report: Report) -> dict[str
     prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})
     verify_split(annotated, prologue, tables)
     return {"prologue": prologue, **programs}
-
-
-def lower(
-    programs: Mapping[str, Program],
-    runtime: Runtime,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    folder: Path,
-    number: int,
-    report: Report,
-) -> dict[str, Engine]:
-    """One engine for every program of variant `number`; engine files go to `folder`, as in an artifact."""
-    engines = {}
-    for name, program in programs.items():
-        report(f"lowering {name} to {runtime.name}")
-        files = [folder / file for file in runtime.files(number, name)]
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        runtime.lower(program, device, files)
-        engines[name] = runtime.load(program, files, weights, device)
-    return engines

@@ -33,8 +33,20 @@ def program_to_json(program: Program) -> str:
     return f'{json.dumps(head)[:-1]},\n "nodes": [\n{lines}\n ],\n {json.dumps(tail)[1:]}\n'
 
 
-def program_from_json(text: str, weights: dict[str, Tensor]) -> Program:
-    """Read `program_to_json`'s text; the graph reads `weights` by name.
+def weights_named(text: str) -> set[str]:
+    """Names of the weights that a program's text reads.
+
+    Raises:
+        ArtifactError: the text is no program.
+    """
+    try:
+        return {entry["weight"] for entry in json.loads(text)["nodes"] if "weight" in entry}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"not a program: {type(error).__name__}: {error}") from error
+
+
+def program_from_json(text: str, weights: dict[str, Tensor], device: torch.device) -> Program:
+    """Read `program_to_json`'s text; the graph reads `weights` by name and makes its tensors on a device.
 
     Raises:
         ArtifactError: the text is no program, names a function that is not allowed, or
@@ -42,12 +54,12 @@ def program_from_json(text: str, weights: dict[str, Tensor]) -> Program:
     """
     try:
         data = json.loads(text)
-        return _program(data, weights)
+        return _program(data, weights, device)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"not a program: {type(error).__name__}: {error}") from error
 
 
-def _program(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
+def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.device) -> Program:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["inputs"]:
@@ -63,14 +75,12 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor]) -> Program:
                 )
             node = graph.create_node("get_attr", entry["weight"], name=entry["node"])
         else:
-            args, kwargs = (
-                _decode(entry["args"], nodes),
-                {key: _decode(item, nodes) for key, item in entry["kwargs"].items()},
-            )
+            args = _decode(entry["args"], nodes, device)
+            kwargs = {key: _decode(item, nodes, device) for key, item in entry["kwargs"].items()}
             node = graph.create_node("call_function", _target(entry["call"]), tuple(args), kwargs, name=entry["node"])
         node.meta["type"] = entry["type"]
         nodes[entry["node"]] = node
-    output = graph.output([_decode(result, nodes) for result in data["results"]])
+    output = graph.output([_decode(result, nodes, device) for result in data["results"]])
     output.meta["values"] = tuple(read_value(entry) for entry in data["outputs"])
     return Program(data["name"], fx.GraphModule(used, graph), tuple(data["provenance"]))
 
@@ -127,9 +137,9 @@ def _encode(value: Any) -> Any:
     raise ArtifactError(f"a program cannot hold an argument of type {type(value).__name__}: {value!r}")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
+        return [_decode(item, nodes, device) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
@@ -139,10 +149,10 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         if key == "float":
             return float(item)
         if key == "device":
-            return torch.device(item)
+            return device
         if key in _TORCH_TYPES and isinstance(getattr(torch, str(item), None), _TORCH_TYPES[key]):
             return getattr(torch, item)
-    return {key: _decode(item, nodes) for key, item in value.items()}
+    return {key: _decode(item, nodes, device) for key, item in value.items()}
 
 
 def value_to_json(value: Value) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a runtime is: a backend that lowers programs to engines and runs them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,11 +11,20 @@ from torch import Tensor
 
 from recache_compile.program import Kind, Program, Role, Value
 
-Engine = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A lowered program: flat tensors in the order of its inputs to flat tensors in the order of its outputs."""
-
 EXAMPLE_ROWS = 3
 """Rows that stand for a free number of rows while a program is lowered."""
+
+
+class Engine(Protocol):
+    """A lowered program."""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Flat tensors in the order of its inputs to flat tensors in the order of its outputs, in dense memory."""
+        ...
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on read the weights from here, in place and without a copy."""
+        ...
 
 
 class Runtime(Protocol):
@@ -29,12 +39,20 @@ class Runtime(Protocol):
         """Where in an artifact the engine of a program lies, and what it was built of."""
         ...
 
-    def key(self, device: torch.device) -> str | None:
-        """What engines of this machine fit, for people; None when they fit everywhere."""
+    def place(self, device: torch.device) -> torch.device:
+        """Where the engines of programs that were captured on a device run."""
         ...
 
-    def require(self) -> None:
-        """Raise `RuntimeUnavailableError` where this machine cannot lower or run."""
+    def key(self, device: torch.device) -> Mapping[str, str]:
+        """What engines that are built now fit, by what it is; empty when they fit everywhere."""
+        ...
+
+    def here(self, device: torch.device) -> Mapping[str, str]:
+        """What of it this machine and device are."""
+        ...
+
+    def require(self, building: bool) -> None:
+        """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
         ...
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
@@ -48,7 +66,10 @@ class Runtime(Protocol):
     def load(
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
-        """Make an engine that uses `weights` in place, without a copy."""
+        """Make an engine that uses `weights` in place, without a copy.
+
+        Where a device cannot run it, calling the engine tells so; it can still be saved.
+        """
         ...
 
 
@@ -88,21 +109,56 @@ class Variant:
         return tuple(value.name for value in self.inputs if value.kind is Kind(role))
 
 
+def lower(
+    program: Program,
+    runtime: Runtime,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    folder: Path,
+    variant: int,
+) -> Engine:
+    """The engine of a program of a variant; its files go to `folder`, as in an artifact."""
+    files = [folder / file for file in runtime.files(variant, program.name)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    runtime.lower(program, device, files)
+    return runtime.load(program, files, weights, device)
+
+
+def fits(key: Mapping[str, str], here: Mapping[str, str]) -> bool:
+    """Whether engines fit a machine: a key's entry names what fits, one or several, and "8.0+" also what is newer."""
+    return all(any(_fits(each, here.get(name, "")) for each in wanted.split(" or ")) for name, wanted in key.items())
+
+
+def _fits(wanted: str, found: str) -> bool:
+    if not wanted.endswith("+"):
+        return wanted == found
+    return bool(found) and _numbers(found) >= _numbers(wanted)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
 def free_sizes(program: Program) -> list[dict[int, Any]]:
     """For `torch.export`: the dimensions of every input whose size is free."""
     free = torch.export.Dim.AUTO
     return [{at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs]
 
 
-def output_shapes(program: Program, inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Sizes of the results of a call: a table has as many rows as its timesteps."""
+def new_outputs(program: Program, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Memory for the results of a call: a table has as many rows as its timesteps."""
     rows = {
         value.name.rpartition("@")[2]: tensor.shape[0]
         for value, tensor in zip(program.inputs, inputs, strict=True)
         if None in value.shape
     }
     return [
-        tuple(rows[value.name.partition(".")[0]] if size is None else size for size in value.shape)
+        torch.empty(
+            [rows[value.name.partition(".")[0]] if size is None else size for size in value.shape],
+            dtype=value.dtype,
+            device=device,
+        )
         for value in program.outputs
     ]
 

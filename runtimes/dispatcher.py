@@ -131,7 +131,7 @@ class Dispatcher:
         predictions: list[Tensor] = []
         for value, result in zip(program.outputs, results, strict=True):
             if value.kind is Kind.FEATURE:
-                state.history[value.site, this.slot] = result.contiguous()  # engines read dense memory
+                state.history[value.site, this.slot] = result
             else:
                 predictions.append(result)
         state.last_step = step

@@ -11,6 +11,23 @@ from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine
 
 
+class EagerEngine:
+    """A program's graph on the given weights."""
+
+    def __init__(self, graph: fx.Graph, weights: Mapping[str, Tensor]) -> None:
+        self._graph = graph
+        self.use(weights)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Operator by operator."""
+        with torch.no_grad():
+            return [result.contiguous() for result in self._module(*inputs)]
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Read other tensors."""
+        self._module = fx.GraphModule(dict(weights), self._graph)
+
+
 @dataclass(frozen=True, slots=True)
 class Eager:
     """Runs everywhere and needs nothing."""
@@ -21,11 +38,17 @@ class Eager:
         """No engine has a file."""
         return ()
 
-    def key(self, device: torch.device) -> str | None:
-        """Runs everywhere."""
-        return None
+    def place(self, device: torch.device) -> torch.device:
+        """Where the model is."""
+        return device
 
-    def require(self) -> None:
+    def key(self, device: torch.device) -> Mapping[str, str]:
+        """Runs everywhere."""
+        return {}
+
+    here = key
+
+    def require(self, building: bool) -> None:
         """Always usable."""
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
@@ -38,10 +61,4 @@ class Eager:
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
         """The program's graph on the given weights."""
-        module = fx.GraphModule({name: weights[name] for name in program.weights}, program.module.graph)
-
-        def engine(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            with torch.no_grad():
-                return module(*inputs)  # type: ignore[no-any-return]
-
-        return engine
+        return EagerEngine(program.module.graph, {name: weights[name] for name in program.weights})

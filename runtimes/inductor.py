@@ -1,6 +1,8 @@
 """Ahead-of-time compilation with AOTInductor: one `.pt2` package per program, no weights inside."""
 
+import contextlib
 import platform
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,36 @@ from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, example_inputs, free_sizes
 
 
+class InductorEngine:
+    """A package that was loaded.
+
+    On a GPU it runs without AOTInductor's own bookkeeping of concurrent calls, whose events
+    cannot be part of a CUDA graph; calls from several threads are then launched one by one.
+    """
+
+    def __init__(self, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        index = -1 if device.index is None else device.index
+        with quiet("torch.utils.cpp_extension"):
+            self._package = torch._inductor.aoti_load_package(
+                str(file), run_single_threaded=on_gpu, device_index=index if on_gpu else -1
+            )
+        self._run = self._package.loader.run
+        self._launching = threading.Lock() if on_gpu else contextlib.nullcontext()
+        self.use(weights)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One call of the package."""
+        with self._launching:
+            results = self._run(list(inputs))
+        return [result.contiguous() for result in results]
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Hand over pointers, and keep what they point to."""
+        self._weights = {name: weights[name] for name in self._package.get_constant_fqns()}
+        self._package.load_constants(self._weights, check_full_update=True, user_managed=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Inductor:
     """AOTInductor on the CPU or a GPU."""
@@ -24,16 +56,24 @@ class Inductor:
         """One package a program."""
         return (f"engines/{variant}/{program}.pt2",)
 
-    def key(self, device: torch.device) -> str | None:
+    def place(self, device: torch.device) -> torch.device:
+        """Where the model is."""
+        return device
+
+    def key(self, device: torch.device) -> Mapping[str, str]:
         """The torch version, and the processor or GPU architecture."""
         if device.type == "cuda":
             machine = "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
         else:
             machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return f"torch {torch.__version__} on {machine}"
+        return {"torch": str(torch.__version__), "machine": machine}
 
-    def require(self) -> None:
-        """Needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
+    here = key
+
+    def require(self, building: bool) -> None:
+        """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
+        if not building:
+            return
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
@@ -74,13 +114,4 @@ class Inductor:
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
         """Load a package and hand it pointers to the weights."""
-        with quiet("torch.utils.cpp_extension"):
-            compiled = torch._inductor.aoti_load_package(str(files[0]))
-        own = {name: weights[name] for name in compiled.get_constant_fqns()}
-        compiled.load_constants(own, check_full_update=True, user_managed=True)
-        run = compiled.loader.run
-
-        def engine(inputs: Sequence[Tensor], own: Mapping[str, Tensor] = own) -> Sequence[Tensor]:
-            return run(list(inputs))  # type: ignore[no-any-return]
-
-        return engine
+        return InductorEngine(files[0], weights, device)

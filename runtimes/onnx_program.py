@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.errors import RuntimeUnavailableError, importing
 from recache_compile.export import export_module, quiet
 from recache_compile.program import Program
 from recache_compile.runtimes.base import example_inputs, free_sizes
@@ -28,6 +28,13 @@ from recache_compile.runtimes.base import example_inputs, free_sizes
 def onnx_file(variant: int, program: str) -> str:
     """Where in an artifact a program's model lies: beside the weights, as ONNX asks for of external data."""
     return f"{program}.{variant}.onnx"
+
+
+def require_onnx(who: str) -> None:
+    """Raise `RuntimeUnavailableError`, in the name of `who`, where the extra `onnx` is missing."""
+    with importing(who, "pip install 'recache-compile[onnx]'"):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
 
 
 def export_onnx(program: Program, device: torch.device, file: Path) -> None:
@@ -45,6 +52,10 @@ def export_onnx(program: Program, device: torch.device, file: Path) -> None:
     import onnx_ir as ir
 
     module, weights = lift_weights(program)
+    if twice := sorted(set(weights) & {value.name for value in program.inputs}):
+        raise RuntimeUnavailableError(
+            f"ONNX: {program.name}: an input and a weight are both named {twice[0]}; choose another runtime"
+        )
     sizes = [*free_sizes(program), *({} for _ in weights)]
     inputs = (*example_inputs(program, device), *weights.values())
     exported = export_module(module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)

@@ -11,10 +11,45 @@ from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine, output_shapes
-from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, runnable
+from recache_compile.runtimes.base import Engine, new_outputs
+from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxEngine:
+    """A session, and one binding for every thread that calls it."""
+
+    def __init__(self, program: Program, session: Any, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self._program = program
+        self._session = session
+        self._device = device
+        self._bindings = threading.local()
+        self.use(weights)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run where the tensors are; the results are written into new ones."""
+        binding = self._binding()
+        outputs = new_outputs(self._program, inputs, self._device)
+        for value, tensor in zip(self._program.inputs, inputs, strict=True):
+            _bind(binding.bind_input, value.name, tensor)
+        for value, tensor in zip(self._program.outputs, outputs, strict=True):
+            _bind(binding.bind_output, value.name, tensor)
+        self._session.run_with_iobinding(binding)
+        return outputs
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Bind other tensors, in each thread when it calls."""
+        self._weights = {name: weights[name] for name in self._program.weights}
+
+    def _binding(self) -> Any:
+        """This thread's, with the present weights bound."""
+        weights = self._weights
+        if getattr(self._bindings, "weights", None) is not weights:
+            self._bindings.weights, self._bindings.value = weights, self._session.io_binding()
+            for name, weight in weights.items():
+                _bind(self._bindings.value.bind_input, name, weight)
+        return self._bindings.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +62,21 @@ class OnnxRuntime:
         """Beside the weights, as ONNX asks for of external data."""
         return (onnx_file(variant, program),)
 
-    def key(self, device: torch.device) -> str | None:
-        """Models fit every machine; sessions are made of them when they are loaded."""
-        return None
+    def place(self, device: torch.device) -> torch.device:
+        """Where the model is."""
+        return device
 
-    def require(self) -> None:
+    def key(self, device: torch.device) -> Mapping[str, str]:
+        """Models fit every machine; sessions are made of them when they are loaded."""
+        return {}
+
+    here = key
+
+    def require(self, building: bool) -> None:
         """Needs the extra `onnx`."""
+        require_onnx(f"runtime {self.name}")
         with importing(f"runtime {self.name}", "pip install 'recache-compile[onnx]'"):
-            import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Export; the weights become inputs."""
@@ -49,34 +89,8 @@ class OnnxRuntime:
     def load(
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
-        """A session, and one binding for every thread that calls it."""
-        session = _session(program, files[0], device)
-        bindings = threading.local()
-        names = [value.name for value in program.inputs]
-        results = program.outputs
-        own = {name: weights[name] for name in program.weights}
-
-        def bound() -> Any:
-            binding = session.io_binding()
-            for name, weight in own.items():
-                _bind(binding.bind_input, name, weight)
-            return binding
-
-        def engine(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            if not hasattr(bindings, "value"):
-                bindings.value = bound()
-            outputs = [
-                torch.empty(shape, dtype=value.dtype, device=device)
-                for value, shape in zip(results, output_shapes(program, inputs), strict=True)
-            ]
-            for name, tensor in zip(names, inputs, strict=True):
-                _bind(bindings.value.bind_input, name, tensor)
-            for value, tensor in zip(results, outputs, strict=True):
-                _bind(bindings.value.bind_output, value.name, tensor)
-            session.run_with_iobinding(bindings.value)
-            return outputs
-
-        return engine
+        """A session on the device."""
+        return OnnxEngine(program, _session(program, files[0], device), weights, device)
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Find a runtime by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes.base import Runtime
@@ -24,34 +25,64 @@ def _onnxruntime() -> Runtime:
     return OnnxRuntime()
 
 
-RUNTIMES: dict[str, Callable[[], Runtime]] = {"eager": _eager, "inductor": _inductor, "onnxruntime": _onnxruntime}
+def _tensorrt(name: str) -> Runtime:
+    from recache_compile.runtimes.tensorrt import TensorRT
+
+    return TensorRT(name)
 
 
-def get_runtime(name: str, explain: Callable[[str], None] = lambda message: None) -> Runtime:
+RUNTIMES: dict[str, Callable[[], Runtime]] = {
+    "eager": _eager,
+    "inductor": _inductor,
+    "onnxruntime": _onnxruntime,
+    "tensorrt": partial(_tensorrt, "tensorrt"),
+    "tensorrt_rtx": partial(_tensorrt, "tensorrt_rtx"),
+}
+
+
+def known_runtime(name: str) -> Runtime:
+    """A runtime, usable here or not; "tensorrt-rtx" is taken for "tensorrt_rtx".
+
+    Raises:
+        RuntimeUnavailableError: there is none of this name.
+    """
+    make = RUNTIMES.get(name.replace("-", "_"))
+    if make is None:
+        raise RuntimeUnavailableError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
+    return make()
+
+
+def get_runtime(
+    runtime: str | Runtime, explain: Callable[[str], None] = lambda message: None, building: bool = True
+) -> Runtime:
     """A usable runtime.
 
     Args:
-        name: one of `RUNTIMES`, or "auto": the first that can be used of inductor, onnxruntime and eager.
+        runtime: one of `RUNTIMES`, or "auto": the first that can be used of inductor,
+            onnxruntime and eager.  A runtime with options of its own is taken as it is.
         explain: told why "auto" did not take inductor.
+        building: whether it has to build engines, or only to run them.
 
     Raises:
         RuntimeUnavailableError: unknown, or not usable on this machine.
     """
-    if name == "auto":
-        reasons: list[RuntimeUnavailableError] = []
-        for each in ("inductor", "onnxruntime"):
-            try:
-                runtime = get_runtime(each)
-                break
-            except RuntimeUnavailableError as error:
-                reasons.append(error)
-        else:
-            runtime = get_runtime("eager")
-        if reasons:
-            explain(f"{reasons[0]}; using runtime {runtime.name}")
-        return runtime
-    if name not in RUNTIMES:
-        raise RuntimeUnavailableError(f"runtime {name!r} is unknown; choose auto, {', '.join(RUNTIMES)}")
-    runtime = RUNTIMES[name]()
-    runtime.require()
+    if runtime == "auto":
+        return _first_usable(explain)
+    chosen = known_runtime(runtime) if isinstance(runtime, str) else runtime
+    chosen.require(building)
+    return chosen
+
+
+def _first_usable(explain: Callable[[str], None]) -> Runtime:
+    reasons: list[RuntimeUnavailableError] = []
+    for name in ("inductor", "onnxruntime"):
+        try:
+            runtime = get_runtime(name)
+            break
+        except RuntimeUnavailableError as error:
+            reasons.append(error)
+    else:
+        runtime = get_runtime("eager")
+    if reasons:
+        explain(f"{reasons[0]}; using runtime {runtime.name}")
     return runtime

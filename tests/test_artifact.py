@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import recache_compile as rc
-from recache_compile.artifact import _digest
 from recache_compile.errors import ArtifactError
+from recache_compile.manifest import digest_of
 from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
 from tests.test_compiler import relative_error
 
@@ -127,7 +127,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 def edit_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     facts = manifest | changes
-    (folder / "manifest.json").write_text(json.dumps(facts | {"digest": _digest(facts)}))
+    (folder / "manifest.json").write_text(json.dumps(facts | {"digest": digest_of(facts)}))
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -168,8 +168,10 @@ def test_a_file_outside_the_folder_is_refused(eager_artifact: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_engines_of_another_torch_are_refused(inductor_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(inductor_artifact, tmp_path)
-    edit_manifest(folder, engines_for="torch 1.0.0 on x86_64")
-    with pytest.raises(ArtifactError, match=r"its engines are for torch 1\.0\.0"):
+    edit_manifest(folder, engines_for={"torch": "1.0.0", "machine": "x86_64"})
+    with pytest.raises(
+        ArtifactError, match=r"engines are for cpu, torch 1\.0\.0, .* this is .*; run recache-compile rebuild"
+    ):
         rc.load(folder)
 
 

@@ -10,11 +10,13 @@ from recache_compile.errors import ArtifactError
 from recache_compile.program import Program
 from recache_compile.serialize import program_from_json, program_to_json
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("name", ["prologue", "recompute", "forecast_2"])
 def test_round_trip_runs_the_same(name: str, eager: rc.Compiled) -> None:
     program = eager.variants[0].programs[name]
-    again = program_from_json(program_to_json(program), dict(eager.weights))
+    again = program_from_json(program_to_json(program), dict(eager.weights), CPU)
     assert (again.inputs, again.outputs, again.provenance) == (program.inputs, program.outputs, program.provenance)
     inputs = [torch.rand([3 if size is None else size for size in value.shape]) for value in program.inputs]
     assert all(map(torch.equal, again.module(*inputs), program.module(*inputs)))
@@ -23,7 +25,7 @@ def test_round_trip_runs_the_same(name: str, eager: rc.Compiled) -> None:
 @pytest.mark.parametrize("name", ["prologue", "recompute", "forecast_2"])
 def test_a_program_that_was_read_is_written_as_before(name: str, eager: rc.Compiled) -> None:
     text = program_to_json(eager.variants[0].programs[name])
-    assert program_to_json(program_from_json(text, dict(eager.weights))) == text
+    assert program_to_json(program_from_json(text, dict(eager.weights), CPU)) == text
 
 
 def minimal(call: str, args: list[object]) -> str:
@@ -36,7 +38,7 @@ def minimal(call: str, args: list[object]) -> str:
 
 
 def test_a_minimal_program_runs() -> None:
-    program = program_from_json(minimal("aten::add.Tensor", [{"node": "x"}, {"float": "inf"}]), {})
+    program = program_from_json(minimal("aten::add.Tensor", [{"node": "x"}, {"float": "inf"}]), {}, CPU)
     assert isinstance(program, Program)
     assert torch.isinf(program.module(torch.zeros(2))[0]).all()
 
@@ -57,10 +59,10 @@ def test_a_minimal_program_runs() -> None:
 )
 def test_other_functions_are_refused(call: str) -> None:
     with pytest.raises(ArtifactError, match="not a program"):
-        program_from_json(minimal(call, [{"node": "x"}]), {})
+        program_from_json(minimal(call, [{"node": "x"}]), {}, CPU)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", minimal("aten::neg", [{"node": "z"}])])
 def test_text_that_is_no_program_is_refused(text: str) -> None:
     with pytest.raises(ArtifactError, match="not a program"):
-        program_from_json(text, {})
+        program_from_json(text, {}, CPU)

@@ -1,0 +1,53 @@
+"""New engines for an artifact, from the programs inside: for this machine, another GPU or another runtime."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recache_compile.artifact import check, restore
+from recache_compile.compiled import Compiled
+from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.program import Program
+from recache_compile.runtimes.base import Engine, Runtime, lower
+from recache_compile.runtimes.registry import get_runtime
+
+
+def rebuild(
+    folder: str | Path,
+    runtime: str | Runtime | None = None,
+    device: str | torch.device | None = None,
+    report: Callable[[str], None] = lambda stage: None,
+) -> Compiled:
+    """Build an artifact's engines again; neither the model nor its checkpoint is needed.
+
+    Args:
+        folder: of the artifact; it stays as it is until the result is saved.
+        runtime: for the new engines; by default the artifact's.
+        device: to build for; by default the artifact's where it is here, else the CPU.
+        report: told the name of each stage as it begins.
+
+    Raises:
+        ArtifactError: the folder is no artifact, or is damaged.
+        RuntimeUnavailableError: the runtime cannot build here.
+    """
+    folder = Path(folder)
+    manifest = check(folder)
+    backend = get_runtime(manifest.description.runtime if runtime is None else runtime)
+    place = torch.device(manifest.device if device is None else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        if device is not None:
+            raise RuntimeUnavailableError(f"device {device}: there is no CUDA GPU here; leave --device out")
+        place = torch.device("cpu")
+    keep = tempfile.TemporaryDirectory(prefix="recache-")
+
+    def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
+        report(f"lowering {program.name} to {backend.name}")
+        return lower(program, backend, weights, place, Path(keep.name), number)
+
+    compiled = restore(folder, manifest, place, engine)
+    description = replace(compiled.description, runtime=backend.name)
+    return replace(compiled, description=description, folder=Path(keep.name), engines_for=backend.key(place), keep=keep)

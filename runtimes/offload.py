@@ -1,0 +1,65 @@
+"""Weights that are on the device only while the one program that reads them runs."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recache_compile.runtimes.base import Engine
+
+
+class Offloaded:
+    """An engine some of whose weights live in the host's memory.
+
+    Each call brings them to the device and gives their memory back.  Calls of several
+    threads wait for each other.
+
+    Args:
+        load: makes the engine that reads these weights.
+        weights: all that it reads, by name.
+        away: names of those that are not on the device.
+        device: of the engine.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Mapping[str, Tensor]], Engine],
+        weights: Mapping[str, Tensor],
+        away: set[str],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._away = away
+        self._running = threading.Lock()
+        self.use(weights)
+        with self._visiting() as present:
+            self._engine = load(present)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Copy, run, give back."""
+        with self._running, self._visiting() as present:
+            self._engine.use(present)
+            return self._engine(inputs)
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Bring others from now on."""
+        self._weights = weights
+
+    @contextlib.contextmanager
+    def _visiting(self) -> Iterator[Mapping[str, Tensor]]:
+        """All weights on the device, for as long as the block lasts."""
+        visiting = {name: torch.empty_like(self._weights[name], device=self._device) for name in self._away}
+        try:
+            for name, weight in visiting.items():
+                weight.copy_(self._weights[name], non_blocking=True)
+            yield {**self._weights, **visiting}
+        finally:
+            for weight in visiting.values():
+                weight.untyped_storage().resize_(0)  # the engine may hold the tensor, but not its memory
+
+
+def at_home(weight: Tensor, device: torch.device) -> Tensor:
+    """A weight in the host's memory, from where it gets to the device fast."""
+    return weight.pin_memory() if device.type == "cuda" else weight
