@@ -5,7 +5,8 @@ from recache_compile.api import compile
 from recache_compile.artifact import load
 from recache_compile.compiled import Compiled
 from recache_compile.errors import RecacheError
+from recache_compile.rebuild import rebuild
 from recache_compile.schedule import Schedule
 from recache_compile.stand_in import accelerate
 
-__all__ = ["Compiled", "RecacheError", "Schedule", "__version__", "accelerate", "compile", "load"]
+__all__ = ["Compiled", "RecacheError", "Schedule", "__version__", "accelerate", "compile", "load", "rebuild"]

@@ -24,6 +24,7 @@ from recache_compile.policies.base import Policy, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.policies.uniform import Uniform
 from recache_compile.program import Granularity, Role
+from recache_compile.runtimes.base import Runtime
 from recache_compile.runtimes.registry import get_runtime
 
 
@@ -36,7 +37,7 @@ def compile(
     order: int = 1,
     policy: str | Mapping[int, Sequence[int]] | Policy = "uniform",
     granularity: str = "stack",
-    runtime: str = "auto",
+    runtime: str | Runtime = "auto",
     *,
     roles: Mapping[str, Role | str] | None = None,
     timesteps: Mapping[str, Tensor] | None = None,
@@ -45,6 +46,7 @@ def compile(
     call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     component: str = "transformer",
     calibrate: Sequence[Mapping[str, Any]] = (),
+    cuda_graphs: bool = False,
     report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
@@ -65,7 +67,9 @@ def compile(
             Policies such as "gram", and the forecaster "fitted", run a few full generations
             of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
-        runtime: "eager", "inductor", or "auto": inductor where it can be used.
+        runtime: "eager", "inductor", "onnxruntime", "tensorrt", "tensorrt_rtx", or "auto": the
+            first that can be used of inductor, onnxruntime and eager.  A `TensorRT` tells how
+            engines are built.
         roles: role of inputs by name, where their names do not tell.
         timesteps: per timestep input of the first example, its value at every step
             (num_steps, *shape).  Without them, the first generation learns them.
@@ -77,6 +81,8 @@ def compile(
         component: which of a pipeline's transformers is compiled ("transformer_2").
         calibrate: arguments of the pipeline calls that are looked at where the policy or the
             forecaster needs it; by default four times the first `call`, with other noise.
+        cuda_graphs: replay CUDA graphs instead of calling engines, with eager, inductor and
+            TensorRT on a GPU.
         report: told the name of each stage as it begins.
 
     Raises:
@@ -111,6 +117,7 @@ def compile(
         runtime=backend.name,
         hoist=hoist,
         component=component,
+        cuda_graphs=cuda_graphs,
     )
     compiled = compile_module(module, examples, options, backend, description, report)
     if not looks:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from recache_compile.manifest import (
 )
 from recache_compile.plan import Plan
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine, Runtime, Variant, fits
+from recache_compile.runtimes.base import Absent, Engine, Runtime, Variant, fits
 from recache_compile.runtimes.offload import Offloaded, at_home
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.schedule import Schedule
@@ -97,7 +98,12 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(folder: str | Path, device: str | torch.device | None = None, offload_prologue: bool = False) -> Compiled:
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    offload_prologue: bool = False,
+    cuda_graphs: bool | None = None,
+) -> Compiled:
     """Load an artifact; nothing in it is unpickled, and every file is checked first.
 
     Args:
@@ -105,6 +111,7 @@ def load(folder: str | Path, device: str | torch.device | None = None, offload_p
         device: must be of the kind that the engines are for; by default that one.
         offload_prologue: keep the weights that only the prologue reads in the host's memory;
             they are on the device while it runs, once per generation.
+        cuda_graphs: replay CUDA graphs instead of calling engines; by default as compiled.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, is from a newer version, or
@@ -124,7 +131,22 @@ def load(folder: str | Path, device: str | torch.device | None = None, offload_p
         runtime = get_runtime(manifest.description.runtime, building=False)
         place = torch.device(manifest.device if device is None else device)
         check_fit(manifest, runtime, place, folder)
-        return restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+        compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+        if cuda_graphs is None:
+            return compiled
+        return replace(compiled, description=replace(compiled.description, cuda_graphs=cuda_graphs))
+
+
+def look(folder: str | Path) -> Compiled:
+    """An artifact on the CPU without engines, on any machine: for those who only look at it.
+
+    Raises:
+        ArtifactError: the folder is no artifact, or is damaged.
+    """
+    folder = Path(folder)
+    manifest = check(folder)
+    with _telling(folder):
+        return restore(folder, manifest, torch.device("cpu"), lambda *_: Absent("the artifact was only looked at"))
 
 
 def check(folder: Path) -> Manifest:

@@ -9,6 +9,7 @@ from recache_compile._version import __version__
 from recache_compile.commands.compile import compile_command
 from recache_compile.commands.inspect import inspect_command
 from recache_compile.commands.plan import plan_command
+from recache_compile.commands.rebuild import rebuild_command
 from recache_compile.commands.run import run_command
 from recache_compile.commands.schedules import schedules_command
 from recache_compile.commands.train import train_command
@@ -42,7 +43,16 @@ def main() -> None:
     """
 
 
-for command in (compile_command, run_command, inspect_command, plan_command, train_command, schedules_command):
+COMMANDS = (
+    compile_command,
+    run_command,
+    inspect_command,
+    rebuild_command,
+    plan_command,
+    train_command,
+    schedules_command,
+)
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from recache_compile.capture import Signature
 from recache_compile.cost import Cost, cost_of
-from recache_compile.errors import DispatchError, ModelError
+from recache_compile.errors import DispatchError, ModelError, RuntimeUnavailableError
 from recache_compile.forecasters import Forecaster, get_forecaster
 from recache_compile.plan import Plan, make_plan
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
+from recache_compile.runtimes.graphs import Graphs
+from recache_compile.runtimes.registry import known_runtime
 from recache_compile.runtimes.replay import Replay
 from recache_compile.schedule import Schedule
 
@@ -37,6 +39,7 @@ class Description:
         call: arguments of the pipeline, beside the prompt, that it was compiled for; the first
             where there are several.
         weights: names of the module's parameters and stored buffers, read by a program or not.
+        cuda_graphs: whether dispatchers replay CUDA graphs instead of calling engines.
         gram: what the forecaster `fitted` was fitted to (T, T); empty for the others.
     """
 
@@ -55,6 +58,7 @@ class Description:
     component: str = "transformer"
     call: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
+    cuda_graphs: bool = False
     gram: tuple[tuple[float, ...], ...] = ()
 
 
@@ -100,8 +104,19 @@ class Compiled:
 
         Raises:
             DispatchError: the budget was not compiled.
+            RuntimeUnavailableError: CUDA graphs were asked for, and cannot be had.
         """
-        return Dispatcher(self._plan(budget), self.forecaster, self.variants, self.signature, self.revision)
+        graphs = self._graphs() if self.description.cuda_graphs else None
+        return Dispatcher(self._plan(budget), self.forecaster, self.variants, self.signature, self.revision, graphs)
+
+    def _graphs(self) -> type[Graphs]:
+        device, runtime = self.variants[0].device, known_runtime(self.description.runtime)
+        if device.type != "cuda" or not runtime.capturable:
+            raise RuntimeUnavailableError(
+                f"CUDA graphs: cannot be made of engines of runtime {runtime.name} on {device}; load or compile without"
+                " them (cuda_graphs=False)"
+            )
+        return Graphs
 
     def replay(self, forecaster: Forecaster | None = None) -> Replay:
         """The model call under changing schedules, for those who compare them.

@@ -27,7 +27,8 @@ class Measured:
         budget: number of recompute steps.
         recompute_steps: which they are.
         macs_reduction: times fewer multiply-accumulates per generation.
-        speedup: median time of the uncached pipeline call over that of the compiled one.
+        speedup: median time of the uncached pipeline call over that of the compiled one; None
+            where the engines cannot be run.
         psnr: mean over the pictures, dB; None without pictures.
         ssim: mean over the pictures; None without pictures.
     """
@@ -35,7 +36,7 @@ class Measured:
     budget: int
     recompute_steps: tuple[int, ...]
     macs_reduction: float
-    speedup: float
+    speedup: float | None
     psnr: float | None
     ssim: float | None
 
@@ -76,18 +77,20 @@ def compare(
         no pictures where the pipeline makes something else.
     """
     pipeline.set_progress_bar_config(disable=True)
+    pipelines = {
+        budget: accelerate(copy.copy(pipeline), {component: compiled}, budget) for budget in compiled.plans
+    } | {None: pipeline}
     pictures: dict[int | None, list[Tensor]] = {}
     for budget in (None, *compiled.plans):
         report("drawing uncached" if budget is None else f"drawing with budget {budget}")
-        chosen = _under(pipeline, compiled, component, budget)
-        drawn = [_draw(chosen, compiled, call, seed + number) for number, call in enumerate(calls)]
+        drawn = [_draw(pipelines[budget], compiled, call, seed + number) for number, call in enumerate(calls)]
         pictures[budget] = [picture for picture in drawn if picture is not None]
     report("timing")
     times: dict[int | None, list[float]] = {budget: [] for budget in pictures}
     for _ in range(repeats):
         for budget, taken in times.items():
-            chosen = _under(pipeline, compiled, component, budget)  # anew: every generation runs its prologue
-            taken.append(seconds(lambda chosen=chosen: _draw(chosen, compiled, calls[0], seed)))  # type: ignore[misc]
+            compiled.revision.number += 1  # every generation runs its prologue
+            taken.append(seconds(lambda budget=budget: _draw(pipelines[budget], compiled, calls[0], seed)))  # type: ignore[misc]
     measured = []
     for budget, plan in compiled.plans.items():
         pairs = list(zip(pictures[budget], pictures[None], strict=True))
@@ -104,9 +107,12 @@ def compare(
     return measured, pictures if pictures[None] else {}
 
 
-def _under(pipeline: Any, compiled: Compiled, component: str, budget: int | None) -> Any:
-    """The pipeline itself, or a copy that runs on the engines."""
-    return pipeline if budget is None else accelerate(copy.copy(pipeline), {component: compiled}, budget)
+def unmeasured(compiled: Compiled) -> list[Measured]:
+    """What is known of every budget without running it."""
+    return [
+        Measured(budget, plan.schedule.recompute_steps, compiled.cost(budget).macs_reduction, None, None, None)
+        for budget, plan in compiled.plans.items()
+    ]
 
 
 def _draw(pipeline: Any, compiled: Compiled, call: Mapping[str, Any], seed: int) -> Tensor | None:

@@ -189,6 +189,7 @@ class CompiledTransformer(nn.Module):
         try:
             yield
         finally:
+            self._dispatchers[self._budget].reset(start=None)  # history is not kept for a generation that is over
             self._pipeline, self._budget = before
 
     @contextlib.contextmanager

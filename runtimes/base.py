@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from recache_compile.errors import DispatchError
 from recache_compile.program import Kind, Program, Role, Value
 
 EXAMPLE_ROWS = 3
@@ -33,6 +34,11 @@ class Runtime(Protocol):
     @property
     def name(self) -> str:
         """The name users choose it by."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether its engines can be part of a CUDA graph."""
         ...
 
     def files(self, variant: int, program: str) -> tuple[str, ...]:
@@ -71,6 +77,24 @@ class Runtime(Protocol):
         Where a device cannot run it, calling the engine tells so; it can still be saved.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """Stands for an engine that cannot be called here.
+
+    Args:
+        reason: told to whoever calls it.
+    """
+
+    reason: str
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Raise `DispatchError`."""
+        raise DispatchError(self.reason)
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        """Nothing reads them here."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The denoising loop's side of a compiled model: one engine call per step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from recache_compile.forecasters import Forecaster
 from recache_compile.plan import Plan, StepPlan, make_plan
 from recache_compile.program import Kind, Value
 from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.graphs import Graphs
 from recache_compile.runtimes.seen import Seen
 from recache_compile.runtimes.tables import Tables
 
@@ -30,6 +31,7 @@ class State:
         coefficients: of every step in `steps`, on the device.
         tables: the prologue's results; None when nothing was hoisted.
         fixed: the inputs that must have the values of the capture.
+        graphs: the engines as CUDA graphs; None: they are called.
         history: features by site and slot.
         last_step: the last step that succeeded; None before the first one.
     """
@@ -40,6 +42,7 @@ class State:
     coefficients: tuple[Tensor, ...]
     tables: Tables | None
     fixed: Mapping[str, Seen]
+    graphs: Graphs | None
     history: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
     last_step: int | None = None
 
@@ -57,6 +60,7 @@ class Dispatcher:
         variants: programs and engines, one for each set of input shapes.
         signature: how the model is called.
         revision: counts the changes of the weights.
+        graphs: makes the CUDA graphs of a state; None: engines are called.
     """
 
     def __init__(
@@ -66,11 +70,13 @@ class Dispatcher:
         variants: Sequence[Variant],
         signature: Signature,
         revision: Revision | None = None,
+        graphs: Callable[[Variant], Graphs] | None = None,
     ) -> None:
         self.plan = plan
         self._forecaster = forecaster
         self._signature = signature
         self._revision = revision or Revision()
+        self._graphs = graphs
         self._result = pytree.treespec_loads(signature.result)
         self._variants: dict[Any, list[Variant]] = {}
         for each in variants:
@@ -127,11 +133,15 @@ class Dispatcher:
         this = state.steps[at]
         program = state.variant.programs[this.program]
         arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
-        results = state.variant.engines[this.program](arguments)
+        graphs = state.graphs
+        results = (
+            state.variant.engines[this.program](arguments) if graphs is None else graphs.run(this.program, arguments)
+        )
         predictions: list[Tensor] = []
         for value, result in zip(program.outputs, results, strict=True):
             if value.kind is Kind.FEATURE:
-                state.history[value.site, this.slot] = result
+                kept = result if graphs is None else graphs.keep(value.site, this.slot, result)
+                state.history[value.site, this.slot] = kept
             else:
                 predictions.append(result)
         state.last_step = step
@@ -190,7 +200,8 @@ class Dispatcher:
         plan = self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
-        return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed)
+        graphs = None if self._graphs is None else self._graphs(variant)
+        return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed, graphs)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)

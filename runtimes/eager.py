@@ -33,6 +33,7 @@ class Eager:
     """Runs everywhere and needs nothing."""
 
     name: str = "eager"
+    capturable = True
 
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """No engine has a file."""

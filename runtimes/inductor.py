@@ -51,6 +51,7 @@ class Inductor:
     """AOTInductor on the CPU or a GPU."""
 
     name: str = "inductor"
+    capturable = True
 
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """One package a program."""

@@ -57,6 +57,7 @@ class OnnxRuntime:
     """ONNX Runtime; inputs, outputs and weights are bound where PyTorch has them."""
 
     name: str = "onnxruntime"
+    capturable = False
 
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Beside the weights, as ONNX asks for of external data."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from recache_compile.errors import DispatchError, RuntimeUnavailableError, importing
 from recache_compile.files import writing
 from recache_compile.program import MIN_ROWS, Program
-from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, new_outputs
+from recache_compile.runtimes.base import EXAMPLE_ROWS, Absent, Engine, new_outputs
 from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 
 MAX_ROWS = 1000
@@ -47,6 +47,7 @@ class TensorRT:
     """
 
     name: str
+    capturable = True
     targets: tuple[str, ...] = ()
     workspace: int | None = None
     optimization_level: int | None = None
@@ -116,7 +117,10 @@ class TensorRT:
     ) -> Engine:
         """An engine on a GPU; elsewhere one that can only be saved."""
         if device.type != "cuda":
-            return Elsewhere(f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}")
+            return Absent(
+                f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the artifact and"
+                " load it there"
+            )
         with self._logging() as logger:
             runtime = self._trt().Runtime(logger)
             loaded = runtime.deserialize_cuda_engine(files[0].read_bytes())
@@ -283,24 +287,6 @@ class TensorRTEngine:
                 here.context.set_input_shape(name, tuple(weight.shape))
                 here.context.set_tensor_address(name, weight.data_ptr())
         return here.context
-
-
-class Elsewhere:
-    """Stands for an engine that this device cannot run.
-
-    Args:
-        reason: told to whoever calls it.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Raise `DispatchError`."""
-        raise DispatchError(f"{self._reason}; save the artifact and load it there")
-
-    def use(self, weights: Mapping[str, Tensor]) -> None:
-        """Nothing reads them here."""
 
 
 def _capability(device: torch.device) -> str:

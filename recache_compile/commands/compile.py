@@ -9,6 +9,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from recache_compile.commands.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
 from recache_compile.commands.console import DTYPES, PAGE, SEED, captions_for, notice, say, showing_stages
 from recache_compile.errors import ArtifactError
 from recache_compile.parameters import JsonObject, Numbers, Size, check_call
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     default=None,
     help="Cache what is added to the stream, or the stream itself.  [default: residual at block, else absolute]",
 )
-@click.option("--runtime", default="auto", show_default=True, help="auto, inductor, onnxruntime or eager.")
+@click.option("--runtime", default="auto", show_default=True, help=RUNTIME_HELP)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
 @click.option(
@@ -64,7 +65,9 @@ if TYPE_CHECKING:
 @click.option(
     "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
 )
+@click.option("--cuda-graphs", is_flag=True, help="Replay CUDA graphs instead of calling engines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@tensorrt_options
 def compile_command(
     model: str,
     budgets: tuple[int, ...],
@@ -84,7 +87,9 @@ def compile_command(
     prompts: tuple[str, ...],
     seed: int,
     hoist: bool,
+    cuda_graphs: bool,
     as_json: bool,
+    **building: Any,
 ) -> None:
     """Compile MODEL (`shapes`, a diffusers folder or a Hub id) and show what each budget gives."""
     folder = output or Path(f"{Path(model).resolve().name}-recache")
@@ -95,14 +100,13 @@ def compile_command(
         from recache_compile.api import compile, compile_options
         from recache_compile.choosing import calibration_calls
         from recache_compile.loading import absolute, load_pipeline
-        from recache_compile.measure import compare
+        from recache_compile.measure import compare, unmeasured
         from recache_compile.picture import save_comparison
         from recache_compile.recording import prompted, record_examples
-        from recache_compile.runtimes.registry import get_runtime
 
         checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
         compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
-        backend = get_runtime(runtime, explain=notice)
+        backend = chosen_runtime(runtime, building, notice)
         picture = _check_output(folder)
         report(f"loading {model}")
         pipeline = load_pipeline(model, getattr(torch, dtype))
@@ -113,8 +117,8 @@ def compile_command(
         for caption in captions[1:]:  # compiling records the first
             record_examples(pipeline, steps, prompted(pipeline, caption, shapes[0]), component)
         compiled = compile(
-            pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend.name,
-            residual=residual, hoist=hoist, component=component, report=report,
+            pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend,
+            residual=residual, hoist=hoist, component=component, cuda_graphs=cuda_graphs, report=report,
             call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
             calibrate=calibration_calls(pipeline, captions, shapes[0], batch[0]),
         )  # fmt: skip
@@ -123,7 +127,12 @@ def compile_command(
         report(f"writing {folder}")
         compiled.save(folder)
         calls = [prompted(pipeline, caption, shapes[0], batch[0]) for caption in captions]
-        measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
+        why_not = "no picture: the pipeline makes no images"
+        if backend.place(device := compiled.variants[0].device) == device:
+            measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
+        else:
+            measured, pictures = unmeasured(compiled), {}
+            why_not = f"no picture: engines of {backend.name} do not run on {device}"
         if pictures:
             save_comparison(pictures, compiled.schedules, captions, picture)
     if as_json:
@@ -131,7 +140,7 @@ def compile_command(
         click.echo(json.dumps({"model": model, **files, **_facts(compiled, measured)}))
         return
     print_measured(compiled, measured)
-    say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else "no picture: the pipeline makes no images"))
+    say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else why_not))
 
 
 def _check_output(folder: Path) -> Path:
@@ -172,7 +181,7 @@ def print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
             str(each.budget),
             " ".join(map(str, each.recompute_steps)),
             f"÷ {each.macs_reduction:.2f}",
-            f"× {each.speedup:.2f}",
+            "-" if each.speedup is None else f"× {each.speedup:.2f}",
             "-" if each.psnr is None else f"{each.psnr:.1f} dB",
             "-" if each.ssim is None else f"{each.ssim:.3f}",
         )

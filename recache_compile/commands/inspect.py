@@ -17,11 +17,11 @@ def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
     """Show the plan of a compiled ARTIFACT: steps, engines, sites, costs."""
     with showing_stages() as report:
         report("loading libraries")
-        from recache_compile.artifact import load
+        from recache_compile.artifact import look
         from recache_compile.inspection import facts_of, print_facts, print_graph
 
-        report(f"loading {artifact}")
-        compiled = load(artifact)
+        report(f"reading {artifact}")
+        compiled = look(artifact)
         facts = None if graph else facts_of(compiled)
     if graph:
         print_graph(compiled, graph, PAGE)

@@ -17,7 +17,20 @@ from recache_compile.errors import ModelError
 @click.option(
     "--scale", type=click.IntRange(1, 64), default=8, show_default=True, help="Enlarge small pictures by this factor."
 )
-def run_command(artifact: Path, caption: str, budget: int | None, seed: int, output: Path, scale: int) -> None:
+@click.option(
+    "--offload-prologue", is_flag=True, help="Keep weights that only the prologue reads in the host's memory."
+)
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay CUDA graphs.  [default: as compiled]")
+def run_command(
+    artifact: Path,
+    caption: str,
+    budget: int | None,
+    seed: int,
+    output: Path,
+    scale: int,
+    offload_prologue: bool,
+    cuda_graphs: bool | None,
+) -> None:
     """Draw CAPTION with a compiled ARTIFACT."""
     with showing_stages() as report:
         report("loading libraries")
@@ -31,7 +44,7 @@ def run_command(artifact: Path, caption: str, budget: int | None, seed: int, out
 
         check_file(output)
         report(f"loading {artifact}")
-        compiled = load(artifact)
+        compiled = load(artifact, offload_prologue=offload_prologue, cuda_graphs=cuda_graphs)
         facts = compiled.description
         dtype = getattr(torch, facts.dtype)
         pipeline = load_pipeline(facts.model, dtype, **{facts.component: None})

@@ -1,0 +1,38 @@
+"""`recache-compile rebuild`: new engines for an artifact."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recache_compile.commands.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
+from recache_compile.commands.console import notice, say, showing_stages
+
+
+@click.command("rebuild")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--runtime", help=f"{RUNTIME_HELP}  [default: the artifact's]")
+@click.option("--device", help="cpu, cuda or cuda:1.  [default: the artifact's where it is here, else cpu]")
+@click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: ARTIFACT itself]")
+@tensorrt_options
+def rebuild_command(
+    artifact: Path, runtime: str | None, device: str | None, output: Path | None, **building: Any
+) -> None:
+    """Build the engines of an ARTIFACT anew: for this machine, another GPU or another runtime.
+
+    Neither the model nor its checkpoint is needed; schedules and weights stay as they are.
+    """
+    folder = output or artifact
+    with showing_stages() as report:
+        report("loading libraries")
+        from recache_compile.artifact import check, check_writable
+        from recache_compile.rebuild import rebuild
+
+        check_writable(folder)
+        report(f"checking {artifact}")
+        name = runtime or check(artifact).description.runtime
+        compiled = rebuild(artifact, chosen_runtime(name, building, notice), device, report)
+        report(f"writing {folder}")
+        compiled.save(folder)
+    built_for = ", ".join(f"{what} {value}" for what, value in compiled.engines_for.items())
+    say(f"{folder}  ({compiled.description.runtime}, for {built_for or 'any machine'})")

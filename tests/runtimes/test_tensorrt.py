@@ -1,0 +1,172 @@
+"""TensorRT and TensorRT-RTX as far as they go without a GPU: options, messages, artifacts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+import recache_compile as rc
+from recache_compile.cli import main
+from recache_compile.errors import ArtifactError, DispatchError, RuntimeUnavailableError
+from recache_compile.runtimes.base import fits
+from recache_compile.runtimes.registry import get_runtime
+from recache_compile.runtimes.tensorrt import TensorRT
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+
+
+class Doubled(torch.nn.Module):
+    """Two layers, so that programs are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = hidden_states + layer(hidden_states) * timestep
+        return hidden_states
+
+
+@pytest.fixture(scope="module")
+def compiled() -> rc.Compiled:
+    with torch.no_grad():
+        inputs = {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
+        return rc.compile(
+            Doubled(), inputs, (2,), 4, forecaster="reuse", runtime=TensorRT("tensorrt_rtx", targets=("sm89",))
+        )
+
+
+@pytest.fixture(scope="module")
+def bundle(compiled: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tensorrt") / "bundle"
+    compiled.save(folder)
+    return folder
+
+
+def test_a_bundle_holds_engines_models_and_one_copy_of_the_weights(compiled: rc.Compiled, bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["device"] == "cuda"
+    assert manifest["engines_for"] == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
+    for name in compiled.variants[0].programs:
+        assert (bundle / "engines" / "0" / f"{name}.engine").stat().st_size > 10_000
+        onnx.checker.check_model(bundle / f"{name}.0.onnx", full_check=True)
+
+
+@without_gpu
+def test_without_a_gpu_it_is_refused_with_the_command_that_rebuilds_it(bundle: Path) -> None:
+    message = (
+        r"are for cuda, tensorrt_rtx .*, gpu sm89, and there is no CUDA GPU here; run recache-compile rebuild .*auto"
+    )
+    with pytest.raises(ArtifactError, match=message):
+        rc.load(bundle)
+
+
+@without_gpu
+def test_an_engine_that_cannot_run_here_says_so(compiled: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match=r"run on a CUDA GPU, the model was compiled on cpu; save the artifact"):
+        compiled.dispatcher(2)(step=0, hidden_states=torch.randn(2, 4), timestep=torch.ones(1))
+
+
+def test_inspect_needs_no_gpu(bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(bundle), "--json"])
+    assert json.loads(result.stdout)["description"]["runtime"] == "tensorrt_rtx"
+
+
+def test_rebuilding_keeps_schedules_and_weights(compiled: rc.Compiled, bundle: Path, tmp_path: Path) -> None:
+    command = ["rebuild", str(bundle), "--target", "sm120", "--optimization-level", "1", "--workspace", "64"]
+    result = CliRunner().invoke(main, [*command, "--output", str(tmp_path / "other")])
+    assert result.exit_code == 0, result.output
+    assert "gpu sm120" in result.stdout
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (bundle, tmp_path / "other")]
+    assert manifests[0]["plans"] == manifests[1]["plans"]
+    weights = [(folder / "weights.safetensors").read_bytes() for folder in (bundle, tmp_path / "other")]
+    assert weights[0] == weights[1]
+
+
+def test_rebuilt_for_eager_it_runs_here(compiled: rc.Compiled, bundle: Path) -> None:
+    inputs = {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
+    result = rc.rebuild(bundle, "eager").dispatcher(2)(step=0, **inputs)
+    hidden = inputs["hidden_states"]
+    for number in range(2):
+        weight, bias = (compiled.weights[f"layers.{number}.{kind}"] for kind in ("weight", "bias"))
+        hidden = hidden + torch.nn.functional.linear(hidden, weight, bias)
+    assert torch.allclose(result, hidden, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "tensorrt_rtx", "targets": ("sm35",)}, r"target 'sm35' is unknown; choose among sm120, .*sm89"),
+        ({"name": "tensorrt_rtx", "timing_cache": Path("cache")}, "takes no timing cache"),
+        ({"name": "tensorrt_rtx", "hardware_compatible": True}, "no hardware compatibility"),
+        ({"name": "tensorrt"}, "pip install tensorrt"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        get_runtime(TensorRT(**options))
+
+
+def test_options_of_another_runtime_are_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["shapes", "--runtime", "eager", "--tf32", "--output", str(tmp_path / "out")])
+    assert result.exit_code != 0
+    assert "--tf32: is for runtimes tensorrt and tensorrt_rtx, this is eager" in result.output
+
+
+def test_an_operator_that_is_missing_is_named_by_its_module(tmp_path: Path) -> None:
+    node = helper.make_node("Det", ["x"], ["y"], name="transformer_blocks.3.attn/Det_1")
+    value = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [2, 2]), ("y", []))
+    ]
+    graph = helper.make_graph([node], "recompute", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "model.onnx")
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"recompute cannot be built, at transformer_blocks\.3\.attn/Det_1"
+    ):
+        TensorRT("tensorrt_rtx").build(tmp_path / "model.onnx", "recompute")
+
+
+def test_a_missing_library_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(RuntimeUnavailableError, match="pip install tensorrt-rtx"):
+        get_runtime("tensorrt-rtx")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "fit"),
+    [
+        ("sm89", "sm89", True),
+        ("sm89", "sm90", False),
+        ("sm89 or sm120", "sm120", True),
+        ("sm80+", "sm120", True),
+        ("sm80+", "sm75", False),
+        ("sm80+", "none", False),
+        ("1.7.1.116", "1.7.2.1", False),
+        ("1.7.1.116+", "1.10.0.3", True),
+        ("1.7.1.116+", "1.7.0.9", False),
+    ],
+)
+def test_engines_fit_what_their_key_names(wanted: str, found: str, fit: bool) -> None:
+    assert fits({"what": wanted}, {"what": found}) is fit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_engines_give_what_eager_gives(bundle: Path, cuda_graphs: bool) -> None:
+    rebuilt, eager = rc.rebuild(bundle, device="cuda"), rc.rebuild(bundle, "eager", "cuda")
+    rebuilt.save(bundle.with_name("here"))
+    runs = rc.load(bundle.with_name("here"), cuda_graphs=cuda_graphs).dispatcher(2), eager.dispatcher(2)
+    for _ in range(2):
+        for step in range(4):
+            inputs = {"hidden_states": torch.randn(2, 4).cuda(), "timestep": torch.full((1,), 1.0 - 0.2 * step).cuda()}
+            ours, theirs = (run(step=step, **inputs) for run in runs)
+            assert torch.allclose(ours, theirs, atol=1e-4)
