@@ -137,7 +137,9 @@ def check_files(folder: Path, manifest: Manifest, needed: Iterable[str]) -> None
     for name, expected in manifest.files.items():
         file = folder / name
         if name not in present:
-            raise ArtifactError(f"{file}: missing from the artifact; compile again")
+            raise ArtifactError(f"{folder}: {name} is missing from the artifact; compile again")
+        if file.is_symlink():
+            raise ArtifactError(f"{file}: is a link, artifacts hold plain files; compile again")
         if hash_of(file) != expected:
             raise ArtifactError(f"{file}: damaged (its hash differs from the manifest's); compile again")
     if extra := sorted(present - set(manifest.files)):

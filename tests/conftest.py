@@ -55,6 +55,24 @@ def flux_inputs(seed: int = 0, batch: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
+class Doubled(torch.nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = hidden_states + layer(hidden_states) * timestep
+        return hidden_states
+
+
+def doubled_inputs() -> dict[str, torch.Tensor]:
+    """Arguments of one call of `Doubled`."""
+    return {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
+
+
 def timesteps(batch: int = 1, num_steps: int = NUM_STEPS) -> torch.Tensor:
     """A shifted flow-matching timetable (num_steps, batch)."""
     sigma = torch.linspace(1, 1 / num_steps, num_steps)
@@ -129,6 +147,19 @@ def eager_artifact(eager: rc.Compiled, tmp_path_factory: pytest.TempPathFactory)
 def inductor_artifact(inductor: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts") / "inductor"
     inductor.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tensorrt_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small model's."""
+    pytest.importorskip("tensorrt_rtx")
+    from recache_compile.runtimes.tensorrt import TensorRT
+
+    folder = tmp_path_factory.mktemp("artifacts") / "tensorrt"
+    runtime = TensorRT("tensorrt_rtx", targets=("sm89",))
+    with torch.no_grad():
+        rc.compile(Doubled(), doubled_inputs(), (2,), 4, forecaster="reuse", runtime=runtime).save(folder)
     return folder
 
 

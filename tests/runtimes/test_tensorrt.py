@@ -16,39 +16,22 @@ from recache_compile.errors import ArtifactError, DispatchError, RuntimeUnavaila
 from recache_compile.runtimes.base import fits
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.runtimes.tensorrt import TensorRT
+from tests.conftest import doubled_inputs
 
 trt = pytest.importorskip("tensorrt_rtx")
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
 
-class Doubled(torch.nn.Module):
-    """Two layers, so that programs are small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
-
-    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = hidden_states + layer(hidden_states) * timestep
-        return hidden_states
-
-
 @pytest.fixture(scope="module")
-def compiled() -> rc.Compiled:
+def compiled(bundle: Path) -> rc.Compiled:
     with torch.no_grad():
-        inputs = {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
-        return rc.compile(
-            Doubled(), inputs, (2,), 4, forecaster="reuse", runtime=TensorRT("tensorrt_rtx", targets=("sm89",))
-        )
+        return rc.rebuild(bundle, TensorRT("tensorrt_rtx", targets=("sm89",)))
 
 
 @pytest.fixture(scope="module")
-def bundle(compiled: rc.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tensorrt") / "bundle"
-    compiled.save(folder)
-    return folder
+def bundle(tensorrt_artifact: Path) -> Path:
+    return tensorrt_artifact
 
 
 def test_a_bundle_holds_engines_models_and_one_copy_of_the_weights(compiled: rc.Compiled, bundle: Path) -> None:
@@ -72,7 +55,7 @@ def test_without_a_gpu_it_is_refused_with_the_command_that_rebuilds_it(bundle: P
 @without_gpu
 def test_an_engine_that_cannot_run_here_says_so(compiled: rc.Compiled) -> None:
     with pytest.raises(DispatchError, match=r"run on a CUDA GPU, the model was compiled on cpu; save the artifact"):
-        compiled.dispatcher(2)(step=0, hidden_states=torch.randn(2, 4), timestep=torch.ones(1))
+        compiled.dispatcher(2)(step=0, **doubled_inputs())
 
 
 def test_inspect_needs_no_gpu(bundle: Path) -> None:
@@ -92,7 +75,7 @@ def test_rebuilding_keeps_schedules_and_weights(compiled: rc.Compiled, bundle: P
 
 
 def test_rebuilt_for_eager_it_runs_here(compiled: rc.Compiled, bundle: Path) -> None:
-    inputs = {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
+    inputs = doubled_inputs()
     result = rc.rebuild(bundle, "eager").dispatcher(2)(step=0, **inputs)
     hidden = inputs["hidden_states"]
     for number in range(2):
