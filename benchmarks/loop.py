@@ -1,17 +1,23 @@
-"""One denoising loop of a FLUX-shaped random model: eager, torch.compile and ours, in one run.
+"""One denoising loop of a FLUX-shaped random model: eager, torch.compile and ours on every runtime, in one run.
 
-    python benchmarks/loop.py
+    python benchmarks/loop.py --runtimes inductor,onnxruntime,eager
 
-Rounds are interleaved, medians count.  The ideal is what the recompute steps and the
-prologue cost when they are called on their own: everything above it is overhead.
+On a GPU, "inductor+graphs" replays CUDA graphs.  Rounds are interleaved, medians count.
+The ideal is what the recompute steps and the prologue cost when their engines are called
+on their own: everything above it is overhead.  Memory is that of a process of its own,
+after one generation, beyond what it held before it loaded anything.
 """
 
+import contextlib
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,128 +28,98 @@ from rich.console import Console
 from rich.table import Table
 
 import recache_compile as rc
+from recache_compile.compiled import Compiled
 from recache_compile.measure import seconds
-from recache_compile.program import Kind
+from recache_compile.runtimes.registry import get_runtime
 
 Call = Callable[[int], Any]
+LOG = Console(stderr=True, highlight=False)
 
 
-def build_model(blocks: tuple[int, int], width: int, device: str) -> FluxTransformer2DModel:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is measured.
+
+    Args:
+        blocks: double and single blocks.
+        width: of the hidden states.
+        tokens: of the image, a square number.
+        text_tokens: of the prompt.
+        steps: length T of the loop.
+        budget: recompute steps k.
+        device: where it runs.
+    """
+
+    blocks: tuple[int, int]
+    width: int
+    tokens: int
+    text_tokens: int
+    steps: int
+    budget: int
+    device: str
+
+
+def build_model(sizes: Sizes) -> FluxTransformer2DModel:
     """A FLUX transformer with random weights."""
     torch.manual_seed(0)
     head = 64
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
-        num_layers=blocks[0],
-        num_single_layers=blocks[1],
+        num_layers=sizes.blocks[0],
+        num_single_layers=sizes.blocks[1],
         attention_head_dim=head,
-        num_attention_heads=width // head,
-        joint_attention_dim=width,
-        pooled_projection_dim=width,
+        num_attention_heads=sizes.width // head,
+        joint_attention_dim=sizes.width,
+        pooled_projection_dim=sizes.width,
         guidance_embeds=True,
         axes_dims_rope=(16, 24, 24),
     )
-    return model.eval().to(device)
+    return model.eval().to(sizes.device)
 
 
-def build_inputs(width: int, tokens: int, text_tokens: int, device: str) -> dict[str, torch.Tensor]:
+def build_inputs(sizes: Sizes) -> dict[str, torch.Tensor]:
     """Arguments of one call, batch 1."""
-    side = torch.arange(round(tokens**0.5), dtype=torch.float32)
+    side = torch.arange(round(sizes.tokens**0.5), dtype=torch.float32)
     rows, columns = torch.meshgrid(side, side, indexing="ij")
     inputs = {
         "hidden_states": torch.randn(1, len(side) ** 2, 64),
-        "encoder_hidden_states": torch.randn(1, text_tokens, width),
-        "pooled_projections": torch.randn(1, width),
+        "encoder_hidden_states": torch.randn(1, sizes.text_tokens, sizes.width),
+        "pooled_projections": torch.randn(1, sizes.width),
         "timestep": torch.ones(1),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3),
-        "txt_ids": torch.zeros(text_tokens, 3),
+        "txt_ids": torch.zeros(sizes.text_tokens, 3),
         "guidance": torch.full((1,), 3.5),
     }
-    return {name: value.to(device) for name, value in inputs.items()}
+    return {name: value.to(sizes.device) for name, value in inputs.items()}
 
 
-def step_times(call: Call, num_steps: int) -> list[float]:
-    """Time of every step of one generation."""
-    return [seconds(lambda step=step: call(step)) for step in range(num_steps)]
+def timetable(sizes: Sizes) -> torch.Tensor:
+    """Timesteps (T, 1)."""
+    return torch.linspace(1, 1 / sizes.steps, sizes.steps, device=sizes.device)[:, None]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-@click.command()
-@click.option("--blocks", default="4,8", show_default=True, help="Double and single blocks.")
-@click.option("--width", default=512, show_default=True)
-@click.option("--tokens", default=256, show_default=True, help="Image tokens, a square number.")
-@click.option("--text-tokens", default=64, show_default=True)
-@click.option("--steps", default=20, show_default=True)
-@click.option("--budget", default=5, show_default=True)
-@click.option("--rounds", default=7, show_default=True, help="Interleaved generations of each kind.")
-@click.option("--runtime", default="inductor", show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers here too.")
-@torch.no_grad()
-def main(
-    blocks: str,
-    width: int,
-    tokens: int,
-    text_tokens: int,
-    steps: int,
-    budget: int,
-    rounds: int,
-    runtime: str,
-    device: str,
-    json_file: Path | None,
-) -> None:
-    """Measure; see the file's head."""
-    console = Console(stderr=True)
-    double, single = map(int, blocks.split(","))
-    model = build_model((double, single), width, device)
-    inputs = build_inputs(width, tokens, text_tokens, device)
-    timesteps = torch.linspace(1, 1 / steps, steps, device=device)[:, None]
-
-    begin = time.perf_counter()
+def build_engines(
+    model: FluxTransformer2DModel, inputs: dict[str, torch.Tensor], sizes: Sizes, runtimes: Sequence[str], folder: Path
+) -> tuple[dict[str, Compiled], dict[str, float]]:
+    """The model compiled for every runtime and loaded from its artifact, and the seconds that building took."""
     compiled = rc.compile(
-        model, inputs, budgets=(budget,), num_steps=steps, runtime=runtime, timesteps={"timestep": timesteps},
-        report=lambda stage: console.print(stage, highlight=False),
-    )  # fmt: skip
-    our_compile_time = time.perf_counter() - begin
-    run = compiled.dispatcher(budget=budget)
-    console.print("torch.compile")
-    jitted = torch.compile(model)
-
-    def arguments(step: int) -> dict[str, torch.Tensor]:
-        return {**inputs, "timestep": timesteps[step]}
-
-    calls: dict[str, Call] = {
-        "eager, uncached": lambda step: model(**arguments(step), return_dict=False),
-        "torch.compile, uncached": lambda step: jitted(**arguments(step), return_dict=False),
-        f"recache-compile, k = {budget}": lambda step: run(step=step, **arguments(step)),
-    }
-    times: dict[str, list[list[float]]] = {name: [] for name in calls}
-    variant = compiled.variants[0]
-    lone: dict[str, list[float]] = {"recompute": [], "prologue": []}
-    lone_inputs = {name: engine_inputs(compiled, name, steps, budget) for name in lone}
-    for round_ in range(-1, rounds):  # the first round warms up
-        console.print(f"round {round_ + 1} of {rounds}", highlight=False)
-        for name, call in calls.items():
-            inputs["pooled_projections"].add_(0.01)  # new conditioning: every generation pays its prologue
-            taken = step_times(call, steps)
-            if round_ >= 0:
-                times[name].append(taken)
-        for name, collected in lone.items():
-            taken_alone = [seconds(lambda name=name: variant.engines[name](lone_inputs[name])) for _ in range(budget)]
-            if round_ >= 0:
-                collected.extend(taken_alone)
-
-    report(compiled, times, lone, our_compile_time, steps, budget, json_file)
+        model, inputs, (sizes.budget,), sizes.steps, runtime="eager", timesteps={"timestep": timetable(sizes)}
+    )
+    compiled.save(folder / "eager")
+    engines, taken = {}, {}
+    for name in runtimes:
+        runtime, _, graphs = name.partition("+")
+        begin = time.perf_counter()
+        rc.rebuild(folder / "eager", runtime, report=lambda stage: LOG.print(stage)).save(folder / name)
+        taken[name] = time.perf_counter() - begin
+        engines[name] = rc.load(folder / name, cuda_graphs=bool(graphs))
+    return engines, taken
 
 
-def engine_inputs(compiled: rc.Compiled, name: str, steps: int, budget: int) -> list[torch.Tensor]:
+def engine_inputs(compiled: Compiled, name: str, sizes: Sizes) -> list[torch.Tensor]:
     """Random inputs of one engine; the prologue's tables have the rows of this schedule."""
-    rows = {"recompute": budget, "forecast": steps - budget}
+    rows = {"recompute": sizes.budget, "forecast": sizes.steps - sizes.budget}
     variant = compiled.variants[0]
     return [
         torch.rand(
@@ -154,68 +130,207 @@ def engine_inputs(compiled: rc.Compiled, name: str, steps: int, budget: int) -> 
     ]
 
 
-def report(
-    compiled: rc.Compiled,
-    times: dict[str, list[list[float]]],
-    lone: dict[str, list[float]],
-    compile_time: float,
-    steps: int,
-    budget: int,
-    json_file: Path | None,
-) -> None:
-    """Print the table and write the JSON."""
-    totals = {name: statistics.median(map(sum, taken)) for name, taken in times.items()}
-    ours = next(name for name in times if name.startswith("recache"))
-    schedule = compiled.schedules[budget].recompute_steps
-    recompute = statistics.median(taken[step] for taken in times[ours] for step in schedule[1:])
-    cached = statistics.median(taken[step] for taken in times[ours] for step in range(steps) if step not in schedule)
-    prologue = statistics.median(lone["prologue"])
-    ideal = budget * statistics.median(lone["recompute"]) + prologue
-    programs = compiled.variants[0].programs
-    with tempfile.TemporaryDirectory() as folder:
-        compiled.save(Path(folder) / "artifact")
-        weight_bytes = sum(weight.nbytes for weight in compiled.weights.values())
-        stored = (Path(folder) / "artifact" / "weights.safetensors").stat().st_size
-        artifact = folder_bytes(Path(folder) / "artifact")
-    result = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "steps": steps,
-        "budget": budget,
-        "recompute_steps": schedule,
-        "seconds": totals,
-        "spread": {name: [min(map(sum, taken)), max(map(sum, taken))] for name, taken in times.items()},
-        "ratio_to_eager": {name: totals["eager, uncached"] / total for name, total in totals.items()},
-        "macs_reduction": compiled.cost(budget).macs_reduction,
+def run_rounds(
+    calls: dict[str, Call], engines: dict[str, Compiled], inputs: dict[str, torch.Tensor], sizes: Sizes, rounds: int
+) -> tuple[dict[str, list[list[float]]], dict[tuple[str, str], list[float]]]:
+    """Times of every step of every generation, and of the lone engines."""
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    lone_inputs = {
+        (name, program): engine_inputs(compiled, program, sizes)
+        for name, compiled in engines.items()
+        for program in ("recompute", "prologue")
+    }
+    lone: dict[tuple[str, str], list[float]] = {place: [] for place in lone_inputs}
+    for number in range(-1, rounds):  # the first round warms up
+        LOG.print(f"round {number + 1} of {rounds}")
+        for name, call in calls.items():
+            inputs["pooled_projections"].add_(0.01)  # new conditioning: every generation pays its prologue
+            taken = [seconds(lambda step=step, call=call: call(step)) for step in range(sizes.steps)]
+            if number >= 0:
+                times[name].append(taken)
+        for (name, program), given in lone_inputs.items():
+            engine = engines[name].variants[0].engines[program]
+            alone = [seconds(lambda engine=engine, given=given: engine(given)) for _ in range(sizes.budget)]
+            if number >= 0:
+                lone[name, program].extend(alone)
+    return times, lone
+
+
+def facts_of(
+    compiled: Compiled, taken: list[list[float]], lone: dict[str, list[float]], folder: Path, sizes: Sizes
+) -> dict[str, Any]:
+    """What one runtime gave."""
+    schedule = compiled.schedules[sizes.budget].recompute_steps
+    others = [step for step in range(sizes.steps) if step not in schedule]
+    recompute = statistics.median(each[step] for each in taken for step in schedule[1:])
+    cached = statistics.median(each[step] for each in taken for step in others)
+    ideal = sizes.budget * statistics.median(lone["recompute"]) + statistics.median(lone["prologue"])
+    weights = sum(weight.nbytes for weight in compiled.weights.values())
+    files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {
         "recompute_step": recompute,
         "cached_step": cached,
-        "cached_over_recompute": cached / recompute,
-        "prologue": prologue,
-        "generation_over_ideal": totals[ours] / ideal,
-        "compile_seconds": compile_time,
-        "weight_bytes": weight_bytes,
-        "weight_file_bytes": stored,
-        "artifact_bytes": artifact,
-        "nodes": {name: program.num_calls for name, program in programs.items()},
-        "history_values": sum(value.kind is Kind.FEATURE for value in programs["recompute"].outputs),
+        "prologue": statistics.median(lone["prologue"]),
+        "generation_over_ideal": statistics.median(map(sum, taken)) / ideal,
+        "weight_bytes": weights,
+        "artifact_bytes": files,
+        "artifact_over_weights": files / weights,
     }
-    table = Table(title=f"{result['machine']}, torch {torch.__version__}, T = {steps}, k = {budget}")
-    for column in ("loop", "median s", "min to max s", "speed"):
-        table.add_column(column, justify="left" if column == "loop" else "right")
-    for name, total in totals.items():
-        low, high = result["spread"][name]
-        table.add_row(name, f"{total:.3f}", f"{low:.3f} to {high:.3f}", f"x {totals['eager, uncached'] / total:.2f}")
-    page = Console()
-    page.print(table)
-    page.print(
-        f"recompute step {recompute * 1e3:.2f} ms, cached step {cached * 1e3:.3f} ms ({cached / recompute:.2%}),"
-        f" prologue {prologue * 1e3:.2f} ms\n"
-        f"generation / (k x recompute engine + prologue engine) = {totals[ours] / ideal:.3f}\n"
-        f"MACs / {result['macs_reduction']:.2f}; weights {weight_bytes:,} B, on disk {stored:,} B, artifact {artifact:,} B",
-        highlight=False,
-    )
+
+
+def held_bytes(device: str) -> int:
+    """Memory of this process: on the device, or resident on the host."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
+
+
+def memory_in_own_process(what: str, sizes: Sizes) -> int:
+    """Bytes that a process holds after a generation of `what`: an artifact's folder, or "model"."""
+    command = [sys.executable, __file__, "--memory-of", what, "--sizes", json.dumps(asdict(sizes))]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def print_memory(what: str, sizes: Sizes) -> None:
+    """The child process of `memory_in_own_process`."""
+    inputs = build_inputs(sizes)
+    torch.mm(torch.rand(64, 64, device=sizes.device), torch.rand(64, 64, device=sizes.device))
+    from diffusers.models import transformers  # noqa: F401
+
+    for runtime in ("onnxruntime", "tensorrt_rtx", "tensorrt"):  # libraries do not count
+        with contextlib.suppress(rc.RecacheError):
+            get_runtime(runtime, building=False)
+    before = held_bytes(sizes.device)
+    if what == "model":
+        model = build_model(sizes)
+        model(**inputs)
+    else:
+        run = rc.load(what).dispatcher(sizes.budget)
+        for step, timestep in enumerate(timetable(sizes)):
+            run(step=step, **{**inputs, "timestep": timestep})
+    click.echo(held_bytes(sizes.device) - before)
+
+
+@click.command()
+@click.option("--blocks", default="4,8", show_default=True, help="Double and single blocks.")
+@click.option("--width", default=512, show_default=True)
+@click.option("--tokens", default=256, show_default=True, help="Image tokens, a square number.")
+@click.option("--text-tokens", default=64, show_default=True)
+@click.option("--steps", default=20, show_default=True)
+@click.option("--budget", default=5, show_default=True)
+@click.option("--rounds", default=7, show_default=True, help="Interleaved generations of each kind.")
+@click.option("--runtimes", default="inductor,onnxruntime,eager", show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers here too.")
+@click.option("--memory-of", hidden=True)
+@click.option("--sizes", "given", hidden=True)
+@torch.no_grad()
+def main(
+    blocks: str,
+    width: int,
+    tokens: int,
+    text_tokens: int,
+    steps: int,
+    budget: int,
+    rounds: int,
+    runtimes: str,
+    device: str,
+    json_file: Path | None,
+    memory_of: str | None,
+    given: str | None,
+) -> None:
+    """Measure; see the file's head."""
+    if memory_of is not None and given is not None:
+        print_memory(memory_of, Sizes(**json.loads(given)))
+        return
+    double, single = map(int, blocks.split(","))
+    sizes = Sizes((double, single), width, tokens, text_tokens, steps, budget, device)
+    names = runtimes.split(",")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model, inputs, table = build_model(sizes), build_inputs(sizes), timetable(sizes)
+        engines, built_in = build_engines(model, inputs, sizes, names, folder)
+        jitted = torch.compile(model)
+
+        def arguments(step: int) -> dict[str, torch.Tensor]:
+            return {**inputs, "timestep": table[step]}
+
+        calls: dict[str, Call] = {
+            "model, eager": lambda step: model(**arguments(step), return_dict=False),
+            "model, torch.compile": lambda step: jitted(**arguments(step), return_dict=False),
+        }
+        for name, compiled in engines.items():
+            run = compiled.dispatcher(budget)
+            calls[name] = lambda step, run=run: run(step=step, **arguments(step))  # type: ignore[misc]
+        times, lone = run_rounds(calls, engines, inputs, sizes, rounds)
+        totals = {name: statistics.median(map(sum, taken)) for name, taken in times.items()}
+        held = {name: memory_in_own_process(str(folder / name), sizes) for name in names}
+        held["model"] = memory_in_own_process("model", sizes)
+        compiled = engines[names[0]]
+        result = {
+            "machine": machine(),
+            "torch": torch.__version__,
+            **asdict(sizes),
+            "recompute_steps": compiled.schedules[budget].recompute_steps,
+            "macs_reduction": compiled.cost(budget).macs_reduction,
+            "nodes": {name: program.num_calls for name, program in compiled.variants[0].programs.items()},
+            "seconds": totals,
+            "spread": {name: [min(map(sum, taken)), max(map(sum, taken))] for name, taken in times.items()},
+            "ratio_to_eager": {name: totals["model, eager"] / total for name, total in totals.items()},
+            "held_bytes": held,
+            "runtimes": {
+                name: {
+                    "build_seconds": built_in[name],
+                    **facts_of(
+                        engines[name],
+                        times[name],
+                        {program: lone[name, program] for program in ("recompute", "prologue")},
+                        folder / name,
+                        sizes,
+                    ),
+                    "held_over_model": held[name] / held["model"],
+                }
+                for name in names
+            },
+        }
+    show(result)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    page = Console()
+    title = f"{result['machine']}, torch {result['torch']}, T = {result['steps']}, k = {result['budget']}"
+    loops = Table(title=title)
+    for column in ("loop", "median s", "min to max s", "speed"):
+        loops.add_column(column, justify="left" if column == "loop" else "right")
+    for name, total in result["seconds"].items():
+        low, high = result["spread"][name]
+        loops.add_row(name, f"{total:.3f}", f"{low:.3f} to {high:.3f}", f"x {result['ratio_to_eager'][name]:.2f}")
+    page.print(loops)
+    columns = {
+        "build_seconds": "build s",
+        "recompute_step": "recompute step ms",
+        "cached_step": "cached step ms",
+        "prologue": "prologue ms",
+        "generation_over_ideal": "generation / ideal",
+        "artifact_over_weights": "disk / weights",
+        "held_over_model": "memory / model",
+    }
+    each = Table("runtime", *columns.values(), title=f"multiply-accumulates / {result['macs_reduction']:.2f}")
+    for name, facts in result["runtimes"].items():
+        milli = ("recompute_step", "cached_step", "prologue")
+        each.add_row(name, *(f"{facts[key] * 1e3:.2f}" if key in milli else f"{facts[key]:.3f}" for key in columns))
+    page.print(each)
 
 
 def machine() -> str:
