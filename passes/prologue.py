@@ -71,8 +71,8 @@ def _build(annotated: Program, packs: Sequence[Pack], rows: int | None) -> Progr
     free = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
     shapes = tuple({0: free[value.name.rpartition("@")[2]]} if None in value.shape else {} for value in values)
     exported = export_module(
-        prologue, prologue.example(values), {}, dynamic_shapes=(shapes,) if values else None
-    ).run_decompositions({})
+        prologue, prologue.example(values), {}, dynamic_shapes=(shapes,) if values else None, decompose=True
+    )
     names = {id(weight): name for name, weight in annotated.weights.items()}
     module = flatten(exported, names, "constant_prologue")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):

@@ -39,12 +39,17 @@ _PLAIN = (Tensor, int, float, str, type(None))
 
 
 def export_module(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any = None,
+    decompose: bool = False,
 ) -> torch.export.ExportedProgram:
     """`torch.export` in non-strict mode, without gradients and without its log lines.
 
     A graph that writes to tensors is made functional, so that passes may move and merge calls;
-    a mapped function becomes what it does.  Views among the arguments are copied: export would
+    a mapped function becomes what it does: both by decomposing composite operators, which
+    `decompose` asks for in any case.  Views among the arguments are copied: export would
     guard on the tensor that they lie in.
     """
     args, kwargs = pytree.tree_map_only(Tensor, _owned, (args, dict(kwargs)))
@@ -52,8 +57,9 @@ def export_module(
     with torch.no_grad(), warnings.catch_warnings(), silence, quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        is_plain = all(map(_is_plain, _all_nodes(exported.graph_module)))
-        return exported if is_plain else exported.run_decompositions({})
+        if decompose or not all(map(_is_plain, _all_nodes(exported.graph_module))):
+            exported = exported.run_decompositions({})
+        return exported
 
 
 def _owned(tensor: Tensor) -> Tensor:

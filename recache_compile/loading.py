@@ -18,12 +18,15 @@ _UNKNOWN = "not an embedded model (shapes), a pipeline folder, or a Hub id that 
 EMBEDDED = {"shapes": Path(__file__).parent / "models" / "shapes" / "weights"}
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, **components: Any) -> "DiffusionPipeline":
+def load_pipeline(
+    model: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None, **components: Any
+) -> "DiffusionPipeline":
     """A pipeline from the name of an embedded model, a local folder or a Hub id.
 
     Args:
         model: what the user wrote.
         dtype: of its weights.
+        device: where they go; None: the CPU.
         components: replace components, as `transformer=None`.
 
     Raises:
@@ -37,13 +40,14 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, **components: 
     _require_libraries(model, config)
     cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
     with _loading(model), _no_random_weights(model):
-        return cls.from_pretrained(
+        pipeline = cls.from_pretrained(
             _source(model),
             dtype=dtype,
             use_safetensors=True,
             low_cpu_mem_usage=find_spec("accelerate") is not None,
             **components,
         )
+    return pipeline if device is None else pipeline.to(device)
 
 
 def load_config(model: str, component: str | None = None) -> dict[str, Any]:

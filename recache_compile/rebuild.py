@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recache_compile.artifact import check, restore
 from recache_compile.compiled import Compiled
-from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.devices import usable_device
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, Runtime, lower
 from recache_compile.runtimes.registry import get_runtime
@@ -37,11 +37,8 @@ def rebuild(
     folder = Path(folder)
     manifest = check(folder)
     backend = get_runtime(manifest.description.runtime if runtime is None else runtime)
-    place = torch.device(manifest.device if device is None else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        if device is not None:
-            raise RuntimeUnavailableError(f"device {device}: there is no CUDA GPU here; leave --device out")
-        place = torch.device("cpu")
+    wanted = manifest.device if device is None and torch.cuda.is_available() else device
+    place = usable_device(wanted)
     keep = tempfile.TemporaryDirectory(prefix="recache-")
 
     def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:

@@ -89,6 +89,12 @@ class Inductor:
         """Compile; weights stay outside of the package."""
         from torch._inductor.exc import CppCompileError, InductorError
 
+        configs = {
+            "aot_inductor.package_constants_in_so": False,
+            "always_keep_tensor_constants": True,  # else small weights become part of the code
+        }
+        if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+            configs["aot_inductor.enable_line_tables"] = False  # they are two thirds of a package
         inputs = example_inputs(program, device)
         sizes = free_sizes(program)
         exported = export_module(program.module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
@@ -97,10 +103,7 @@ class Inductor:
                 torch._inductor.aoti_compile_and_package(
                     exported,
                     package_path=str(files[0]),
-                    inductor_configs={
-                        "aot_inductor.package_constants_in_so": False,
-                        "always_keep_tensor_constants": True,  # else small weights become part of the code
-                    },
+                    inductor_configs=configs,
                 )
         except (CppCompileError, InductorError) as error:
             raise RuntimeUnavailableError(

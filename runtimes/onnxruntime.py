@@ -74,9 +74,11 @@ class OnnxRuntime:
     here = key
 
     def require(self, building: bool) -> None:
-        """Needs the extra `onnx`."""
-        require_onnx(f"runtime {self.name}")
+        """Needs the extra `onnx`; running needs no exporter."""
+        if building:
+            require_onnx(f"runtime {self.name}")
         with importing(f"runtime {self.name}", "pip install 'recache-compile[onnx]'"):
+            import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:

@@ -28,12 +28,19 @@ def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.cuda() for name, value in inputs.items()}
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(
+    scope="module",
+    params=[(name, graphs) for name in ("eager", "inductor", "tensorrt_rtx") for graphs in (False, True)],
+    ids=lambda param: param[0] + "+graphs" * param[1],
+)
 def compiled(request: pytest.FixtureRequest) -> rc.Compiled:
+    name, cuda_graphs = request.param
+    if name == "tensorrt_rtx":
+        pytest.importorskip(name)
     with torch.no_grad():
         return rc.compile(
             tiny_flux().cuda(), on_gpu(flux_inputs()), budgets=(3, NUM_STEPS), num_steps=NUM_STEPS,
-            runtime=request.param, timesteps={"timestep": timesteps().cuda()},
+            runtime=name, timesteps={"timestep": timesteps().cuda()}, cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
 

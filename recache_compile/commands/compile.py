@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--runtime", default="auto", show_default=True, help=RUNTIME_HELP)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type of the weights.")
+@click.option("--device", help="cpu, cuda or cuda:1.  [default: a CUDA GPU where there is one, else cpu]")
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Picture size; repeat for several in one artifact.")
 @click.option(
     "--batch", type=Numbers("batch", minimum=1), default="1", show_default=True, help="Pictures per call: 1 or 1,4."
@@ -79,6 +80,7 @@ def compile_command(
     residual: bool | None,
     runtime: str,
     dtype: str,
+    device: str | None,
     sizes: tuple[tuple[int, int], ...],
     batch: tuple[int, ...],
     call: dict[str, Any],
@@ -99,6 +101,7 @@ def compile_command(
 
         from recache_compile.api import compile, compile_options
         from recache_compile.choosing import calibration_calls
+        from recache_compile.devices import usable_device
         from recache_compile.loading import absolute, load_pipeline
         from recache_compile.measure import compare, unmeasured
         from recache_compile.picture import save_comparison
@@ -106,10 +109,11 @@ def compile_command(
 
         checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
         compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
+        place = usable_device(device)
         backend = chosen_runtime(runtime, building, notice)
         picture = _check_output(folder)
         report(f"loading {model}")
-        pipeline = load_pipeline(model, getattr(torch, dtype))
+        pipeline = load_pipeline(model, getattr(torch, dtype), place)
         captions = prompts or captions_for(pipeline)
         check_call(call, batch)
         shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
@@ -128,11 +132,11 @@ def compile_command(
         compiled.save(folder)
         calls = [prompted(pipeline, caption, shapes[0], batch[0]) for caption in captions]
         why_not = "no picture: the pipeline makes no images"
-        if backend.place(device := compiled.variants[0].device) == device:
+        if backend.place(place) == place:
             measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
         else:
             measured, pictures = unmeasured(compiled), {}
-            why_not = f"no picture: engines of {backend.name} do not run on {device}"
+            why_not = f"no picture: engines of {backend.name} do not run on {place}"
         if pictures:
             save_comparison(pictures, compiled.schedules, captions, picture)
     if as_json:

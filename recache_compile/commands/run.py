@@ -47,7 +47,8 @@ def run_command(
         compiled = load(artifact, offload_prologue=offload_prologue, cuda_graphs=cuda_graphs)
         facts = compiled.description
         dtype = getattr(torch, facts.dtype)
-        pipeline = load_pipeline(facts.model, dtype, **{facts.component: None})
+        device = compiled.variants[0].device
+        pipeline = load_pipeline(facts.model, dtype, device, **{facts.component: None})
         accelerate(pipeline, {facts.component: compiled}, budget)
         pipeline.set_progress_bar_config(disable=True)
         report("drawing")

@@ -86,6 +86,8 @@ def test_onnxruntime_gives_the_same_generation(made: Made, onnx_bundle: Path) ->
 
 
 def test_inductor_gives_the_same_generation(made: Made) -> None:
+    if "Flux" in made.folder.parent.name:
+        pytest.skip("tests/test_compiler.py compares it with the model itself")
     results = generation(rc.rebuild(made.folder, "inductor"), made.steps)
     assert max(map(distance, results, made.expected)) <= TOLERANCE
 

@@ -123,6 +123,39 @@ def test_a_missing_library_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
         get_runtime("tensorrt-rtx")
 
 
+@pytest.mark.slow
+@without_gpu
+def test_the_main_command_leaves_a_bundle_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    sizes = [
+        "shapes",
+        "--steps",
+        "6",
+        "--budgets",
+        "2,3",
+        "--forecaster",
+        "reuse",
+        "--order",
+        "0",
+        "--policy",
+        "uniform",
+    ]
+    folder = tmp_path / "bundle"
+    result = CliRunner().invoke(
+        main, [*sizes, "--runtime", "tensorrt-rtx", "--target", "sm89", "--json", "--output", str(folder)]
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["runtime"] == "tensorrt_rtx"
+    assert facts["picture"] is None
+    assert [(each["budget"], each["speedup"], each["psnr"]) for each in facts["budgets"]] == [
+        (2, None, None),
+        (3, None, None),
+    ]
+    assert {file.suffix for file in folder.iterdir()} == {"", ".onnx", ".json", ".safetensors"}
+    parameters = (folder / "weights.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in folder.glob("*.onnx")) < 0.1 * parameters
+
+
 @pytest.mark.parametrize(
     ("wanted", "found", "fit"),
     [
