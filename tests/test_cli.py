@@ -220,7 +220,7 @@ def test_inductor_without_a_compiler_is_refused_and_auto_says_what_it_takes(tmp_
     assert refused.returncode != 0
     assert "no C++ compiler found; install g++" in refused.stderr.splitlines()[-1]
     (tmp_path / "absent").mkdir()
-    (tmp_path / "absent" / "onnxruntime.py").write_text("raise ImportError('No module named onnxruntime')")
+    (tmp_path / "absent" / "onnxscript.py").write_text("raise ImportError")
     environment["PYTHONPATH"] = f"{tmp_path / 'absent'}:{environment['PYTHONPATH']}"
     taken = subprocess.run([*command, "--runtime", "auto", "--prompt", PROMPT], **arguments)  # type: ignore[call-overload]
     assert taken.returncode == 0, taken.stderr

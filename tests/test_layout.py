@@ -93,6 +93,7 @@ def test_public_names() -> None:
         "accelerate",
         "compile",
         "load",
+        "rebuild",
     ]
 
 
