@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recache_compile._version import __version__
 from recache_compile.compiled import Compiled
+from recache_compile.devices import numbered
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.files import check_place, output_errors
 from recache_compile.manifest import (
@@ -129,7 +130,7 @@ def load(
     manifest = check(folder)
     with _telling(folder):
         runtime = get_runtime(manifest.description.runtime, building=False)
-        place = torch.device(manifest.device if device is None else device)
+        place = numbered(torch.device(manifest.device if device is None else device))
         check_fit(manifest, runtime, place, folder)
         compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
         if cuda_graphs is None:

@@ -15,7 +15,7 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
         RuntimeUnavailableError: it is not here, or is no device that models run on.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -27,4 +27,11 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
         raise RuntimeUnavailableError(
             f"device {name}: there {'is no CUDA GPU' if not count else 'are fewer GPUs'} here; choose another, or leave it out"
         )
+    return numbered(device)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" is one of several."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     return device

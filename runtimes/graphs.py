@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Graphs:
 
     def __init__(self, variant: Variant, capture: Capture | None = None) -> None:
         self._variant = variant
-        self._capture = CudaCapture() if capture is None else capture
+        self._capture = CudaCapture(variant.device) if capture is None else capture
         self._recorded: dict[str, Recorded] = {}
         self._slots: dict[tuple[int | None, int | None], Tensor] = {}
 
@@ -90,22 +91,28 @@ class Graphs:
 
 
 class CudaCapture:
-    """Records in one memory pool, whose graphs are never replayed at the same time."""
+    """Records in one memory pool, whose graphs are never replayed at the same time.
+
+    Args:
+        device: of the engines.
+    """
 
     _recording = threading.Lock()
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Run once, so that every kernel is loaded, then record."""
-        with self._recording:
-            aside = torch.cuda.Stream()
+        """Run once, so that every kernel is loaded, then record, both aside: one stream a device."""
+        with self._recording, torch.cuda.device(self._device):
+            aside = self._streams.setdefault(self._device, torch.cuda.Stream(self._device))
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 call()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
                 outputs = call()
         return graph.replay, outputs

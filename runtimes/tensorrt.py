@@ -239,10 +239,10 @@ class TensorRT:
 
 
 class TensorRTEngine:
-    """A deserialised engine, and one execution context for every thread that calls it.
+    """A deserialised engine, and an execution context for every stream that it is called on.
 
     Scratch memory comes from PyTorch for each call, so that calls in flight never share it,
-    also where they are part of CUDA graphs.
+    also where they are part of CUDA graphs.  Threads wait for each other while they enqueue.
     """
 
     def __init__(
@@ -252,41 +252,48 @@ class TensorRTEngine:
         self._program = program
         self._engine = engine
         self._device = device
-        self._threads = threading.local()
+        self._contexts: dict[int, Any] = {}
+        self._enqueuing = threading.Lock()
         self.use(weights)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Enqueue on the current stream; nothing waits."""
-        context = self._context()
-        given = [_aligned(tensor) for tensor in inputs]
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        inputs = [_aligned(tensor) for tensor in inputs]
         outputs = new_outputs(self._program, inputs, self._device)
-        for value, tensor in zip(self._program.inputs, given, strict=True):
-            context.set_input_shape(value.name, tuple(tensor.shape))
-            context.set_tensor_address(value.name, tensor.data_ptr())
-        for value, tensor in zip(self._program.outputs, outputs, strict=True):
-            context.set_tensor_address(value.name, tensor.data_ptr())
-        scratch = torch.empty(context.update_device_memory_size_for_shapes(), dtype=torch.uint8, device=self._device)
-        context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
-        if not context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-            raise DispatchError(f"{self._program.name}: TensorRT could not run it")
+        with self._enqueuing:
+            context = self._context(stream)
+            for value, tensor in zip(self._program.inputs, inputs, strict=True):
+                if None in value.shape:
+                    context.set_input_shape(value.name, tuple(tensor.shape))
+                context.set_tensor_address(value.name, tensor.data_ptr())
+            for value, tensor in zip(self._program.outputs, outputs, strict=True):
+                context.set_tensor_address(value.name, tensor.data_ptr())
+            size = context.update_device_memory_size_for_shapes()
+            scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
+            context.set_device_memory(scratch.data_ptr(), size)
+            if not context.execute_async_v3(stream):
+                raise DispatchError(f"{self._program.name}: TensorRT could not run it")
         return outputs
 
     def use(self, weights: Mapping[str, Tensor]) -> None:
-        """Bind other tensors, in each thread when it calls."""
-        self._weights = {name: _aligned(weights[name]) for name in self._program.weights}
+        """Bind other tensors from the next call on."""
+        with self._enqueuing:
+            self._weights = {name: _aligned(weights[name]) for name in self._program.weights}
+            for context in self._contexts.values():
+                self._bind(context)
 
-    def _context(self) -> Any:
-        """This thread's, with the present weights bound."""
-        here, weights = self._threads, self._weights
-        if not hasattr(here, "context"):
+    def _context(self, stream: int) -> Any:
+        """This stream's, with the weights bound."""
+        if stream not in self._contexts:
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            here.context = self._engine.create_execution_context(strategy)
-        if getattr(here, "weights", None) is not weights:
-            here.weights = weights
-            for name, weight in weights.items():
-                here.context.set_input_shape(name, tuple(weight.shape))
-                here.context.set_tensor_address(name, weight.data_ptr())
-        return here.context
+            self._contexts[stream] = self._engine.create_execution_context(strategy)
+            self._bind(self._contexts[stream])
+        return self._contexts[stream]
+
+    def _bind(self, context: Any) -> None:
+        for name, weight in self._weights.items():
+            context.set_tensor_address(name, weight.data_ptr())
 
 
 def _capability(device: torch.device) -> str:
