@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from recache_compile._version import __version__
+from recache_compile.commands.bench import bench_command
 from recache_compile.commands.compile import compile_command
 from recache_compile.commands.inspect import inspect_command
 from recache_compile.commands.plan import plan_command
@@ -48,6 +49,7 @@ COMMANDS = (
     run_command,
     inspect_command,
     rebuild_command,
+    bench_command,
     plan_command,
     train_command,
     schedules_command,

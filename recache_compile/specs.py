@@ -47,7 +47,7 @@ class Abstract:
 
 
 def known_specs() -> tuple[str, ...]:
-    """Names of the specs that come with the package."""
+    """Names of the models that come with the package as specs, without the small ones for benchmarks."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.json")))
 
 
@@ -56,8 +56,8 @@ def find_spec_file(model: str) -> Path | None:
     named = Path(model)
     if named.suffix == ".json":
         return named
-    file = FOLDER / f"{model.lower()}.json"
-    return file if file.is_file() else None
+    files = (folder / f"{model.lower()}.json" for folder in (FOLDER, FOLDER / "small"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_spec(file: Path) -> Abstract:

@@ -1,0 +1,121 @@
+"""The tables of a run, for people."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from recache_compile.bench.session import Line, Result
+from recache_compile.errors import ModelError
+
+
+class _OtherLine(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    loop: float
+
+
+class Other(BaseModel):
+    """What is read of another run's JSON."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    machine: str
+    lines: tuple[_OtherLine, ...]
+
+
+def read_other(file: Path) -> Other:
+    """Another run, to compare with.
+
+    Raises:
+        ModelError: the file is no result of `bench --json`.
+    """
+    try:
+        return Other.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"compare {file}: is no result of bench --json ({reason})") from None
+
+
+def print_result(result: Result, other: Other | None, page: Console) -> None:
+    """Speed first, then what it takes."""
+    request = result.request
+    steps = " ".join(map(str, result.recompute_steps))
+    page.print(
+        f"{request.model}, T = {request.num_steps}, k = {request.budget} (steps {steps}), {request.dtype} on"
+        f" {result.machine}, {result.rounds} interleaved rounds, medians",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    page.print(_speed(result, other))
+    page.print(_price(result))
+    for name, reason in result.failed.items():
+        page.print(
+            f"not measured: {reason if reason.startswith(name) else f'{name}: {reason}'}", markup=False, soft_wrap=True
+        )
+
+
+def _speed(result: Result, other: Other | None) -> Table:
+    base = result.lines[0].loop
+    before = {line.name: line.loop for line in other.lines} if other else {}
+    columns = ["", "loop s", "min to max s", f"× {result.lines[0].name}", "recompute ms", "cached ms", "/ ideal"]
+    table = Table(*columns, *(["× before"] if other else []))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in result.lines:
+        low, high = line.spread
+        cells = [
+            escape(line.name),
+            f"{line.loop:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{base / line.loop:.2f}",
+            f"{line.recompute_step * 1e3:.2f}",
+            "-" if line.cached_step is None else f"{line.cached_step * 1e3:.3f}",
+            f"{line.over_ideal:.3f}",
+        ]
+        if other:
+            cells.append(f"{before[line.name] / line.loop:.2f}" if line.name in before else "-")
+        table.add_row(*cells)
+    return table
+
+
+def _price(result: Result) -> Table:
+    table = Table("", "prepare s", "first loop s", "graphs", "breaks", "recompiles", "held MB", "peak MB", "disk MB")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in result.lines:
+        table.add_row(
+            escape(line.name),
+            f"{line.prepare_seconds:.1f}",
+            f"{line.first_loop:.2f}",
+            *(str(count) for count in (line.graphs, line.graph_breaks, line.recompiles)),
+            *(_megabytes(size) for size in (line.held_bytes, line.peak_bytes, line.disk_bytes)),
+        )
+    return table
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.0f}"
+
+
+def best_peer(lines: Mapping[str, Line], ours: Line) -> tuple[str, float] | None:
+    """The fastest of those that cache, beside ours, and how many times ours is faster."""
+    peers = {name: line for name, line in lines.items() if line.cached_step is not None and line is not ours}
+    if not peers:
+        return None
+    name = min(peers, key=lambda each: peers[each].loop)
+    return name, peers[name].loop / ours.loop
+
+
+def summary(result: Result, ours: str) -> dict[str, Any]:
+    """What decides: ours against the ideal and against the best peer."""
+    lines = {line.name: line for line in result.lines}
+    if ours not in lines:
+        return {}
+    peer = best_peer(lines, lines[ours])
+    return {"over_ideal": lines[ours].over_ideal} | ({"best_peer": peer[0], "times_faster": peer[1]} if peer else {})

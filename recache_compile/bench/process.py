@@ -1,0 +1,180 @@
+"""Each subject lives in a process of its own: what it compiles, counts and holds is its own."""
+
+import contextlib
+import gc
+import io
+import resource
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from recache_compile.bench.subjects import SUBJECTS, Ours, Subject
+from recache_compile.bench.workload import Request, make_workload
+from recache_compile.errors import ModelError, RecacheError, reason_of
+from recache_compile.schedule import Schedule
+
+DEVICE_CALLS = 5
+"""Calls of a lone engine in each round."""
+
+
+class Process:
+    """A subject in a child process that runs one generation whenever it is asked to.
+
+    Args:
+        name: of the subject.
+        request: what is measured.
+        schedule: the steps that are recomputed.
+    """
+
+    def __init__(self, name: str, request: Request, schedule: Schedule) -> None:
+        self.name = name
+        context = get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, name, request, schedule), daemon=True)
+        self._process.start()
+        there.close()
+
+    def ask(self, what: str) -> Mapping[str, Any]:
+        """The answer to "prepare", "generation" or "facts".
+
+        Raises:
+            ModelError: the subject failed, or its process died.
+        """
+        try:
+            self._here.send(what)
+            answer: Mapping[str, Any] = self._here.recv()
+        except (EOFError, OSError):
+            raise ModelError(f"{self.name}: its process died; there may be too little memory for it") from None
+        if "error" in answer:
+            raise ModelError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._here.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+
+def _serve(pipe: Connection, name: str, request: Request, schedule: Schedule) -> None:
+    """The child's loop: answers until the other side hangs up."""
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    child = _Child(name, request, schedule)
+    with torch.no_grad(), contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            what = pipe.recv()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    answer = child.answer(what)
+            except RecacheError as error:
+                answer = {"error": str(error)}
+            pipe.send(answer)
+
+
+class _Child:
+    """What a child process knows; arguments as of `Process`."""
+
+    def __init__(self, name: str, request: Request, schedule: Schedule) -> None:
+        self._name, self._request, self._schedule = name, request, schedule
+        self._subject: Subject | None = None
+        self._start = 0
+
+    def answer(self, what: str) -> dict[str, Any]:
+        """Do what was asked; errors of all kinds become one line."""
+        try:
+            if what == "prepare":
+                return self._prepare()
+            assert self._subject is not None
+            if what == "generation":
+                return _generation(self._subject, self._request)
+            return _facts(self._subject, self._request, self._start)
+        except RecacheError:
+            raise
+        except Exception as error:  # whatever a peer raises
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+            raise ModelError(f"{type(error).__name__}: {reason_of(error)} ({place})") from error
+
+    def _prepare(self) -> dict[str, Any]:
+        workload = make_workload(self._request)
+        self._start = held(self._request.device)
+        begin = time.perf_counter()
+        self._subject = SUBJECTS[self._name](workload, self._request, self._schedule)
+        return {"prepare_seconds": time.perf_counter() - begin}
+
+
+def _generation(subject: Subject, request: Request) -> dict[str, Any]:
+    """Seconds of every step, and of ours the engines' alone."""
+    subject.begin()
+    _wait(request.device)
+    with _no_collection():
+        steps = [_seconds(partial(subject.step, step), request.device) for step in range(request.num_steps)]
+        alone: dict[str, list[float]] = {}
+        if isinstance(subject, Ours):
+            for name, call in subject.alone().items():
+                alone[name] = [_seconds(call, request.device) for _ in range(DEVICE_CALLS)]
+    return {"steps": steps, "alone": alone}
+
+
+def _facts(subject: Subject, request: Request, start: int) -> dict[str, Any]:
+    """What was counted over all generations."""
+    from torch._dynamo.utils import counters, get_compilation_metrics
+
+    recompiled = [each for each in get_compilation_metrics() if getattr(each, "recompile_reason", None)]
+    return {
+        "graphs": int(counters["stats"].get("unique_graphs", 0)),
+        "graph_breaks": int(sum(counters["graph_break"].values())),
+        "recompiles": len(recompiled),
+        "held_bytes": held(request.device) - start,
+        "peak_bytes": peak(request.device),
+        **subject.facts(),
+    }
+
+
+def held(device: str) -> int:
+    """Memory that this process holds now: on the device, or resident on the host, in bytes."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
+        return int(stream.read().split()[1]) * resource.getpagesize()
+
+
+def peak(device: str) -> int:
+    """The most memory that this process held: on the device, or resident on the host, in bytes."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _seconds(work: Callable[[], Any], device: str) -> float:
+    """Time of one call, the device's queue included."""
+    begin = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector does not run in the middle of a step."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

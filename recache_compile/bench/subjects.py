@@ -1,0 +1,217 @@
+"""Who is measured: the model itself, ours, and the caches of `diffusers` and `cache-dit`."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import recache_compile as rc
+from recache_compile.bench.workload import Request, Workload, peers_schedule
+from recache_compile.program import MIN_ROWS
+from recache_compile.runtimes.registry import get_runtime
+from recache_compile.schedule import Schedule
+
+
+class Subject(Protocol):
+    """One way to run the loop, alone in its process."""
+
+    def begin(self) -> None:
+        """A new generation, with new conditioning."""
+        ...
+
+    def step(self, step: int) -> Any:
+        """One model call."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What else is to be told of it."""
+        ...
+
+
+class Plain:
+    """The module as it is, or with `torch.compile`."""
+
+    def __init__(self, workload: Workload, compiled: bool) -> None:
+        self._workload = workload
+        self._call: Callable[..., Any] = torch.compile(workload.module) if compiled else workload.module
+
+    def begin(self) -> None:
+        """New conditioning."""
+        renew(self._workload)
+
+    def step(self, step: int) -> Any:
+        """One model call."""
+        return self._call(**self._workload.at(step), return_dict=False)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class Ours:
+    """Compiled, saved, loaded: what a server runs."""
+
+    def __init__(self, workload: Workload, request: Request, schedule: Schedule) -> None:
+        self._workload, self._budget = workload, request.budget
+        self._folder = tempfile.TemporaryDirectory(prefix="recache-bench-")
+        artifact = Path(self._folder.name) / "artifact"
+        runtime = get_runtime(request.runtime)
+        if request.is_artifact:
+            compiled = rc.load(request.model)
+        else:
+            compiled = rc.compile(
+                workload.module, workload.inputs, (request.budget,), request.num_steps, order=request.order,
+                policy={request.budget: schedule.recompute_steps}, runtime=runtime, roles=workload.roles,
+                timesteps=workload.timetable,
+            )  # fmt: skip
+        compiled.save(artifact)
+        self._compiled = rc.load(artifact)
+        self._bytes = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
+        self._run = self._compiled.dispatcher(request.budget)
+
+    def begin(self) -> None:
+        """New conditioning: every generation pays for its prologue."""
+        renew(self._workload)
+        self._run.reset()
+
+    def step(self, step: int) -> Any:
+        """One engine call, and before the first the prologue."""
+        return self._run(step=step, **self._workload.at(step))
+
+    def facts(self) -> Mapping[str, Any]:
+        """Bytes on disk, those of the weights, and the runtime."""
+        weights = sum(weight.nbytes for weight in self._compiled.weights.values())
+        return {"disk_bytes": self._bytes, "weight_bytes": weights, "runtime": self._compiled.description.runtime}
+
+    def alone(self) -> dict[str, Callable[[], Any]]:
+        """Calls of the engines on their own, of which the ideal is made."""
+        variant = self._compiled.variants[0]
+        rows = {"recompute": self._budget, "forecast": self._compiled.description.num_steps - self._budget}
+
+        def call(name: str) -> Callable[[], Any]:
+            inputs = [
+                torch.rand(
+                    [
+                        max(rows[value.name.rpartition("@")[2]], MIN_ROWS) if size is None else size
+                        for size in value.shape
+                    ],
+                    device=variant.device,
+                ).to(value.dtype)
+                for value in variant.programs[name].inputs
+            ]
+            engine = variant.engines[name]
+            return lambda: engine(inputs)
+
+        return {name: call(name) for name in ("recompute", "prologue") if name in variant.programs}
+
+
+class TaylorSeer:
+    """`TaylorSeerCacheConfig` of `diffusers`, whole or lite, with and without `torch.compile`."""
+
+    def __init__(self, workload: Workload, request: Request, lite: bool, compiled: bool) -> None:
+        from diffusers import TaylorSeerCacheConfig
+
+        self._schedule, warmup, interval = peers_schedule(request.num_steps, request.budget)
+        self._workload = workload
+        module: Any = workload.module
+        module.enable_cache(
+            TaylorSeerCacheConfig(
+                cache_interval=interval,
+                disable_cache_before_step=warmup,
+                max_order=request.order,
+                taylor_factors_dtype=next(module.parameters()).dtype,
+                use_lite_mode=lite,
+            )
+        )
+        self._call = torch.compile(module) if compiled else module
+
+    def begin(self) -> None:
+        """Forget the last generation."""
+        renew(self._workload)
+        module: Any = self._workload.module
+        module._reset_stateful_cache()
+
+    def step(self, step: int) -> Any:
+        """One model call in the context that the pipelines of `diffusers` use."""
+        module: Any = self._workload.module
+        with module.cache_context("cond"):
+            return self._call(**self._workload.at(step), return_dict=False)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Its recompute steps, which an artifact need not have."""
+        return {"recompute_steps": self._schedule.recompute_steps}
+
+
+class CacheDit:
+    """`cache-dit` with a static mask and its TaylorSeer calibrator, with and without `torch.compile`."""
+
+    def __init__(self, workload: Workload, request: Request, schedule: Schedule, compiled: bool) -> None:
+        import cache_dit
+
+        self._workload, self._package, self._num_steps = workload, cache_dit, request.num_steps
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            max_warmup_steps=0,
+            num_inference_steps=request.num_steps,
+            steps_computation_mask=[int(flag) for flag in schedule.mask],
+            steps_computation_policy="static",
+        )
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=request.order)
+        cache_dit.enable_cache(workload.module, cache_config=config, calibrator_config=calibrator)
+        if compiled:
+            cache_dit.set_compile_configs()
+        self._call: Callable[..., Any] = torch.compile(workload.module) if compiled else workload.module
+
+    def begin(self) -> None:
+        """Forget the last generation."""
+        renew(self._workload)
+        self._package.refresh_context(self._workload.module, num_inference_steps=self._num_steps)
+
+    def step(self, step: int) -> Any:
+        """One model call."""
+        return self._call(**self._workload.at(step), return_dict=False)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Its version."""
+        return {"version": str(self._package.__version__)}
+
+
+OURS = "recache-compile"
+
+SUBJECTS: dict[str, Callable[[Workload, Request, Schedule], Subject]] = {
+    "eager": lambda workload, request, schedule: Plain(workload, compiled=False),
+    "torch.compile": lambda workload, request, schedule: Plain(workload, compiled=True),
+    OURS: Ours,
+    "diffusers TaylorSeer": lambda workload, request, schedule: TaylorSeer(workload, request, False, False),
+    "diffusers TaylorSeer + torch.compile": lambda workload, request, schedule: TaylorSeer(
+        workload, request, False, True
+    ),
+    "diffusers TaylorSeer lite": lambda workload, request, schedule: TaylorSeer(workload, request, True, False),
+    "diffusers TaylorSeer lite + torch.compile": lambda workload, request, schedule: TaylorSeer(
+        workload, request, True, True
+    ),
+    "cache-dit": lambda workload, request, schedule: CacheDit(workload, request, schedule, False),
+    "cache-dit + torch.compile": lambda workload, request, schedule: CacheDit(workload, request, schedule, True),
+}
+"""By the name that tables show; the first two recompute every step."""
+
+UNCACHED = ("eager", "torch.compile")
+
+
+def available() -> tuple[str, ...]:
+    """Names of those whose packages are installed."""
+    return tuple(name for name in SUBJECTS if not name.startswith("cache-dit") or find_spec("cache_dit"))
+
+
+def renew(workload: Workload) -> None:
+    """Other conditioning than in the generation before, in place, so that nothing is taken for known."""
+    for name, value in workload.inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not name.endswith(("_ids", "timestep")):
+            with contextlib.suppress(RuntimeError):  # inference tensors
+                value.add_(0.01)

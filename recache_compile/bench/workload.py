@@ -1,0 +1,209 @@
+"""What is measured: a model, the arguments of one call, and the steps that are recomputed."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from recache_compile.artifact import check, look
+from recache_compile.errors import ModelError
+from recache_compile.manifest import MANIFEST
+from recache_compile.program import Role
+from recache_compile.schedule import Schedule
+from recache_compile.specs import find_spec_file, read_spec, transformer_class
+
+WARMUPS = (1, 2, 3)
+"""Numbers of first steps that peers are allowed to recompute one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; small, so that every process can be told.
+
+    Args:
+        model: a spec's name or file, what `load_pipeline` takes, or an artifact's folder.
+        num_steps: length T of the loop.
+        budget: recompute steps k.
+        runtime: ours.
+        device: where all of it runs.
+        dtype: of weights and latents.
+        call: arguments of the pipeline.
+        order: polynomial order of the forecasts.
+        threads: of a process; 0: as many as there are cores.
+    """
+
+    model: str
+    num_steps: int
+    budget: int
+    runtime: str
+    device: str
+    dtype: str
+    call: Mapping[str, Any]
+    order: int = 1
+    threads: int = 0
+
+    @property
+    def is_artifact(self) -> bool:
+        """Whether the model is an artifact."""
+        return (Path(self.model) / MANIFEST).is_file()
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model on its device and one call of it.
+
+    Args:
+        module: the transformer, with random weights where only its shape is known.
+        inputs: arguments of one call.
+        timetable: per timestep input, its value at every step (T, *shape).
+        roles: of inputs, where they are known.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    timetable: dict[str, Tensor]
+    roles: Mapping[str, Role]
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The arguments of one step."""
+        return self.inputs | {name: column[step] for name, column in self.timetable.items()}
+
+
+def peers_schedule(num_steps: int, budget: int) -> tuple[Schedule, int, int]:
+    """The recompute steps that TaylorSeer in `diffusers` can have, so that all can have the same.
+
+    With w warm-up steps and interval N it recomputes 0..w-1 and w+1, w+1+N, ...
+
+    Returns:
+        The schedule, w and N.
+
+    Raises:
+        ModelError: no w in 1..3 and N recompute that many steps.
+    """
+    for warmup in WARMUPS:
+        for interval in range(1, num_steps + 1):
+            steps = sorted({*range(warmup), *range(warmup + 1, num_steps, interval)})
+            if len(steps) == budget:
+                return Schedule(tuple(steps), num_steps), warmup, interval
+    raise ModelError(
+        f"budget {budget} of {num_steps} steps: no interval of TaylorSeer recomputes that many; choose another"
+    )
+
+
+def of_artifact(request: Request, num_steps: int | None, budget: int | None) -> tuple[Request, Schedule]:
+    """The request that an artifact can serve, and its schedule.
+
+    Args:
+        request: names the artifact.
+        num_steps: that were asked for, or None.
+        budget: that was asked for; None: the smallest.
+
+    Raises:
+        ModelError: it was compiled for others.
+    """
+    manifest = check(Path(request.model))
+    facts, budgets = manifest.description, sorted(manifest.plans)
+    chosen = budgets[0] if budget is None else budget
+    if chosen not in budgets or num_steps not in (None, facts.num_steps):
+        raise ModelError(
+            f"{request.model}: was compiled for {facts.num_steps} steps and budgets {', '.join(map(str, budgets))}; ask for"
+            " those, or leave --steps and --budget out"
+        )
+    request = replace(
+        request, num_steps=facts.num_steps, budget=chosen, runtime=facts.runtime, dtype=facts.dtype, order=facts.order
+    )
+    return request, Schedule(manifest.plans[chosen].recompute_steps, facts.num_steps)
+
+
+def make_workload(request: Request) -> Workload:
+    """Load or make the model and its inputs.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    torch.manual_seed(0)
+    if request.is_artifact:
+        return _of_artifact(request)
+    file = find_spec_file(request.model)
+    return _of_spec(request, file) if file is not None else _of_pipeline(request)
+
+
+def _of_spec(request: Request, file: Path) -> Workload:
+    """A model with random weights."""
+    abstract = read_spec(file)
+    dtype, device = getattr(torch, request.dtype), torch.device(request.device)
+    with _defaults(dtype, device):
+        cls: Any = type(abstract.module)
+        module = cls.from_config(abstract.module.config).eval().requires_grad_(False)
+    inputs = pytree.tree_map_only(
+        Tensor, lambda tensor: _draw(tensor.shape, _cast(tensor.dtype, dtype), device), abstract.inputs
+    )
+    return Workload(module, inputs, _timetable(inputs, request.num_steps), {})
+
+
+def _of_pipeline(request: Request) -> Workload:
+    from recache_compile.loading import load_pipeline
+    from recache_compile.recording import record_examples
+
+    pipeline: Any = load_pipeline(request.model, getattr(torch, request.dtype), torch.device(request.device))
+    example = record_examples(pipeline, request.num_steps, request.call)[0]
+    return Workload(pipeline.transformer, dict(example.inputs), dict(example.timesteps), example.roles)
+
+
+def _of_artifact(request: Request) -> Workload:
+    """The model that an artifact was compiled from: its class and configuration, with the weights that it holds."""
+    compiled = look(request.model)
+    facts, this = compiled.description, compiled.variants[0]
+    device = torch.device(request.device)
+    module = transformer_class(facts.model_class.rpartition(".")[2])(**{
+        name: value for name, value in facts.config.items() if not name.startswith("_")
+    }).eval()  # fmt: skip
+    module.load_state_dict(compiled.weights, strict=False)
+    if this.fixed or this.constants or any("." in value.name for value in this.inputs):
+        raise ModelError(f"{request.model}: was compiled for inputs that cannot be made up; bench the model instead")
+    inputs = {value.name: _draw(value.shape, value.dtype, device) for value in this.inputs}
+    timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
+    return Workload(module.to(device, getattr(torch, facts.dtype)), inputs, timetable, {
+        value.name: Role(value.kind.value) for value in this.inputs
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Constructors make tensors of this type, there."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _cast(given: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return wanted if given in (torch.bfloat16, torch.float16) else given
+
+
+def _draw(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Values of the right type: normal, zero for whole numbers, true for masks."""
+    if dtype is torch.bool:
+        return torch.ones(tuple(shape), dtype=dtype, device=device)
+    if not dtype.is_floating_point:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    return torch.randn(tuple(shape), device=device).to(dtype)
+
+
+def _timetable(inputs: Mapping[str, Any], num_steps: int) -> dict[str, Tensor]:
+    """Falling values for the input named timestep."""
+    name = "timestep"
+    if not isinstance(inputs.get(name), Tensor):
+        return {}
+    value = inputs[name]
+    high = 1.0 if value.is_floating_point() else 1000.0
+    column = torch.linspace(high, high / num_steps, num_steps, device=value.device)
+    return {name: column.reshape(-1, *[1] * value.dim()).expand(-1, *value.shape).to(value.dtype).contiguous()}
