@@ -213,7 +213,7 @@ def print_memory(what: str, sizes: Sizes) -> None:
         model = build_model(sizes)
         model(**inputs)
     else:
-        run = rc.load(what).dispatcher(sizes.budget)
+        run = rc.load(what, cuda_graphs=what.endswith("+graphs")).dispatcher(sizes.budget)
         for step, timestep in enumerate(timetable(sizes)):
             run(step=step, **{**inputs, "timestep": timestep})
     click.echo(held_bytes(sizes.device) - before)

@@ -17,7 +17,7 @@ from recache_compile.choosing import (
     reschedule_calibrated,
 )
 from recache_compile.compiled import Compiled, Description
-from recache_compile.compiler import Example, Options, compile_module, make_schedules
+from recache_compile.compiler import Example, Options, compile_module, device_of, make_schedules
 from recache_compile.errors import DispatchError, ModelError, ScheduleError
 from recache_compile.forecasters import get_forecaster, uncalibrated
 from recache_compile.policies.base import Policy, Problem
@@ -25,6 +25,7 @@ from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.policies.uniform import Uniform
 from recache_compile.program import Granularity, Role
 from recache_compile.runtimes.base import Runtime
+from recache_compile.runtimes.graphs import check_graphs
 from recache_compile.runtimes.registry import get_runtime
 
 
@@ -104,6 +105,8 @@ def compile(
         )
     backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
     module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call, component)
+    if cuda_graphs:
+        check_graphs(backend, device_of(examples[0].inputs))
     description = Description(
         model=type(module).__name__,
         model_class=f"{type(module).__module__}.{type(module).__qualname__}",
@@ -138,7 +141,7 @@ def _calibrated(
 ) -> Compiled:
     """The same engines under schedules that a few full generations tell."""
     try:
-        calibration = calibrate_pipeline(pipeline, compiled, calls, report)
+        calibration = calibrate_pipeline(pipeline, compiled.on_this_device(), calls, report)
     except (DispatchError, ModelError) as error:
         if not may_stay_uniform:
             raise

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from recache_compile._version import __version__
 from recache_compile.compiled import Compiled
-from recache_compile.devices import numbered
+from recache_compile.devices import numbered, parsed_device
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.files import check_place, output_errors
 from recache_compile.manifest import (
@@ -40,6 +40,7 @@ from recache_compile.manifest import (
 from recache_compile.plan import Plan
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Absent, Engine, Runtime, Variant, fits
+from recache_compile.runtimes.graphs import check_graphs
 from recache_compile.runtimes.offload import Offloaded, at_home
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.schedule import Schedule
@@ -130,9 +131,13 @@ def load(
     manifest = check(folder)
     with _telling(folder):
         runtime = get_runtime(manifest.description.runtime, building=False)
-        place = numbered(torch.device(manifest.device if device is None else device))
+        place = numbered(torch.device(manifest.device) if device is None else parsed_device(device))
         check_fit(manifest, runtime, place, folder)
         compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+        if cuda_graphs:
+            check_graphs(runtime, place)
+        if read_manifest(folder).digest != manifest.digest:
+            raise ArtifactError("was replaced while it was read; load it again")
         if cuda_graphs is None:
             return compiled
         return replace(compiled, description=replace(compiled.description, cuda_graphs=cuda_graphs))
@@ -173,7 +178,10 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
             f"its engines are for {built_for}, and there is no CUDA GPU here; run {command} --runtime auto"
         )
     if device.type != torch.device(manifest.device).type:
-        raise ArtifactError(f"its engines are for {built_for}, not for {device}; run {command} --device {device}")
+        other = "" if runtime.place(device).type == device.type else " --runtime auto"
+        raise ArtifactError(
+            f"its engines are for {built_for}, not for {device}; run {command}{other} --device {device}"
+        )
     if not fits(manifest.engines_for, here := runtime.here(device)):
         raise ArtifactError(f"its engines are for {built_for}, this is {', '.join(_facts(here))}; run {command}")
 
@@ -214,11 +222,11 @@ def restore(
         for number, facts in enumerate(manifest.variants)
         for name in facts.programs
     }
-    by_it, by_others = (
-        {weight for (_, name), text in texts.items() if (name == offloaded) is own for weight in weights_named(text)}
-        for own in (True, False)
-    )
-    away = by_it - by_others
+    away: set[str] = set()
+    if offloaded:
+        reads = [(name == offloaded, weights_named(text)) for (_, name), text in texts.items()]
+        others = set[str]().union(*(names for is_it, names in reads if not is_it))
+        away = set[str]().union(*(names for is_it, names in reads if is_it)) - others
     tensors = _read_tensors(folder / WEIGHTS, device, away)
     weights = _under("weights/", tensors)
     variants = []
@@ -250,9 +258,9 @@ def restore(
 
 
 def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
-    """The tensors of a file on a device; the weights `away` in the host's memory."""
-    if not away:
-        return load_file(file, device=str(device))
+    """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
+    if not away and device.type == "cpu":
+        return load_file(file)
     tensors = load_file(file)
     stay = {f"weights/{name}" for name in away}
     return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
@@ -309,7 +317,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
         format_version=FORMAT_VERSION,
         recache_version=__version__,
         engines_for=dict(compiled.engines_for),
-        device=str(runtime.place(compiled.variants[0].device)),
+        device=runtime.place(compiled.variants[0].device).type,
         description=compiled.description,
         signature=compiled.signature,
         plans={

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recache_compile.capture import Signature
 from recache_compile.cost import Cost, cost_of
-from recache_compile.errors import DispatchError, ModelError, RuntimeUnavailableError
+from recache_compile.errors import DispatchError, ModelError
 from recache_compile.forecasters import Forecaster, get_forecaster
 from recache_compile.plan import Plan, make_plan
 from recache_compile.runtimes.base import Revision, Variant
@@ -104,19 +104,10 @@ class Compiled:
 
         Raises:
             DispatchError: the budget was not compiled.
-            RuntimeUnavailableError: CUDA graphs were asked for, and cannot be had.
         """
-        graphs = self._graphs() if self.description.cuda_graphs else None
+        on_gpu = self.variants[0].device.type == "cuda"
+        graphs = Graphs if self.description.cuda_graphs and on_gpu else None
         return Dispatcher(self._plan(budget), self.forecaster, self.variants, self.signature, self.revision, graphs)
-
-    def _graphs(self) -> type[Graphs]:
-        device, runtime = self.variants[0].device, known_runtime(self.description.runtime)
-        if device.type != "cuda" or not runtime.capturable:
-            raise RuntimeUnavailableError(
-                f"CUDA graphs: cannot be made of engines of runtime {runtime.name} on {device}; load or compile without"
-                " them (cuda_graphs=False)"
-            )
-        return Graphs
 
     def replay(self, forecaster: Forecaster | None = None) -> Replay:
         """The model call under changing schedules, for those who compare them.
@@ -128,6 +119,22 @@ class Compiled:
         return Replay(
             forecaster or self.forecaster, self._sites, num_steps, self.variants, self.signature, self.revision
         )
+
+    def on_this_device(self) -> "Compiled":
+        """The same, or with the programs themselves as engines where those that were built run elsewhere."""
+        device, eager = self.variants[0].device, known_runtime("eager")
+        if known_runtime(self.description.runtime).place(device).type == device.type:
+            return self
+        variants = [
+            replace(
+                each,
+                engines={
+                    name: eager.load(program, (), self.weights, device) for name, program in each.programs.items()
+                },
+            )
+            for each in self.variants
+        ]
+        return replace(self, variants=tuple(variants))
 
     def reschedule(self, schedules: Mapping[int, Schedule], forecaster: Forecaster | None = None) -> "Compiled":
         """The same engines under other schedules, or with another forecaster of the same order: new tables only.
@@ -157,7 +164,7 @@ class Compiled:
 
         Dispatchers that exist see the new weights in their next step, prologue included.
         The weights are shared with the module that was compiled, and with whatever else was
-        compiled from it: they change too.  Tensors that the module's code has computed from
+        compiled from it: they change too, but for weights that were not dense in memory.  Tensors that the module's code has computed from
         weights once and kept are constants, and do not follow.
 
         Args:

@@ -14,20 +14,27 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
     Raises:
         RuntimeUnavailableError: it is not here, or is no device that models run on.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RuntimeUnavailableError(f"device {name}: unknown; choose cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RuntimeUnavailableError(f"device {name}: models run on cpu or cuda; choose one of them")
+    device = parsed_device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        raise RuntimeUnavailableError(
-            f"device {name}: there {'is no CUDA GPU' if not count else 'are fewer GPUs'} here; choose another, or leave it out"
-        )
+        what = "there are fewer GPUs here" if count else "there is no CUDA GPU here"
+        raise RuntimeUnavailableError(f"device {name}: {what}; choose another, or leave it out")
     return numbered(device)
+
+
+def parsed_device(name: str | torch.device) -> torch.device:
+    """A device of a kind that models run on, here or not.
+
+    Raises:
+        RuntimeUnavailableError: there is no such kind.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RuntimeUnavailableError(f"device {name}: unknown; choose cpu, cuda or cuda:1")
+    return device
 
 
 def numbered(device: torch.device) -> torch.device:

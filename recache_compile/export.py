@@ -88,6 +88,7 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     """A graph module that takes and returns flat tensors, and shares the program's weights.
 
     The weights are detached: they keep their memory when the module is cast or moved later.
+    Those that are not dense are copied.
     Regions are inlined.  Views become reshapes: passes may then change the strides of any
     value.  What reads the shape and type of a value alone does not read the value.
 
@@ -120,7 +121,8 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
                 constants = {name: other for name, other in weights.items() if name.startswith(prefix)}
                 known[id(weight)] = _equal(weight, constants) or f"{prefix}_{len(known)}"
             node.target = known[id(weight)]
-            weights.setdefault(node.target, weight.detach())
+            if node.target not in weights:
+                weights[node.target] = weight.detach().contiguous()  # engines read dense memory
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
         first.prepend(node)

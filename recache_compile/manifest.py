@@ -67,8 +67,19 @@ class _Version(BaseModel):
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write it with its digest."""
     facts = json.loads(manifest.model_dump_json())
-    facts["digest"] = digest_of(facts)
-    (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (folder / MANIFEST).write_text(signed(facts), encoding="utf-8")
+
+
+def signed(facts: Mapping[str, Any]) -> str:
+    """The text of a manifest, with its digest."""
+    text = json.dumps({**facts, "digest": ""}, indent=1)
+    head, _, tail = text.rpartition('""')
+    return f'{head}"{_digest(text)}"{tail}'
+
+
+def _digest(text: str) -> str:
+    """Hash of a manifest's text, in which its own digest is empty."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -93,19 +104,13 @@ def read_manifest(folder: Path) -> Manifest:
         if version < FORMAT_VERSION:
             raise ArtifactError(f"{folder}: format {version}, of an older version of recache-compile; compile again")
         manifest = Manifest.model_validate_json(text)
-        if manifest.digest != digest_of(json.loads(text)):
+        if file.is_symlink() or manifest.digest != _digest(text.replace(manifest.digest, "", 1)):
             raise ArtifactError(f"{file}: damaged (its digest differs); compile again")
         return manifest
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ArtifactError(f"{file}: damaged at {where}: {first['msg']}; compile again") from None
-
-
-def digest_of(facts: Mapping[str, Any]) -> str:
-    """Hash of a manifest's facts, its own digest left out."""
-    canonical = json.dumps({name: fact for name, fact in facts.items() if name != "digest"}, sort_keys=True)
-    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def is_artifact(folder: Path) -> bool:

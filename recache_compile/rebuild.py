@@ -11,8 +11,10 @@ from torch import Tensor
 from recache_compile.artifact import check, restore
 from recache_compile.compiled import Compiled
 from recache_compile.devices import usable_device
+from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, Runtime, lower
+from recache_compile.runtimes.graphs import check_graphs
 from recache_compile.runtimes.registry import get_runtime
 
 
@@ -46,5 +48,12 @@ def rebuild(
         return lower(program, backend, weights, place, Path(keep.name), number)
 
     compiled = restore(folder, manifest, place, engine)
-    description = replace(compiled.description, runtime=backend.name)
+    graphs = compiled.description.cuda_graphs
+    if graphs:
+        try:
+            check_graphs(backend, place)
+        except RuntimeUnavailableError as error:
+            report(f"without CUDA graphs: {error}")
+            graphs = False
+    description = replace(compiled.description, runtime=backend.name, cuda_graphs=graphs)
     return replace(compiled, description=description, folder=Path(keep.name), engines_for=backend.key(place), keep=keep)

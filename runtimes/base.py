@@ -27,6 +27,10 @@ class Engine(Protocol):
         """From now on read the weights from here, in place and without a copy."""
         ...
 
+    def apart(self) -> "Engine":
+        """An engine on the same weights that may run at the same time as this one, as CUDA graphs do."""
+        ...
+
 
 class Runtime(Protocol):
     """A backend."""
@@ -95,6 +99,10 @@ class Absent:
 
     def use(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing reads them here."""
+
+    def apart(self) -> "Absent":
+        """As good as any."""
+        return self
 
 
 @dataclass(slots=True)

@@ -76,7 +76,8 @@ class Dispatcher:
         self._forecaster = forecaster
         self._signature = signature
         self._revision = revision or Revision()
-        self._graphs = graphs
+        self._make_graphs = graphs
+        self._graphs: dict[tuple[str, Any, int], Graphs] = {}
         self._result = pytree.treespec_loads(signature.result)
         self._variants: dict[Any, list[Variant]] = {}
         for each in variants:
@@ -176,7 +177,8 @@ class Dispatcher:
         state = self._states.get((branch, key, number))
         start = self._begins(branch, step)
         if state is None or (state.last_step is None and state.start != start):
-            state = self._states[branch, key, number] = self._new_state(self._variants[key][number], start)
+            place = branch, key, number
+            state = self._states[place] = self._new_state(self._variants[key][number], start, self._graphs_of(place))
         return tensors, state
 
     def _begins(self, branch: str, step: int) -> int:
@@ -195,12 +197,20 @@ class Dispatcher:
             " by them; compile for them too"
         )
 
-    def _new_state(self, variant: Variant, start: int) -> State:
+    def _graphs_of(self, place: tuple[str, Any, int]) -> Graphs | None:
+        """The graphs of a branch and kind, which serve generations from every start; None: engines are called."""
+        if self._make_graphs is None:
+            return None
+        if place not in self._graphs:
+            _, key, number = place
+            self._graphs[place] = self._make_graphs(self._variants[key][number])
+        return self._graphs[place]
+
+    def _new_state(self, variant: Variant, start: int, graphs: Graphs | None) -> State:
         """A state for generations that begin with a step."""
         plan = self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
-        graphs = None if self._graphs is None else self._graphs(variant)
         return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed, graphs)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:

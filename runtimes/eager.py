@@ -27,6 +27,10 @@ class EagerEngine:
         """Read other tensors."""
         self._module = fx.GraphModule(dict(weights), self._graph)
 
+    def apart(self) -> "EagerEngine":
+        """It holds nothing while it runs."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Eager:

@@ -1,16 +1,16 @@
 """CUDA graphs: a step's engine is recorded once and then replayed, without its launches."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from recache_compile.errors import DispatchError, reason_of
+from recache_compile.errors import DispatchError, RuntimeUnavailableError, reason_of
 from recache_compile.program import Kind
-from recache_compile.runtimes.base import Variant
+from recache_compile.runtimes.base import Runtime, Variant
 
 Call = Callable[[], Sequence[Tensor]]
 Capture = Callable[[Call], tuple[Callable[[], None], Sequence[Tensor]]]
@@ -57,29 +57,31 @@ class Graphs:
             name: of a step program.
             inputs: as of the engine; history as `keep` returned it.
         """
-        recorded = self._recorded.get(name) or self._record(name, inputs)
-        for place, given in zip(recorded.inputs, inputs, strict=True):
-            if place is not given:
-                place.copy_(given)
-        recorded.replay()
-        values = self._variant.programs[name].outputs
-        return [
-            result if value.kind is Kind.FEATURE else result.clone()
-            for value, result in zip(values, recorded.outputs, strict=True)
-        ]
+        with _plain_tensors():
+            recorded = self._recorded.get(name) or self._record(name, inputs)
+            for place, given in zip(recorded.inputs, inputs, strict=True):
+                if place is not given:
+                    place.copy_(given)
+            recorded.replay()
+            values = self._variant.programs[name].outputs
+            return [
+                result if value.kind is Kind.FEATURE else result.clone()
+                for value, result in zip(values, recorded.outputs, strict=True)
+            ]
 
     def keep(self, site: int | None, slot: int | None, feature: Tensor) -> Tensor:
         """A ring slot that holds this feature from now on."""
-        if (site, slot) not in self._slots:
-            self._slots[site, slot] = torch.empty_like(feature)
-        return self._slots[site, slot].copy_(feature)
+        with _plain_tensors():
+            if (site, slot) not in self._slots:
+                self._slots[site, slot] = torch.empty_like(feature)
+            return self._slots[site, slot].copy_(feature)
 
     def _record(self, name: str, inputs: Sequence[Tensor]) -> Recorded:
         values = self._variant.programs[name].inputs
         places = [
             given if value.kind is Kind.HISTORY else given.clone() for value, given in zip(values, inputs, strict=True)
         ]
-        engine = self._variant.engines[name]
+        engine = self._variant.engines[name].apart()
         try:
             replay, outputs = self._capture(lambda: engine(places))
         except RuntimeError as error:
@@ -90,29 +92,45 @@ class Graphs:
         return self._recorded[name]
 
 
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Whatever mode the caller is in, tensors are made that can be written to in any other."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class CudaCapture:
-    """Records in one memory pool, whose graphs are never replayed at the same time.
+    """Records in one memory pool and on one stream, whose graphs are never replayed at the same time.
 
     Args:
         device: of the engines.
     """
 
     _recording = threading.Lock()
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._aside = torch.cuda.Stream(device)
 
     def __call__(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Run once, so that every kernel is loaded, then record, both aside: one stream a device."""
+        """Run once, so that every kernel is loaded, then record."""
         with self._recording, torch.cuda.device(self._device):
-            aside = self._streams.setdefault(self._device, torch.cuda.Stream(self._device))
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):
                 call()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(self._aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                 outputs = call()
         return graph.replay, outputs
+
+
+def check_graphs(runtime: Runtime, device: torch.device) -> None:
+    """Raise `RuntimeUnavailableError` where engines of programs captured on a device cannot be part of CUDA graphs."""
+    place = runtime.place(device)
+    if place.type != "cuda" or not runtime.capturable:
+        raise RuntimeUnavailableError(
+            f"CUDA graphs: cannot be made of engines of runtime {runtime.name} on {place}; leave them out"
+            " (cuda_graphs=False, --no-cuda-graphs)"
+        )

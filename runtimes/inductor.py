@@ -45,6 +45,10 @@ class InductorEngine:
         self._weights = {name: weights[name] for name in self._package.get_constant_fqns()}
         self._package.load_constants(self._weights, check_full_update=True, user_managed=True)
 
+    def apart(self) -> "InductorEngine":
+        """It holds nothing while it runs."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Inductor:

@@ -47,13 +47,17 @@ class Offloaded:
         """Bring others from now on."""
         self._weights = weights
 
+    def apart(self) -> Engine:
+        """It runs alone: calls wait for each other."""
+        return self
+
     @contextlib.contextmanager
     def _visiting(self) -> Iterator[Mapping[str, Tensor]]:
         """All weights on the device, for as long as the block lasts."""
         visiting = {name: torch.empty_like(self._weights[name], device=self._device) for name in self._away}
         try:
             for name, weight in visiting.items():
-                weight.copy_(self._weights[name], non_blocking=True)
+                weight.copy_(self._weights[name])  # waits, so that new weights are never half of a copy
             yield {**self._weights, **visiting}
         finally:
             for weight in visiting.values():

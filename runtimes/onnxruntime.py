@@ -21,17 +21,17 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxEngine:
     """A session, and one binding for every thread that calls it.
 
-    On a GPU it runs on the stream that was current when it was made, and nothing waits for it on the host.
+    On a GPU it runs on a stream of its own, and nothing waits for it on the host.
     """
 
-    def __init__(self, program: Program, session: Any, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, program: Program, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> None:
         import onnxruntime
 
         self._program = program
-        self._session = session
         self._device = device
         self._bindings = threading.local()
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._session = _session(program, file, device, self._stream)
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.use(weights)
@@ -60,8 +60,14 @@ class OnnxEngine:
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        yield
-        current.wait_stream(self._stream)
+        try:
+            yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def apart(self) -> "OnnxEngine":
+        """It is no part of CUDA graphs."""
+        return self
 
     def _binding(self) -> Any:
         """This thread's, with the present weights bound."""
@@ -114,7 +120,7 @@ class OnnxRuntime:
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
     ) -> Engine:
         """A session on the device."""
-        return OnnxEngine(program, _session(program, files[0], device), weights, device)
+        return OnnxEngine(program, files[0], weights, device)
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
@@ -125,7 +131,7 @@ def _bind(bind: Any, name: str, tensor: Tensor) -> None:
     bind(name, tensor.device.type, index, int(from_torch_dtype(tensor.dtype)), tuple(tensor.shape), tensor.data_ptr())
 
 
-def _session(program: Program, file: Path, device: torch.device) -> Any:
+def _session(program: Program, file: Path, device: torch.device, stream: torch.cuda.Stream | None) -> Any:
     import onnxruntime
 
     provider = PROVIDERS.get(device.type)
@@ -137,11 +143,8 @@ def _session(program: Program, file: Path, device: torch.device) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     settings: dict[str, Any] = {}
-    if device.type == "cuda":
-        settings = {
-            "device_id": device.index or 0,
-            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
-        }
+    if stream is not None:
+        settings = {"device_id": device.index or 0, "user_compute_stream": str(stream.cuda_stream)}
     try:
         return onnxruntime.InferenceSession(runnable(file), options, providers=[(provider, settings)])
     except Exception as error:  # the package raises a class for each of its status codes

@@ -1,7 +1,6 @@
 """Find a runtime by name."""
 
 from collections.abc import Callable
-from functools import partial
 
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes.base import Runtime
@@ -25,18 +24,24 @@ def _onnxruntime() -> Runtime:
     return OnnxRuntime()
 
 
-def _tensorrt(name: str) -> Runtime:
+def _tensorrt() -> Runtime:
     from recache_compile.runtimes.tensorrt import TensorRT
 
-    return TensorRT(name)
+    return TensorRT()
+
+
+def _tensorrt_rtx() -> Runtime:
+    from recache_compile.runtimes.tensorrt import TensorRTForRTX
+
+    return TensorRTForRTX()
 
 
 RUNTIMES: dict[str, Callable[[], Runtime]] = {
     "eager": _eager,
     "inductor": _inductor,
     "onnxruntime": _onnxruntime,
-    "tensorrt": partial(_tensorrt, "tensorrt"),
-    "tensorrt_rtx": partial(_tensorrt, "tensorrt_rtx"),
+    "tensorrt": _tensorrt,
+    "tensorrt_rtx": _tensorrt_rtx,
 }
 
 

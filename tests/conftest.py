@@ -154,10 +154,10 @@ def inductor_artifact(inductor: rc.Compiled, tmp_path_factory: pytest.TempPathFa
 def tensorrt_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small model's."""
     pytest.importorskip("tensorrt_rtx")
-    from recache_compile.runtimes.tensorrt import TensorRT
+    from recache_compile.runtimes.tensorrt import TensorRTForRTX
 
     folder = tmp_path_factory.mktemp("artifacts") / "tensorrt"
-    runtime = TensorRT("tensorrt_rtx", targets=("sm89",))
+    runtime = TensorRTForRTX(targets=("sm89",))
     with torch.no_grad():
         rc.compile(Doubled(), doubled_inputs(), (2,), 4, forecaster="reuse", runtime=runtime).save(folder)
     return folder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import recache_compile as rc
 from recache_compile.errors import ArtifactError
-from recache_compile.manifest import digest_of
+from recache_compile.manifest import signed
 from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
 from tests.test_compiler import relative_error
 
@@ -125,7 +125,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 def edit_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     facts = manifest | changes
-    (folder / "manifest.json").write_text(json.dumps(facts | {"digest": digest_of(facts)}))
+    (folder / "manifest.json").write_text(signed(facts))
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

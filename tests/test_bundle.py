@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import recache_compile as rc
 from recache_compile.cli import main
 from recache_compile.errors import ArtifactError
-from recache_compile.manifest import digest_of
+from recache_compile.manifest import signed
 from recache_compile.runtimes.offload import Offloaded
 from recache_compile.runtimes.registry import RUNTIMES as REGISTRY
 from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
@@ -36,7 +36,11 @@ def generation(compiled: rc.Compiled, budget: int = 3, seed: int = 0) -> list[to
 
 def edit_manifest(folder: Path, **changes: object) -> None:
     facts = json.loads((folder / "manifest.json").read_text()) | changes
-    (folder / "manifest.json").write_text(json.dumps(facts | {"digest": digest_of(facts)}))
+    (folder / "manifest.json").write_text(signed(facts))
+
+
+class Executed(BaseException):
+    """Something of a damaged artifact was loaded."""
 
 
 DAMAGES = ("cut", "flip", "remove", "empty", "link", "extra", "outside", "unlisted", "newer")
@@ -85,7 +89,7 @@ def test_random_damage_is_refused_before_anything_is_executed(
     do_damage(data, folder)
 
     def executed(*_: Any, **__: Any) -> None:
-        raise AssertionError("something was loaded")
+        raise Executed
 
     monkeypatch.setattr("recache_compile.artifact.restore", executed)
     monkeypatch.setattr("recache_compile.artifact.get_runtime", executed)
@@ -208,6 +212,37 @@ def test_rebuilds_that_cannot_be_are_one_line(
     assert message in result.output
     assert "Traceback" not in result.output
     assert (eager_artifact / "manifest.json").read_text() == before
+
+
+class Transposed(torch.nn.Module):
+    """Its weight is not dense in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.linear.weight = torch.nn.Parameter(torch.randn(4, 4).t())
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states) * timestep
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_weights_that_are_not_dense_are_read_right(runtime: str, tmp_path: Path) -> None:
+    module, inputs = Transposed(), {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
+    compiled = rc.compile(module, inputs, (2,), 4, forecaster="reuse", granularity="output", runtime=runtime)
+    compiled.save(tmp_path / "artifact")
+    for each in (compiled, rc.load(tmp_path / "artifact")):
+        assert relative_error(each.dispatcher(2)(step=0, **inputs), module(**inputs)) <= TOLERANCE
+
+
+def test_rebuilding_leaves_cuda_graphs_out_where_there_are_none(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(eager_artifact, tmp_path / "artifact"))
+    description = json.loads((folder / "manifest.json").read_text())["description"]
+    edit_manifest(folder, description=description | {"cuda_graphs": True})
+    told: list[str] = []
+    rebuilt = rc.rebuild(folder, device="cpu", report=told.append)
+    assert not rebuilt.description.cuda_graphs
+    assert any(line.startswith("without CUDA graphs: ") for line in told)
 
 
 def test_an_artifact_of_an_unknown_runtime_is_refused(eager_artifact: Path, tmp_path: Path) -> None:

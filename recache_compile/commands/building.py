@@ -11,13 +11,25 @@ from recache_compile.errors import RuntimeUnavailableError
 if TYPE_CHECKING:
     from recache_compile.runtimes.base import Runtime
 
+BOTH = ("tensorrt", "tensorrt_rtx")
+OPTIONS_OF = {
+    "target": ("tensorrt_rtx",),
+    "workspace": BOTH,
+    "optimization_level": BOTH,
+    "timing_cache": ("tensorrt",),
+    "tf32": BOTH,
+    "version_compatible": ("tensorrt",),
+    "hardware_compatible": ("tensorrt",),
+}
+"""Runtimes that an option is for."""
+
 RUNTIME_HELP = "auto, inductor, onnxruntime, tensorrt, tensorrt_rtx or eager."
 
 
 def tensorrt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of TensorRT and TensorRT-RTX to a command, which takes them as `building`."""
     options = (
-        click.option("--target", help="tensorrt_rtx: compute capabilities to build for: sm89,sm120.  [default: sm80 and newer]"),
+        click.option("--target", help="tensorrt_rtx: compute capabilities to build for: sm89,sm120.  [default: this GPU, else all known from sm80 on]"),
         click.option("--workspace", type=click.IntRange(1), help="TensorRT: MiB of scratch memory for building."),
         click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT: how long building may search."),
         click.option(
@@ -26,7 +38,7 @@ def tensorrt_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="tensorrt: file that makes building again fast.",
         ),
         click.option("--tf32", is_flag=True, help="TensorRT: float32 products may round their factors to 10 bits."),
-        click.option("--version-compatible", is_flag=True, help="TensorRT: engines also run on later versions."),
+        click.option("--version-compatible", is_flag=True, help="tensorrt: engines also run on later versions."),
         click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines also run on other GPUs."),
     )  # fmt: skip
     for option in reversed(options):
@@ -47,15 +59,29 @@ def chosen_runtime(name: str, building: dict[str, Any], explain: Callable[[str],
     """
     from recache_compile.runtimes.registry import get_runtime
 
-    given = {option: value for option, value in building.items() if value}
+    given = {option: value for option, value in building.items() if value is not None and value is not False}
+    name = name.replace("-", "_")
+    for option in given:
+        if name not in OPTIONS_OF[option]:
+            raise RuntimeUnavailableError(
+                f"--{option.replace('_', '-')}: is for runtime {' and '.join(OPTIONS_OF[option])}, this is {name}"
+            )
     if not given:
         return get_runtime(name, explain)
-    name = name.replace("-", "_")
-    if name not in ("tensorrt", "tensorrt_rtx"):
-        option = next(iter(given)).replace("_", "-")
-        raise RuntimeUnavailableError(f"--{option}: is for runtimes tensorrt and tensorrt_rtx, this is {name}")
-    from recache_compile.runtimes.tensorrt import TensorRT
+    from recache_compile.runtimes.tensorrt import TensorRT, TensorRTForRTX
 
-    workspace = given.pop("workspace", None)
-    targets = tuple(given.pop("target", "").split(",")) if "target" in given else ()
-    return get_runtime(TensorRT(name, targets, None if workspace is None else workspace << 20, **given))
+    workspace, level, tf32 = given.get("workspace"), given.get("optimization_level"), "tf32" in given
+    scratch = None if workspace is None else workspace << 20
+    if name == "tensorrt_rtx":
+        targets = tuple(given["target"].split(",")) if "target" in given else ()
+        return get_runtime(TensorRTForRTX(targets=targets, workspace=scratch, optimization_level=level, tf32=tf32))
+    return get_runtime(
+        TensorRT(
+            workspace=scratch,
+            optimization_level=level,
+            tf32=tf32,
+            timing_cache=given.get("timing_cache"),
+            version_compatible="version_compatible" in given,
+            hardware_compatible="hardware_compatible" in given,
+        )
+    )

@@ -25,12 +25,12 @@ def rebuild_command(
     folder = output or artifact
     with showing_stages() as report:
         report("loading libraries")
-        from recache_compile.artifact import check, check_writable
+        from recache_compile.artifact import check_writable
+        from recache_compile.manifest import read_manifest
         from recache_compile.rebuild import rebuild
 
         check_writable(folder)
-        report(f"checking {artifact}")
-        name = runtime or check(artifact).description.runtime
+        name = runtime or read_manifest(artifact).description.runtime
         compiled = rebuild(artifact, chosen_runtime(name, building, notice), device, report)
         report(f"writing {folder}")
         compiled.save(folder)

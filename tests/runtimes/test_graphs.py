@@ -1,6 +1,7 @@
 """CUDA graphs, with a recorder that needs no GPU: it calls the engine again on the recorded tensors."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,4 +113,29 @@ def test_what_cannot_be_recorded_names_the_program_and_the_remedy(eager: rc.Comp
 
 def test_engines_on_the_cpu_have_no_graphs(flux: torch.nn.Module) -> None:
     with pytest.raises(RuntimeUnavailableError, match="CUDA graphs: cannot be made of engines of runtime eager on cpu"):
-        compile_flux(flux, cuda_graphs=True).dispatcher(3)
+        compile_flux(flux, cuda_graphs=True)
+
+
+def test_artifacts_on_the_cpu_have_no_graphs(eager_artifact: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"leave them out \(cuda_graphs=False, --no-cuda-graphs\)"):
+        rc.load(eager_artifact, cuda_graphs=True)
+
+
+def test_generations_from_other_starts_share_the_graphs(eager: rc.Compiled) -> None:
+    capture = Counting()
+    run, plain = graphed(eager, 3, capture), eager.dispatcher(3)
+    for start in (0, 5, 0, 5):
+        for each in (run, plain):
+            each.reset(start)
+        for step in range(start, NUM_STEPS):
+            inputs = loop_inputs(step, flux_inputs(start))
+            assert torch.equal(run(step=step, **inputs)[0], plain(step=step, **inputs)[0])
+    assert capture.recorded == 3
+
+
+def test_modes_of_the_caller_may_change(eager: rc.Compiled) -> None:
+    run = graphed(eager, 3)
+    expected = generation(eager.dispatcher(3), 0)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            assert all(map(torch.equal, generation(run, 0), expected))

@@ -13,7 +13,7 @@ import recache_compile as rc
 from recache_compile.loading import load_pipeline
 from recache_compile.program import Role
 from recache_compile.recording import prompted, record_examples
-from recache_compile.runtimes.tensorrt import TensorRT
+from recache_compile.runtimes.tensorrt import TensorRTForRTX
 from tests.conftest import PROMPT
 from tests.zoo.base import Draw
 from tests.zoo.check import distance, step_inputs
@@ -94,11 +94,11 @@ def test_inductor_gives_the_same_generation(made: Made) -> None:
 
 def test_every_program_is_built_with_tensorrt_rtx(onnx_bundle: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    runtime = TensorRT("tensorrt_rtx", targets=("sm89", "sm120"))
+    runtime = TensorRTForRTX(targets=("sm89", "sm120"))
     for name, program in rc.load(onnx_bundle).variants[0].programs.items():
         model = onnx_bundle / f"{name}.0.onnx"
         onnx.checker.check_model(model, full_check=True)
-        with runtime._logging() as logger:
+        with runtime.logging() as logger:
             network = runtime.parse(trt.Builder(logger), model, name, logger)
         facts = [
             (tensor.name, tuple(tensor.shape), tensor.dtype.name)

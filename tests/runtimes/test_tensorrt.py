@@ -15,7 +15,7 @@ from recache_compile.cli import main
 from recache_compile.errors import ArtifactError, DispatchError, RuntimeUnavailableError
 from recache_compile.runtimes.base import fits
 from recache_compile.runtimes.registry import get_runtime
-from recache_compile.runtimes.tensorrt import TensorRT
+from recache_compile.runtimes.tensorrt import TensorRT, TensorRTForRTX
 from tests.conftest import doubled_inputs
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -26,7 +26,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about mac
 @pytest.fixture(scope="module")
 def compiled(bundle: Path) -> rc.Compiled:
     with torch.no_grad():
-        return rc.rebuild(bundle, TensorRT("tensorrt_rtx", targets=("sm89",)))
+        return rc.rebuild(bundle, TensorRTForRTX(targets=("sm89",)))
 
 
 @pytest.fixture(scope="module")
@@ -85,23 +85,53 @@ def test_rebuilt_for_eager_it_runs_here(compiled: rc.Compiled, bundle: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        (TensorRTForRTX(targets=("sm35",)), r"target 'sm35' is unknown; choose among sm75, sm80, .*sm120"),
+        (TensorRTForRTX(targets=("sm89", "")), "target '' is unknown"),
+        (TensorRT(), "pip install tensorrt"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(runtime: Any, message: str) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        get_runtime(runtime)
+
+
+def test_targets_are_taken_in_any_case_and_once() -> None:
+    key = TensorRTForRTX(targets=("SM89", " sm89", "sm120")).key(torch.device("cpu"))
+    assert key == {"tensorrt_rtx": trt.__version__, "gpu": "sm89 or sm120"}
+
+
+@without_gpu
+def test_without_targets_all_from_ampere_on_are_built_for() -> None:
+    gpus = TensorRTForRTX().key(torch.device("cpu"))["gpu"].split(" or ")
+    assert {"sm80", "sm86", "sm89", "sm120"} <= set(gpus)
+    assert "sm75" not in gpus
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "tensorrt_rtx", "targets": ("sm35",)}, r"target 'sm35' is unknown; choose among sm120, .*sm89"),
-        ({"name": "tensorrt_rtx", "timing_cache": Path("cache")}, "takes no timing cache"),
-        ({"name": "tensorrt_rtx", "hardware_compatible": True}, "no hardware compatibility"),
-        ({"name": "tensorrt"}, "pip install tensorrt"),
+        (("--runtime", "eager", "--tf32"), "--tf32: is for runtime tensorrt and tensorrt_rtx, this is eager"),
+        (("--runtime", "eager", "--optimization-level", "0"), "--optimization-level: is for runtime tensorrt and"),
+        (
+            ("--runtime", "tensorrt-rtx", "--timing-cache", "x"),
+            "--timing-cache: is for runtime tensorrt, this is tensorrt_rtx",
+        ),
+        (
+            ("--runtime", "tensorrt-rtx", "--version-compatible"),
+            "--version-compatible: is for runtime tensorrt, this is",
+        ),
+        (("--runtime", "tensorrt-rtx", "--target", ""), "target '' is unknown"),
+        (("--runtime", "tensorrt", "--target", "sm89"), "--target: is for runtime tensorrt_rtx, this is tensorrt"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=message):
-        get_runtime(TensorRT(**options))
-
-
-def test_options_of_another_runtime_are_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["shapes", "--runtime", "eager", "--tf32", "--output", str(tmp_path / "out")])
+def test_options_of_another_runtime_are_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["shapes", *options, "--output", str(tmp_path / "out")])
     assert result.exit_code != 0
-    assert "--tf32: is for runtimes tensorrt and tensorrt_rtx, this is eager" in result.output
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_operator_that_is_missing_is_named_by_its_module(tmp_path: Path) -> None:
@@ -114,7 +144,7 @@ def test_an_operator_that_is_missing_is_named_by_its_module(tmp_path: Path) -> N
     with pytest.raises(
         RuntimeUnavailableError, match=r"recompute cannot be built, at transformer_blocks\.3\.attn/Det_1"
     ):
-        TensorRT("tensorrt_rtx").build(tmp_path / "model.onnx", "recompute")
+        TensorRTForRTX().build(tmp_path / "model.onnx", "recompute")
 
 
 def test_a_missing_library_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
