@@ -1,5 +1,6 @@
 """What is measured: a model, the arguments of one call, and the steps that are recomputed."""
 
+import ast
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -164,9 +165,12 @@ def _of_artifact(request: Request) -> Workload:
         name: value for name, value in facts.config.items() if not name.startswith("_")
     }).eval()  # fmt: skip
     module.load_state_dict(compiled.weights, strict=False)
-    if this.fixed or this.constants or any("." in value.name for value in this.inputs):
+    if this.fixed or any("." in value.name for value in this.inputs):
         raise ModelError(f"{request.model}: was compiled for inputs that cannot be made up; bench the model instead")
-    inputs = {value.name: _draw(value.shape, value.dtype, device) for value in this.inputs}
+    inputs: dict[str, Any] = {value.name: _draw(value.shape, value.dtype, device) for value in this.inputs}
+    for name, text in this.constants:
+        if name != "return_dict":
+            inputs[name] = ast.literal_eval(text)
     timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
     return Workload(module.to(device, getattr(torch, facts.dtype)), inputs, timetable, {
         value.name: Role(value.kind.value) for value in this.inputs
