@@ -155,17 +155,19 @@ def look(folder: str | Path) -> Compiled:
         return restore(folder, manifest, torch.device("cpu"), lambda *_: Absent("the artifact was only looked at"))
 
 
-def check(folder: Path) -> Manifest:
-    """The manifest of an artifact whose files are all whole, and no others are there."""
+def check(folder: Path, engines: bool = True) -> Manifest:
+    """The manifest of an artifact whose files are all whole, and no others are there.
+
+    Args:
+        folder: of the artifact.
+        engines: False: their files may be damaged or missing.
+    """
     manifest = read_manifest(folder)
     runtime = known_runtime(manifest.description.runtime)
-    needed = [
-        file
-        for number, facts in enumerate(manifest.variants)
-        for name in facts.programs
-        for file in (_program_file(number, name), *runtime.files(number, name))
-    ]
-    check_files(folder, manifest, needed)
+    each = [(number, name) for number, facts in enumerate(manifest.variants) for name in facts.programs]
+    built = {file for number, name in each for file in runtime.files(number, name)}
+    needed = {WEIGHTS, *(_program_file(number, name) for number, name in each), *built}
+    check_files(folder, manifest, needed, set() if engines else built)
     return manifest
 
 
@@ -174,8 +176,11 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
     command = f"recache-compile rebuild {shlex.quote(str(folder))}"
     built_for = ", ".join([manifest.device, *_facts(manifest.engines_for)])
     if device.type == "cuda" and not torch.cuda.is_available():
+        if manifest.device == "cpu":
+            raise ArtifactError(f"its engines are for {built_for}, and there is no CUDA GPU here; leave the device out")
         raise ArtifactError(
-            f"its engines are for {built_for}, and there is no CUDA GPU here; run {command} --runtime auto"
+            f"its engines are for {built_for}, and there is no CUDA GPU here; load it where there is one, or run {command}"
+            " --runtime auto --output OTHER"
         )
     if device.type != torch.device(manifest.device).type:
         other = "" if runtime.place(device).type == device.type else " --runtime auto"

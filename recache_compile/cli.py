@@ -1,6 +1,8 @@
 """The command line: `recache-compile MODEL --budgets 5,10,15` and its sisters."""
 
+import signal
 import sys
+import threading
 from typing import Any
 
 import click
@@ -27,6 +29,8 @@ class _DefaultCommand(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing half-written stays, as after Ctrl-C
         try:
             return super().invoke(ctx)
         except RecacheError as error:

@@ -34,7 +34,7 @@ def parsed_device(name: str | torch.device) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise RuntimeUnavailableError(f"device {name}: unknown; choose cpu, cuda or cuda:1")
-    return device
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def numbered(device: torch.device) -> torch.device:

@@ -45,7 +45,7 @@ def importing(who: str, install: str) -> Iterator[None]:
     """One line for a package that is missing or does not fit what is installed beside it."""
     try:
         yield
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a native library that cannot be loaded
         raise RuntimeUnavailableError(f"{who}: {reason_of(error)}; {install}") from error
 
 

@@ -1,6 +1,6 @@
 """What a compiled model will do, told before it does it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Facts:
     """All that `inspect` shows; shapes, programs and sites are those of the first variant."""
 
     description: Description
+    engines_for: Mapping[str, str]
     parameters: int
     hoisted_parameters: int
     capture_macs: int
@@ -72,6 +73,7 @@ def facts_of(compiled: Compiled) -> Facts:
     prologue = variant.programs.get("prologue")
     return Facts(
         description=compiled.description,
+        engines_for=compiled.engines_for,
         parameters=sum(weight.numel() for weight in compiled.weights.values()),
         hoisted_parameters=prologue.num_parameters if prologue else 0,
         capture_macs=variant.macs,
@@ -118,7 +120,9 @@ def print_facts(facts: Facts, console: Console) -> None:
     about = facts.description
     console.print(
         f"{about.model} ({about.model_class}), {about.num_steps} steps, {about.forecaster} order {about.order},"
-        f" policy {about.policy}, {about.granularity} sites, {about.runtime}\n"
+        f" policy {about.policy}, {about.granularity} sites, {about.dtype}, {about.runtime}"
+        f"{' with CUDA graphs' if about.cuda_graphs else ''} for"
+        f" {', '.join(f'{what} {value}' for what, value in facts.engines_for.items()) or 'any machine'}\n"
         f"{facts.parameters:,} parameters, {facts.hoisted_parameters / max(facts.parameters, 1):.1%} of them hoisted;"
         f" {with_unit(facts.capture_macs)} MACs a call",
         highlight=False,

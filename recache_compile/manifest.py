@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{folder}: no artifact (there is no {MANIFEST}); make one with recache-compile") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{file}: cannot be read ({error})") from None
@@ -128,19 +128,22 @@ def files_in(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
 
 
-def check_files(folder: Path, manifest: Manifest, needed: Iterable[str]) -> None:
+def check_files(folder: Path, manifest: Manifest, needed: set[str], spared: set[str]) -> None:
     """Raise `ArtifactError` unless every file of the manifest is there and unchanged, and there is no other.
 
     Args:
         folder: of the artifact.
         manifest: of the artifact.
-        needed: files that the manifest has to list, beside the weights.
+        needed: files that the manifest has to list.
+        spared: files that need not be whole.
     """
     present = files_in(folder) - {MANIFEST}
-    if unlisted := sorted({WEIGHTS, *needed} - set(manifest.files)):
+    if unlisted := sorted(needed - set(manifest.files)):
         raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
     for name, expected in manifest.files.items():
         file = folder / name
+        if name in spared:
+            continue
         if name not in present:
             raise ArtifactError(f"{folder}: {name} is missing from the artifact; compile again")
         if file.is_symlink():

@@ -12,6 +12,7 @@ from recache_compile.artifact import check, restore
 from recache_compile.compiled import Compiled
 from recache_compile.devices import usable_device
 from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.manifest import Manifest
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, Runtime, lower
 from recache_compile.runtimes.graphs import check_graphs
@@ -28,17 +29,18 @@ def rebuild(
 
     Args:
         folder: of the artifact; it stays as it is until the result is saved.
-        runtime: for the new engines; by default the artifact's.
+        runtime: for the new engines; by default the artifact's, with its targets where there is no
+            GPU here, and else the options' defaults.
         device: to build for; by default the artifact's where it is here, else the CPU.
         report: told the name of each stage as it begins.
 
     Raises:
-        ArtifactError: the folder is no artifact, or is damaged.
+        ArtifactError: the folder is no artifact, or something of it but its engines is damaged.
         RuntimeUnavailableError: the runtime cannot build here.
     """
     folder = Path(folder)
-    manifest = check(folder)
-    backend = get_runtime(manifest.description.runtime if runtime is None else runtime)
+    manifest = check(folder, engines=False)
+    backend = get_runtime(_same_runtime(manifest) if runtime is None else runtime)
     wanted = manifest.device if device is None and torch.cuda.is_available() else device
     place = usable_device(wanted)
     keep = tempfile.TemporaryDirectory(prefix="recache-")
@@ -57,3 +59,13 @@ def rebuild(
             graphs = False
     description = replace(compiled.description, runtime=backend.name, cuda_graphs=graphs)
     return replace(compiled, description=description, folder=Path(keep.name), engines_for=backend.key(place), keep=keep)
+
+
+def _same_runtime(manifest: Manifest) -> str | Runtime:
+    """The artifact's runtime; engines that cannot be for this machine stay for the GPUs that they were for."""
+    from recache_compile.runtimes.tensorrt import TensorRTForRTX
+
+    name = manifest.description.runtime
+    if name != TensorRTForRTX().name or torch.cuda.is_available():
+        return name
+    return TensorRTForRTX(targets=tuple(manifest.engines_for["gpu"].split(" or ")))

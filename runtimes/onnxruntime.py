@@ -106,6 +106,7 @@ class OnnxRuntime:
             require_onnx(f"runtime {self.name}")
         with importing(f"runtime {self.name}", "pip install 'recache-compile[onnx]'"):
             import onnx  # noqa: F401
+            import onnx_ir  # noqa: F401
             import onnxruntime  # noqa: F401
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
@@ -149,5 +150,5 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
         return onnxruntime.InferenceSession(runnable(file), options, providers=[(provider, settings)])
     except Exception as error:  # the package raises a class for each of its status codes
         raise RuntimeUnavailableError(
-            f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}"
+            f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}; choose another --dtype or --runtime"
         ) from error

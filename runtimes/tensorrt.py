@@ -104,7 +104,10 @@ class Library(abc.ABC):
             with self.timings(config):
                 plan = builder.build_serialized_network(network, config)
             if plan is None:
-                raise RuntimeUnavailableError(f"runtime {self.name}: {name} cannot be built: {logger.reason()}")
+                raise RuntimeUnavailableError(
+                    f"runtime {self.name}: {name} cannot be built: {logger.reason()}; choose another --workspace, --dtype or"
+                    " --runtime"
+                )
             return bytes(plan)
 
     def parse(self, builder: Any, model: Path, name: str, logger: Any) -> Any:
@@ -277,6 +280,10 @@ class TensorRTForRTX(Library):
 
     def check_options(self) -> None:
         """See `Library`."""
+        if isinstance(self.targets, str):
+            raise RuntimeUnavailableError(
+                f"runtime {self.name}: targets {self.targets!r}: expected several, as ('sm89',)"
+            )
         for target in self.targets:
             if target.strip().lower() not in self._known():
                 raise RuntimeUnavailableError(

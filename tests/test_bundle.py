@@ -196,6 +196,8 @@ def test_engines_that_do_not_fit_can_be_rebuilt_in_place(eager_artifact: Path, t
         (("nothing",), "no artifact"),
         (("{artifact}", "--runtime", "cublas"), "runtime 'cublas' is unknown; choose auto, eager, inductor"),
         (("{artifact}", "--device", "cuda"), "there is no CUDA GPU here"),
+        (("{tmp}/thesis.txt",), "no artifact"),
+        (("{artifact}", "--runtime", "abacus", "--target", "sm89"), "runtime 'abacus' is unknown"),
         (("{artifact}", "--output", "{tmp}"), "holds something that is no artifact"),
     ],
 )
@@ -212,6 +214,25 @@ def test_rebuilds_that_cannot_be_are_one_line(
     assert message in result.output
     assert "Traceback" not in result.output
     assert (eager_artifact / "manifest.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_lost_and_damaged_engines_can_be_rebuilt(onnxruntime_artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnxruntime_artifact, tmp_path / "artifact"))
+    (folder / "recompute.0.onnx").unlink()
+    (folder / "prologue.0.onnx").write_bytes(b"")
+    with pytest.raises(ArtifactError):
+        rc.load(folder)
+    rc.rebuild(folder, "eager").save(folder)
+    assert max(map(relative_error, generation(rc.load(folder)), generation(rc.load(onnxruntime_artifact)))) <= 1e-4
+
+
+def test_what_is_no_engine_has_to_be_whole_for_a_rebuild(eager_artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(eager_artifact, tmp_path / "artifact"))
+    (folder / "notes.txt").write_text("?")
+    result = CliRunner().invoke(main, ["rebuild", str(folder)])
+    assert result.exit_code != 0
+    assert "notes.txt: not part of the artifact; remove it" in result.output
 
 
 class Transposed(torch.nn.Module):

@@ -57,10 +57,10 @@ def chosen_runtime(name: str, building: dict[str, Any], explain: Callable[[str],
     Raises:
         RuntimeUnavailableError: it is not usable here, or the options are not its own.
     """
-    from recache_compile.runtimes.registry import get_runtime
+    from recache_compile.runtimes.registry import get_runtime, known_runtime
 
     given = {option: value for option, value in building.items() if value is not None and value is not False}
-    name = name.replace("-", "_")
+    name = name if name == "auto" else known_runtime(name).name
     for option in given:
         if name not in OPTIONS_OF[option]:
             raise RuntimeUnavailableError(

@@ -26,12 +26,20 @@ def rebuild_command(
     with showing_stages() as report:
         report("loading libraries")
         from recache_compile.artifact import check_writable
+        from recache_compile.files import check_place, output_errors
         from recache_compile.manifest import read_manifest
         from recache_compile.rebuild import rebuild
 
-        check_writable(folder)
-        name = runtime or read_manifest(artifact).description.runtime
-        compiled = rebuild(artifact, chosen_runtime(name, building, notice), device, report)
+        name = read_manifest(artifact).description.runtime
+        if output is None:
+            with output_errors(folder, "folder"):
+                check_place(folder)
+        else:
+            check_writable(output)
+        chosen = None
+        if runtime is not None or any(value not in (None, False) for value in building.values()):
+            chosen = chosen_runtime(runtime or name, building, notice)
+        compiled = rebuild(artifact, chosen, device, report)
         report(f"writing {folder}")
         compiled.save(folder)
     built_for = ", ".join(f"{what} {value}" for what, value in compiled.engines_for.items())

@@ -45,11 +45,20 @@ def test_a_bundle_holds_engines_models_and_one_copy_of_the_weights(compiled: rc.
 
 @without_gpu
 def test_without_a_gpu_it_is_refused_with_the_command_that_rebuilds_it(bundle: Path) -> None:
-    message = (
-        r"are for cuda, tensorrt_rtx .*, gpu sm89, and there is no CUDA GPU here; run recache-compile rebuild .*auto"
-    )
+    message = r"are for cuda, tensorrt_rtx .*, gpu sm89, and there is no CUDA GPU here; load it where there is one, or run recache-compile rebuild .*auto --output OTHER"
     with pytest.raises(ArtifactError, match=message):
         rc.load(bundle)
+
+
+@without_gpu
+def test_rebuilding_without_a_gpu_keeps_the_targets(bundle: Path) -> None:
+    assert rc.rebuild(bundle).engines_for == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
+
+
+@without_gpu
+def test_the_other_device_has_another_runtime(bundle: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not for cpu; run recache-compile rebuild .* --runtime auto --device cpu"):
+        rc.load(bundle, device="cpu")
 
 
 @without_gpu
@@ -60,7 +69,11 @@ def test_an_engine_that_cannot_run_here_says_so(compiled: rc.Compiled) -> None:
 
 def test_inspect_needs_no_gpu(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(bundle), "--json"])
-    assert json.loads(result.stdout)["description"]["runtime"] == "tensorrt_rtx"
+    facts = json.loads(result.stdout)
+    assert facts["description"]["runtime"] == "tensorrt_rtx"
+    assert facts["engines_for"]["gpu"] == "sm89"
+    page = CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
+    assert f"tensorrt_rtx for tensorrt_rtx {trt.__version__}, gpu sm89" in page
 
 
 def test_rebuilding_keeps_schedules_and_weights(compiled: rc.Compiled, bundle: Path, tmp_path: Path) -> None:
