@@ -10,7 +10,6 @@ after one generation, beyond what it held before it loaded anything.
 
 import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import recache_compile as rc
+from recache_compile.bench.process import held
+from recache_compile.bench.session import machine
+from recache_compile.bench.subjects import folder_bytes, lone_calls
 from recache_compile.compiled import Compiled
 from recache_compile.measure import seconds
 from recache_compile.runtimes.registry import get_runtime
@@ -117,30 +119,17 @@ def build_engines(
     return engines, taken
 
 
-def engine_inputs(compiled: Compiled, name: str, sizes: Sizes) -> list[torch.Tensor]:
-    """Random inputs of one engine; the prologue's tables have the rows of this schedule."""
-    rows = {"recompute": sizes.budget, "forecast": sizes.steps - sizes.budget}
-    variant = compiled.variants[0]
-    return [
-        torch.rand(
-            [max(rows[value.name.rpartition("@")[2]], 2) if size is None else size for size in value.shape],
-            device=variant.device,
-        ).to(value.dtype)
-        for value in variant.programs[name].inputs
-    ]
-
-
 def run_rounds(
     calls: dict[str, Call], engines: dict[str, Compiled], inputs: dict[str, torch.Tensor], sizes: Sizes, rounds: int
 ) -> tuple[dict[str, list[list[float]]], dict[tuple[str, str], list[float]]]:
     """Times of every step of every generation, and of the lone engines."""
     times: dict[str, list[list[float]]] = {name: [] for name in calls}
-    lone_inputs = {
-        (name, program): engine_inputs(compiled, program, sizes)
+    alone = {
+        (name, program): call
         for name, compiled in engines.items()
-        for program in ("recompute", "prologue")
+        for program, call in lone_calls(compiled, sizes.budget).items()
     }
-    lone: dict[tuple[str, str], list[float]] = {place: [] for place in lone_inputs}
+    lone: dict[tuple[str, str], list[float]] = {place: [] for place in alone}
     for number in range(-1, rounds):  # the first round warms up
         LOG.print(f"round {number + 1} of {rounds}")
         for name, call in calls.items():
@@ -148,11 +137,10 @@ def run_rounds(
             taken = [seconds(lambda step=step, call=call: call(step)) for step in range(sizes.steps)]
             if number >= 0:
                 times[name].append(taken)
-        for (name, program), given in lone_inputs.items():
-            engine = engines[name].variants[0].engines[program]
-            alone = [seconds(lambda engine=engine, given=given: engine(given)) for _ in range(sizes.budget)]
+        for place, call in alone.items():
+            taken = [seconds(call) for _ in range(sizes.budget)]
             if number >= 0:
-                lone[name, program].extend(alone)
+                lone[place].extend(taken)
     return times, lone
 
 
@@ -166,7 +154,7 @@ def facts_of(
     cached = statistics.median(each[step] for each in taken for step in others)
     ideal = sizes.budget * statistics.median(lone["recompute"]) + statistics.median(lone["prologue"])
     weights = sum(weight.nbytes for weight in compiled.weights.values())
-    files = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = folder_bytes(folder)
     return {
         "recompute_step": recompute,
         "cached_step": cached,
@@ -176,21 +164,6 @@ def facts_of(
         "artifact_bytes": files,
         "artifact_over_weights": files / weights,
     }
-
-
-def held_bytes(device: str) -> int:
-    """Memory of this process: on the device, or resident on the host."""
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    import ctypes
-    import gc
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
 
 
 def memory_in_own_process(what: str, sizes: Sizes) -> int:
@@ -208,7 +181,7 @@ def print_memory(what: str, sizes: Sizes) -> None:
     for runtime in ("onnxruntime", "tensorrt_rtx", "tensorrt"):  # libraries do not count
         with contextlib.suppress(rc.RecacheError):
             get_runtime(runtime, building=False)
-    before = held_bytes(sizes.device)
+    before = held(sizes.device)
     if what == "model":
         model = build_model(sizes)
         model(**inputs)
@@ -216,7 +189,64 @@ def print_memory(what: str, sizes: Sizes) -> None:
         run = rc.load(what, cuda_graphs=what.endswith("+graphs")).dispatcher(sizes.budget)
         for step, timestep in enumerate(timetable(sizes)):
             run(step=step, **{**inputs, "timestep": timestep})
-    click.echo(held_bytes(sizes.device) - before)
+    click.echo(held(sizes.device) - before)
+
+
+def measure(sizes: Sizes, names: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Every runtime and the model itself, side by side.
+
+    Args:
+        sizes: of the model and the loop.
+        names: of runtimes; "+graphs" after one replays CUDA graphs.
+        rounds: timed generations of each.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model, inputs, table = build_model(sizes), build_inputs(sizes), timetable(sizes)
+        engines, built_in = build_engines(model, inputs, sizes, names, folder)
+        jitted = torch.compile(model)
+
+        def arguments(step: int) -> dict[str, torch.Tensor]:
+            return {**inputs, "timestep": table[step]}
+
+        calls: dict[str, Call] = {
+            "model, eager": lambda step: model(**arguments(step), return_dict=False),
+            "model, torch.compile": lambda step: jitted(**arguments(step), return_dict=False),
+        }
+        for name, compiled in engines.items():
+            run = compiled.dispatcher(sizes.budget)
+            calls[name] = lambda step, run=run: run(step=step, **arguments(step))  # type: ignore[misc]
+        times, lone = run_rounds(calls, engines, inputs, sizes, rounds)
+        totals = {name: statistics.median(map(sum, taken)) for name, taken in times.items()}
+        memory = {name: memory_in_own_process(str(folder / name), sizes) for name in names}
+        memory["model"] = memory_in_own_process("model", sizes)
+        compiled = engines[names[0]]
+        return {
+            "machine": machine(sizes.device),
+            "torch": torch.__version__,
+            **asdict(sizes),
+            "recompute_steps": compiled.schedules[sizes.budget].recompute_steps,
+            "macs_reduction": compiled.cost(sizes.budget).macs_reduction,
+            "nodes": {name: program.num_calls for name, program in compiled.variants[0].programs.items()},
+            "seconds": totals,
+            "spread": {name: [min(map(sum, taken)), max(map(sum, taken))] for name, taken in times.items()},
+            "ratio_to_eager": {name: totals["model, eager"] / total for name, total in totals.items()},
+            "held_bytes": memory,
+            "runtimes": {
+                name: {
+                    "build_seconds": built_in[name],
+                    **facts_of(
+                        engines[name],
+                        times[name],
+                        {program: lone[name, program] for program in ("recompute", "prologue")},
+                        folder / name,
+                        sizes,
+                    ),
+                    "held_over_model": memory[name] / memory["model"],
+                }
+                for name in names
+            },
+        }
 
 
 @click.command()
@@ -252,55 +282,9 @@ def main(
         print_memory(memory_of, Sizes(**json.loads(given)))
         return
     double, single = map(int, blocks.split(","))
-    sizes = Sizes((double, single), width, tokens, text_tokens, steps, budget, device)
-    names = runtimes.split(",")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        model, inputs, table = build_model(sizes), build_inputs(sizes), timetable(sizes)
-        engines, built_in = build_engines(model, inputs, sizes, names, folder)
-        jitted = torch.compile(model)
-
-        def arguments(step: int) -> dict[str, torch.Tensor]:
-            return {**inputs, "timestep": table[step]}
-
-        calls: dict[str, Call] = {
-            "model, eager": lambda step: model(**arguments(step), return_dict=False),
-            "model, torch.compile": lambda step: jitted(**arguments(step), return_dict=False),
-        }
-        for name, compiled in engines.items():
-            run = compiled.dispatcher(budget)
-            calls[name] = lambda step, run=run: run(step=step, **arguments(step))  # type: ignore[misc]
-        times, lone = run_rounds(calls, engines, inputs, sizes, rounds)
-        totals = {name: statistics.median(map(sum, taken)) for name, taken in times.items()}
-        held = {name: memory_in_own_process(str(folder / name), sizes) for name in names}
-        held["model"] = memory_in_own_process("model", sizes)
-        compiled = engines[names[0]]
-        result = {
-            "machine": machine(),
-            "torch": torch.__version__,
-            **asdict(sizes),
-            "recompute_steps": compiled.schedules[budget].recompute_steps,
-            "macs_reduction": compiled.cost(budget).macs_reduction,
-            "nodes": {name: program.num_calls for name, program in compiled.variants[0].programs.items()},
-            "seconds": totals,
-            "spread": {name: [min(map(sum, taken)), max(map(sum, taken))] for name, taken in times.items()},
-            "ratio_to_eager": {name: totals["model, eager"] / total for name, total in totals.items()},
-            "held_bytes": held,
-            "runtimes": {
-                name: {
-                    "build_seconds": built_in[name],
-                    **facts_of(
-                        engines[name],
-                        times[name],
-                        {program: lone[name, program] for program in ("recompute", "prologue")},
-                        folder / name,
-                        sizes,
-                    ),
-                    "held_over_model": held[name] / held["model"],
-                }
-                for name in names
-            },
-        }
+    result = measure(
+        Sizes((double, single), width, tokens, text_tokens, steps, budget, device), runtimes.split(","), rounds
+    )
     show(result)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -331,19 +315,6 @@ def show(result: dict[str, Any]) -> None:
         milli = ("recompute_step", "cached_step", "prologue")
         each.add_row(name, *(f"{facts[key] * 1e3:.2f}" if key in milli else f"{facts[key]:.3f}" for key in columns))
     page.print(each)
-
-
-def machine() -> str:
-    """The GPU's name, or the processor's with the number of threads used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
 
 
 if __name__ == "__main__":

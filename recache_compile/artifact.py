@@ -39,7 +39,7 @@ from recache_compile.manifest import (
 )
 from recache_compile.plan import Plan
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Absent, Engine, Runtime, Variant, fits
+from recache_compile.runtimes.base import Absent, Engine, Runtime, Variant, described, fits
 from recache_compile.runtimes.graphs import check_graphs
 from recache_compile.runtimes.offload import Offloaded, at_home
 from recache_compile.runtimes.registry import get_runtime, known_runtime
@@ -133,9 +133,9 @@ def load(
         runtime = get_runtime(manifest.description.runtime, building=False)
         place = numbered(torch.device(manifest.device) if device is None else parsed_device(device))
         check_fit(manifest, runtime, place, folder)
-        compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
         if cuda_graphs:
             check_graphs(runtime, place)
+        compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
         if read_manifest(folder).digest != manifest.digest:
             raise ArtifactError("was replaced while it was read; load it again")
         if cuda_graphs is None:
@@ -174,7 +174,7 @@ def check(folder: Path, engines: bool = True) -> Manifest:
 def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder: Path) -> None:
     """Raise `ArtifactError` unless the engines run on this device; the message names the command that rebuilds them."""
     command = f"recache-compile rebuild {shlex.quote(str(folder))}"
-    built_for = ", ".join([manifest.device, *_facts(manifest.engines_for)])
+    built_for = ", ".join([manifest.device, *described(manifest.engines_for)])
     if device.type == "cuda" and not torch.cuda.is_available():
         if manifest.device == "cpu":
             raise ArtifactError(f"its engines are for {built_for}, and there is no CUDA GPU here; leave the device out")
@@ -188,11 +188,7 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
             f"its engines are for {built_for}, not for {device}; run {command}{other} --device {device}"
         )
     if not fits(manifest.engines_for, here := runtime.here(device)):
-        raise ArtifactError(f"its engines are for {built_for}, this is {', '.join(_facts(here))}; run {command}")
-
-
-def _facts(key: Mapping[str, str]) -> list[str]:
-    return [f"{name} {value}" for name, value in key.items()]
+        raise ArtifactError(f"its engines are for {built_for}, this is {', '.join(described(here))}; run {command}")
 
 
 @contextlib.contextmanager
@@ -264,8 +260,6 @@ def restore(
 
 def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
     """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
-    if not away and device.type == "cpu":
-        return load_file(file)
     tensors = load_file(file)
     stay = {f"weights/{name}" for name in away}
     return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}

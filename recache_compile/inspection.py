@@ -13,6 +13,7 @@ from recache_compile.cost import Cost, count_macs
 from recache_compile.errors import DispatchError
 from recache_compile.plan import Plan
 from recache_compile.program import Kind, Program
+from recache_compile.runtimes.base import described
 from recache_compile.serialize import describe
 
 
@@ -122,7 +123,7 @@ def print_facts(facts: Facts, console: Console) -> None:
         f"{about.model} ({about.model_class}), {about.num_steps} steps, {about.forecaster} order {about.order},"
         f" policy {about.policy}, {about.granularity} sites, {about.dtype}, {about.runtime}"
         f"{' with CUDA graphs' if about.cuda_graphs else ''} for"
-        f" {', '.join(f'{what} {value}' for what, value in facts.engines_for.items()) or 'any machine'}\n"
+        f" {', '.join(described(facts.engines_for)) or 'any machine'}\n"
         f"{facts.parameters:,} parameters, {facts.hoisted_parameters / max(facts.parameters, 1):.1%} of them hoisted;"
         f" {with_unit(facts.capture_macs)} MACs a call",
         highlight=False,

@@ -17,7 +17,7 @@ EXAMPLE_ROWS = 3
 
 
 class Engine(Protocol):
-    """A lowered program."""
+    """A lowered program; classes that derive from it have its defaults."""
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Flat tensors in the order of its inputs to flat tensors in the order of its outputs, in dense memory."""
@@ -28,12 +28,15 @@ class Engine(Protocol):
         ...
 
     def apart(self) -> "Engine":
-        """An engine on the same weights that may run at the same time as this one, as CUDA graphs do."""
-        ...
+        """An engine on the same weights that may run at the same time as this one, as CUDA graphs do.
+
+        By default this one, which holds nothing while it runs.
+        """
+        return self
 
 
 class Runtime(Protocol):
-    """A backend."""
+    """A backend; classes that derive from it have its defaults: engines run where the model is, on any machine."""
 
     @property
     def name(self) -> str:
@@ -51,15 +54,15 @@ class Runtime(Protocol):
 
     def place(self, device: torch.device) -> torch.device:
         """Where the engines of programs that were captured on a device run."""
-        ...
+        return device
 
     def key(self, device: torch.device) -> Mapping[str, str]:
         """What engines that are built now fit, by what it is; empty when they fit everywhere."""
-        ...
+        return {}
 
     def here(self, device: torch.device) -> Mapping[str, str]:
         """What of it this machine and device are."""
-        ...
+        return self.key(device)
 
     def require(self, building: bool) -> None:
         """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
@@ -71,7 +74,7 @@ class Runtime(Protocol):
 
     def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """Let files tell where their weights are: in the safetensors file `weights`, under `prefix`."""
-        ...
+        return
 
     def load(
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device
@@ -84,7 +87,7 @@ class Runtime(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class Absent(Engine):
     """Stands for an engine that cannot be called here.
 
     Args:
@@ -99,10 +102,6 @@ class Absent:
 
     def use(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing reads them here."""
-
-    def apart(self) -> "Absent":
-        """As good as any."""
-        return self
 
 
 @dataclass(slots=True)
@@ -155,6 +154,11 @@ def lower(
         file.parent.mkdir(parents=True, exist_ok=True)
     runtime.lower(program, device, files)
     return runtime.load(program, files, weights, device)
+
+
+def described(key: Mapping[str, str]) -> list[str]:
+    """What engines fit, or what a machine is, for people."""
+    return [f"{name} {value}" for name, value in key.items()]
 
 
 def fits(key: Mapping[str, str], here: Mapping[str, str]) -> bool:

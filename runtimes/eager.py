@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine
+from recache_compile.runtimes.base import Engine, Runtime
 
 
-class EagerEngine:
+class EagerEngine(Engine):
     """A program's graph on the given weights."""
 
     def __init__(self, graph: fx.Graph, weights: Mapping[str, Tensor]) -> None:
@@ -27,13 +27,9 @@ class EagerEngine:
         """Read other tensors."""
         self._module = fx.GraphModule(dict(weights), self._graph)
 
-    def apart(self) -> "EagerEngine":
-        """It holds nothing while it runs."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class Eager:
+class Eager(Runtime):
     """Runs everywhere and needs nothing."""
 
     name: str = "eager"
@@ -43,24 +39,11 @@ class Eager:
         """No engine has a file."""
         return ()
 
-    def place(self, device: torch.device) -> torch.device:
-        """Where the model is."""
-        return device
-
-    def key(self, device: torch.device) -> Mapping[str, str]:
-        """Runs everywhere."""
-        return {}
-
-    here = key
-
     def require(self, building: bool) -> None:
         """Always usable."""
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Nothing to write: the program is the engine."""
-
-    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
-        """There is no file."""
 
     def load(
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device

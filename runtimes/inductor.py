@@ -13,10 +13,10 @@ from torch import Tensor
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.export import export_module, quiet
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine, example_inputs, free_sizes
+from recache_compile.runtimes.base import Engine, Runtime, example_inputs, free_sizes
 
 
-class InductorEngine:
+class InductorEngine(Engine):
     """A package that was loaded.
 
     On a GPU it runs without AOTInductor's own bookkeeping of concurrent calls, whose events
@@ -27,9 +27,7 @@ class InductorEngine:
         on_gpu = device.type == "cuda"
         index = -1 if device.index is None else device.index
         with quiet("torch.utils.cpp_extension"):
-            self._package = torch._inductor.aoti_load_package(
-                str(file), run_single_threaded=on_gpu, device_index=index if on_gpu else -1
-            )
+            self._package = torch._inductor.aoti_load_package(str(file), run_single_threaded=on_gpu, device_index=index)
         self._run = self._package.loader.run
         self._launching = threading.Lock() if on_gpu else contextlib.nullcontext()
         self.use(weights)
@@ -45,13 +43,9 @@ class InductorEngine:
         self._weights = {name: weights[name] for name in self._package.get_constant_fqns()}
         self._package.load_constants(self._weights, check_full_update=True, user_managed=True)
 
-    def apart(self) -> "InductorEngine":
-        """It holds nothing while it runs."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class Inductor:
+class Inductor(Runtime):
     """AOTInductor on the CPU or a GPU."""
 
     name: str = "inductor"
@@ -61,10 +55,6 @@ class Inductor:
         """One package a program."""
         return (f"engines/{variant}/{program}.pt2",)
 
-    def place(self, device: torch.device) -> torch.device:
-        """Where the model is."""
-        return device
-
     def key(self, device: torch.device) -> Mapping[str, str]:
         """The torch version, and the processor or GPU architecture."""
         if device.type == "cuda":
@@ -72,8 +62,6 @@ class Inductor:
         else:
             machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return {"torch": str(torch.__version__), "machine": machine}
-
-    here = key
 
     def require(self, building: bool) -> None:
         """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
@@ -114,9 +102,6 @@ class Inductor:
                 f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or mend the"
                 f" compiler: {str(error).strip().splitlines()[-1]}"
             ) from error
-
-    def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
-        """Packages know their weights by name."""
 
     def load(
         self, program: Program, files: Sequence[Path], weights: Mapping[str, Tensor], device: torch.device

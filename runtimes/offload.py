@@ -10,7 +10,7 @@ from torch import Tensor
 from recache_compile.runtimes.base import Engine
 
 
-class Offloaded:
+class Offloaded(Engine):
     """An engine some of whose weights live in the host's memory.
 
     Each call brings them to the device and gives their memory back.  Calls of several
@@ -46,10 +46,6 @@ class Offloaded:
     def use(self, weights: Mapping[str, Tensor]) -> None:
         """Bring others from now on."""
         self._weights = weights
-
-    def apart(self) -> Engine:
-        """It runs alone: calls wait for each other."""
-        return self
 
     @contextlib.contextmanager
     def _visiting(self) -> Iterator[Mapping[str, Tensor]]:

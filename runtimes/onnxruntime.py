@@ -12,13 +12,13 @@ from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.program import Program
-from recache_compile.runtimes.base import Engine, new_outputs
+from recache_compile.runtimes.base import Engine, Runtime, new_outputs
 from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """A session, and one binding for every thread that calls it.
 
     On a GPU it runs on a stream of its own, and nothing waits for it on the host.
@@ -65,10 +65,6 @@ class OnnxEngine:
         finally:
             current.wait_stream(self._stream)
 
-    def apart(self) -> "OnnxEngine":
-        """It is no part of CUDA graphs."""
-        return self
-
     def _binding(self) -> Any:
         """This thread's, with the present weights bound."""
         weights = self._weights
@@ -80,7 +76,7 @@ class OnnxEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxRuntime:
+class OnnxRuntime(Runtime):
     """ONNX Runtime; inputs, outputs and weights are bound where PyTorch has them."""
 
     name: str = "onnxruntime"
@@ -89,16 +85,6 @@ class OnnxRuntime:
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Beside the weights, as ONNX asks for of external data."""
         return (onnx_file(variant, program),)
-
-    def place(self, device: torch.device) -> torch.device:
-        """Where the model is."""
-        return device
-
-    def key(self, device: torch.device) -> Mapping[str, str]:
-        """Models fit every machine; sessions are made of them when they are loaded."""
-        return {}
-
-    here = key
 
     def require(self, building: bool) -> None:
         """Needs the extra `onnx`; running needs no exporter."""

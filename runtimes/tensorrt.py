@@ -20,7 +20,7 @@ from torch import Tensor
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.files import writing
 from recache_compile.program import MIN_ROWS, Program
-from recache_compile.runtimes.base import EXAMPLE_ROWS, Absent, Engine
+from recache_compile.runtimes.base import EXAMPLE_ROWS, Absent, Engine, Runtime
 from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes.tensorrt_engine import TensorRTEngine
 
@@ -28,7 +28,7 @@ MAX_ROWS = 1000
 """Rows that a prologue can make in one call: the longest loop."""
 
 
-class Library(abc.ABC):
+class Library(Runtime, abc.ABC):
     """What the two libraries have in common; both are runtimes."""
 
     name: str

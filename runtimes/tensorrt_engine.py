@@ -15,7 +15,7 @@ ALIGNMENT = 256
 """Bytes that addresses are multiples of."""
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """A deserialised engine, and an execution context for every stream that it is called on.
 
     Scratch memory comes from PyTorch for each call, so that calls in flight never share it,

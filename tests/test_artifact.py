@@ -21,9 +21,9 @@ TOLERANCE = 1e-6
 """Of float32 matrix products, which may round differently with the alignment of the weights in memory."""
 
 
-def generation(compiled: rc.Compiled) -> list[torch.Tensor]:
-    run = compiled.dispatcher(budget=3)
-    return [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(NUM_STEPS)]
+def generation(compiled: rc.Compiled, budget: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    run = compiled.dispatcher(budget)
+    return [run(step=step, **loop_inputs(step, flux_inputs(seed)))[0] for step in range(NUM_STEPS)]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

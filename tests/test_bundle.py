@@ -20,23 +20,11 @@ from hypothesis import strategies as st
 import recache_compile as rc
 from recache_compile.cli import main
 from recache_compile.errors import ArtifactError
-from recache_compile.manifest import signed
 from recache_compile.runtimes.offload import Offloaded
 from recache_compile.runtimes.registry import RUNTIMES as REGISTRY
 from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
+from tests.test_artifact import TOLERANCE, edit_manifest, generation
 from tests.test_compiler import relative_error
-
-TOLERANCE = 1e-6
-
-
-def generation(compiled: rc.Compiled, budget: int = 3, seed: int = 0) -> list[torch.Tensor]:
-    run = compiled.dispatcher(budget)
-    return [run(step=step, **loop_inputs(step, flux_inputs(seed)))[0] for step in range(NUM_STEPS)]
-
-
-def edit_manifest(folder: Path, **changes: object) -> None:
-    facts = json.loads((folder / "manifest.json").read_text()) | changes
-    (folder / "manifest.json").write_text(signed(facts))
 
 
 class Executed(BaseException):

@@ -1,15 +1,17 @@
 """Each subject lives in a process of its own: what it compiles, counts and holds is its own."""
 
 import contextlib
+import ctypes
 import gc
 import io
 import resource
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ import torch
 from recache_compile.bench.subjects import SUBJECTS, Ours, Subject
 from recache_compile.bench.workload import Request, make_workload
 from recache_compile.errors import ModelError, RecacheError, reason_of
+from recache_compile.measure import seconds
 from recache_compile.schedule import Schedule
 
-DEVICE_CALLS = 5
+LONE_CALLS = 5
 """Calls of a lone engine in each round."""
 
 
@@ -113,14 +116,12 @@ class _Child:
 
 def _generation(subject: Subject, request: Request) -> dict[str, Any]:
     """Seconds of every step, and of ours the engines' alone."""
-    subject.begin()
-    _wait(request.device)
+    seconds(subject.begin)
     with _no_collection():
-        steps = [_seconds(partial(subject.step, step), request.device) for step in range(request.num_steps)]
+        steps = [seconds(partial(subject.step, step)) for step in range(request.num_steps)]
         alone: dict[str, list[float]] = {}
         if isinstance(subject, Ours):
-            for name, call in subject.alone().items():
-                alone[name] = [_seconds(call, request.device) for _ in range(DEVICE_CALLS)]
+            alone = {name: [seconds(call) for _ in range(LONE_CALLS)] for name, call in subject.alone.items()}
     return {"steps": steps, "alone": alone}
 
 
@@ -141,12 +142,14 @@ def _facts(subject: Subject, request: Request, start: int) -> dict[str, Any]:
 
 def held(device: str) -> int:
     """Memory that this process holds now: on the device, or resident on the host, in bytes."""
-    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
-        return int(stream.read().split()[1]) * resource.getpagesize()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def peak(device: str) -> int:
@@ -154,19 +157,6 @@ def peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def _seconds(work: Callable[[], Any], device: str) -> float:
-    """Time of one call, the device's queue included."""
-    begin = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - begin
 
 
 @contextlib.contextmanager

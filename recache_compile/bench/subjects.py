@@ -12,8 +12,8 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.bench.workload import Request, Workload, peers_schedule
+from recache_compile.compiled import Compiled
 from recache_compile.program import MIN_ROWS
-from recache_compile.runtimes.registry import get_runtime
 from recache_compile.schedule import Schedule
 
 
@@ -54,25 +54,22 @@ class Plain:
 
 
 class Ours:
-    """Compiled, saved, loaded: what a server runs."""
+    """Compiled, saved, loaded: what a server runs; `alone` calls its engines on their own."""
 
     def __init__(self, workload: Workload, request: Request, schedule: Schedule) -> None:
         self._workload, self._budget = workload, request.budget
         self._folder = tempfile.TemporaryDirectory(prefix="recache-bench-")
-        artifact = Path(self._folder.name) / "artifact"
-        runtime = get_runtime(request.runtime)
-        if request.is_artifact:
-            compiled = rc.load(request.model)
-        else:
-            compiled = rc.compile(
+        artifact = Path(request.model if request.is_artifact else self._folder.name)
+        if not request.is_artifact:
+            rc.compile(
                 workload.module, workload.inputs, (request.budget,), request.num_steps, order=request.order,
-                policy={request.budget: schedule.recompute_steps}, runtime=runtime, roles=workload.roles,
+                policy={request.budget: schedule.recompute_steps}, runtime=request.runtime, roles=workload.roles,
                 timesteps=workload.timetable,
-            )  # fmt: skip
-        compiled.save(artifact)
+            ).save(artifact)  # fmt: skip
         self._compiled = rc.load(artifact)
-        self._bytes = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
+        self._bytes = folder_bytes(artifact)
         self._run = self._compiled.dispatcher(request.budget)
+        self.alone = lone_calls(self._compiled, request.budget)
 
     def begin(self) -> None:
         """New conditioning: every generation pays for its prologue."""
@@ -87,27 +84,6 @@ class Ours:
         """Bytes on disk, those of the weights, and the runtime."""
         weights = sum(weight.nbytes for weight in self._compiled.weights.values())
         return {"disk_bytes": self._bytes, "weight_bytes": weights, "runtime": self._compiled.description.runtime}
-
-    def alone(self) -> dict[str, Callable[[], Any]]:
-        """Calls of the engines on their own, of which the ideal is made."""
-        variant = self._compiled.variants[0]
-        rows = {"recompute": self._budget, "forecast": self._compiled.description.num_steps - self._budget}
-
-        def call(name: str) -> Callable[[], Any]:
-            inputs = [
-                torch.rand(
-                    [
-                        max(rows[value.name.rpartition("@")[2]], MIN_ROWS) if size is None else size
-                        for size in value.shape
-                    ],
-                    device=variant.device,
-                ).to(value.dtype)
-                for value in variant.programs[name].inputs
-            ]
-            engine = variant.engines[name]
-            return lambda: engine(inputs)
-
-        return {name: call(name) for name in ("recompute", "prologue") if name in variant.programs}
 
 
 class TaylorSeer:
@@ -207,6 +183,30 @@ UNCACHED = ("eager", "torch.compile")
 def available() -> tuple[str, ...]:
     """Names of those whose packages are installed."""
     return tuple(name for name in SUBJECTS if not name.startswith("cache-dit") or find_spec("cache_dit"))
+
+
+def lone_calls(compiled: Compiled, budget: int) -> dict[str, Callable[[], Any]]:
+    """Calls of the engines on random inputs, of which the ideal is made; the prologue's tables have the rows of a budget."""
+    variant = compiled.variants[0]
+    rows = {"recompute": budget, "forecast": compiled.description.num_steps - budget}
+
+    def call(name: str) -> Callable[[], Any]:
+        shapes = [
+            [max(rows[value.name.rpartition("@")[2]], MIN_ROWS) if size is None else size for size in value.shape]
+            for value in variant.programs[name].inputs
+        ]
+        inputs = [
+            torch.rand(shape, device=variant.device).to(value.dtype)
+            for shape, value in zip(shapes, variant.programs[name].inputs, strict=True)
+        ]
+        return lambda: variant.engines[name](inputs)
+
+    return {name: call(name) for name in ("recompute", "prologue") if name in variant.programs}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def renew(workload: Workload) -> None:

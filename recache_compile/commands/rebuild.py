@@ -29,6 +29,7 @@ def rebuild_command(
         from recache_compile.files import check_place, output_errors
         from recache_compile.manifest import read_manifest
         from recache_compile.rebuild import rebuild
+        from recache_compile.runtimes.base import described
 
         name = read_manifest(artifact).description.runtime
         if output is None:
@@ -42,5 +43,5 @@ def rebuild_command(
         compiled = rebuild(artifact, chosen, device, report)
         report(f"writing {folder}")
         compiled.save(folder)
-    built_for = ", ".join(f"{what} {value}" for what, value in compiled.engines_for.items())
-    say(f"{folder}  ({compiled.description.runtime}, for {built_for or 'any machine'})")
+    built_for = ", ".join(described(compiled.engines_for)) or "any machine"
+    say(f"{folder}  ({compiled.description.runtime}, for {built_for})")
