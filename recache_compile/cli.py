@@ -10,9 +10,11 @@ import click
 from recache_compile._version import __version__
 from recache_compile.commands.bench import bench_command
 from recache_compile.commands.compile import compile_command
+from recache_compile.commands.evaluate import evaluate_command
 from recache_compile.commands.inspect import inspect_command
 from recache_compile.commands.plan import plan_command
 from recache_compile.commands.rebuild import rebuild_command
+from recache_compile.commands.report import report_command
 from recache_compile.commands.run import run_command
 from recache_compile.commands.schedules import schedules_command
 from recache_compile.commands.train import train_command
@@ -54,6 +56,8 @@ COMMANDS = (
     inspect_command,
     rebuild_command,
     bench_command,
+    evaluate_command,
+    report_command,
     plan_command,
     train_command,
     schedules_command,

@@ -1,10 +1,13 @@
 """Judges with downloaded weights, from optional packages imported on first use."""
 
 import contextlib
+import json
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
+from recache_compile.errors import ModelError, RuntimeUnavailableError, importing, reason_of
 
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 ALEXNET_SIDE = 31
@@ -21,6 +24,18 @@ CLIP_WEIGHTS = "openai/clip-vit-base-patch32"
 HPS_MODEL = "ViT-H-14"
 HPS_WEIGHTS = ("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 IMAGE_REWARD_WEIGHTS = "THUDM/ImageReward"
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+VBENCH_DIMENSIONS = {
+    "subject_consistency": 1,
+    "background_consistency": 1,
+    "motion_smoothness": 1,
+    "dynamic_degree": 1,
+    "aesthetic_quality": 1,
+    "imaging_quality": 100,
+}
+"""Those of VBench's sixteen that judge videos of any prompt, and the best score of a video (release 0.1.5)."""
+VIDEO_FPS = 16
+"""Of the files that VBench reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,53 @@ class ImageReward:
         return torch.tensor([self.model.score(prompt, image) for prompt, image in pairs], device=pictures.device)
 
 
+@dataclass(frozen=True, slots=True)
+class InceptionFeatures:
+    """The 2,048 features of InceptionV3 that the Frechet inception distance is taken of (arXiv 1706.08500).
+
+    Args:
+        network: torchmetrics' `NoTrainInceptionV3`, from pictures (batch, 3, H, W) of bytes.
+    """
+
+    network: Any
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(batch, 2048) from pictures (batch, 3, H, W) in [0, 1]."""
+        return self.network.to(pictures.device)((pictures * 255).round().clamp(0, 255).byte())
+
+
+@dataclass(frozen=True, slots=True)
+class VideoBench:
+    """The mean of VBench's dimensions for any prompt (arXiv 2311.17982), in percent.
+
+    Args:
+        package: the module `vbench`.
+    """
+
+    package: Any
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(batch,) from videos (batch, frames, 3, H, W) in [0, 1]."""
+        if videos.dim() != 5:
+            raise ModelError("metric vbench: judges videos, not pictures; leave it out")
+        from diffusers.utils import export_to_video
+
+        with tempfile.TemporaryDirectory() as place:
+            names = [str(Path(place, f"{number}.mp4")) for number in range(len(videos))]
+            for name, video in zip(names, videos, strict=True):
+                export_to_video(list(video.permute(0, 2, 3, 1).float().cpu().numpy()), name, fps=VIDEO_FPS)
+            info = Path(self.package.__file__).with_name("VBench_full_info.json")
+            bench = self.package.VBench(videos.device, str(info), place)
+            given = dict(zip(names, prompts, strict=True))
+            bench.evaluate(place, "recache", given, list(VBENCH_DIMENSIONS), mode="custom_input")
+            found = json.loads(Path(place, "recache_eval_results.json").read_text(encoding="utf-8"))
+        totals = torch.zeros(len(videos), dtype=torch.float64)
+        for dimension, best in VBENCH_DIMENSIONS.items():
+            for each in found[dimension][1]:
+                totals[int(Path(each["video_path"]).stem)] += float(each["video_results"]) / best
+        return 100 * totals / len(VBENCH_DIMENSIONS)
+
+
 def load_lpips() -> Lpips:
     """LPIPS on AlexNet."""
     with importing("distance lpips", "pip install 'recache-compile[train]'"):
@@ -135,6 +197,23 @@ def load_imagereward() -> ImageReward:
     remedy = f"run `hf download {IMAGE_REWARD_WEIGHTS} --local-dir ~/.cache/ImageReward` where there is a network"
     with _loading("reward imagereward", IMAGE_REWARD_WEIGHTS, remedy):
         return ImageReward(package.load("ImageReward-v1.0"))
+
+
+def load_inception() -> InceptionFeatures:
+    """InceptionV3 as ported for torch-fidelity."""
+    with importing("metric fid", "pip install 'recache-compile[evaluate]'"):
+        import torch_fidelity  # noqa: F401 - torchmetrics needs it
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    remedy = f"put the file into {torch.hub.get_dir()}/checkpoints, or leave fid out"
+    with _loading("metric fid", f"InceptionV3 ({INCEPTION_WEIGHTS})", remedy):
+        return InceptionFeatures(NoTrainInceptionV3("inception-v3-compat", ["2048"]))
+
+
+def load_vbench() -> VideoBench:
+    """VBench, which pins versions that do not fit ours: no extra can bring it."""
+    with importing("metric vbench", "pip install vbench imageio-ffmpeg, in an environment with the versions it pins"):
+        import vbench
+    return VideoBench(vbench)
 
 
 @contextlib.contextmanager

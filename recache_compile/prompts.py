@@ -30,14 +30,35 @@ def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...
         ModelError: the file cannot be read or has fewer than two captions.
     """
     if file is None and model == "shapes":
-        from recache_compile.models.shapes.scenes import sample_scene
-
-        rng = random.Random(20_260)
-        captions = tuple(dict.fromkeys(sample_scene(rng).caption() for _ in range(2048)))
+        captions = _of_shapes()
         return captions[: len(captions) // 2], captions[len(captions) // 2 :]
     captions = GENERAL if file is None else _read(file)
+    if len(captions) < 2:
+        raise ModelError(f"prompts {file}: {len(captions)} captions; give at least two, one a line")
     held_out = captions[3::4] or captions[-1:]
     return tuple(text for text in captions if text not in held_out), held_out
+
+
+def captions_of(model: str, file: Path | None) -> tuple[str, ...]:
+    """Captions to judge a model on: those of a file, or our own (of shapes, those that `train` holds out).
+
+    Raises:
+        ModelError: the file cannot be read or has none.
+    """
+    if file is None:
+        return training_and_held_out(model, None)[1] if model == "shapes" else GENERAL
+    captions = _read(file)
+    if not captions:
+        raise ModelError(f"prompts {file}: no captions; give at least one, one a line")
+    return captions
+
+
+def _of_shapes() -> tuple[str, ...]:
+    """Different sentences that the embedded model knows."""
+    from recache_compile.models.shapes.scenes import sample_scene
+
+    rng = random.Random(20_260)
+    return tuple(dict.fromkeys(sample_scene(rng).caption() for _ in range(2048)))
 
 
 def _read(file: Path) -> tuple[str, ...]:
@@ -45,7 +66,4 @@ def _read(file: Path) -> tuple[str, ...]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"prompts {file}: cannot be read ({error}); give a text file, one caption a line") from None
-    captions = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if len(captions) < 2:
-        raise ModelError(f"prompts {file}: {len(captions)} captions; give at least two, one a line")
-    return captions
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))

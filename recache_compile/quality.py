@@ -112,7 +112,7 @@ def get_reward(name: str, model: str) -> Reward:
         ModelError: no reward has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    _require("reward", name, model, tuple(REWARDS), only_shapes=("caption",))
+    _require("reward", name, model, tuple(REWARDS), only_shapes=("caption", "attributes"))
     return Reward(name, REWARDS[name]())
 
 
@@ -144,13 +144,30 @@ def feature_distance(classifier: SceneClassifier, pictures: Tensor, reference: T
 
 def caption_reward(classifier: SceneClassifier, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean log-probability of a caption's six attributes under the shipped classifier, (batch,)."""
-    try:
-        attributes = torch.tensor([parse_caption(prompt).attributes() for prompt in prompts], device=pictures.device)
-    except ValueError as error:
-        raise ModelError(f"reward caption: {error}") from error
+    attributes = _attributes("caption", prompts).to(pictures.device)
     logits = classifier.to(pictures.device)(pictures * 2 - 1)
     picked = [log_softmax(each, 1).gather(1, attributes[:, [index]]) for index, each in enumerate(logits)]
     return torch.cat(picked, 1).mean(1)
+
+
+def attributes_read(classifier: SceneClassifier, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Share of a caption's six attributes that the shipped classifier reads off each picture, in percent, (batch,)."""
+    attributes = _attributes("attributes", prompts)
+    return 100 * classifier.to(pictures.device).recognised(pictures * 2 - 1, attributes).double().mean(1)
+
+
+def shapes_features() -> Callable[[Tensor], Tensor]:
+    """From pictures (batch, 3, 32, 32) in [0, 1] to the shipped classifier's last features, averaged over space."""
+    classifier = _classifier()
+    return lambda pictures: classifier.to(pictures.device).stages(pictures * 2 - 1).mean((2, 3))
+
+
+def _attributes(judge: str, prompts: Sequence[str]) -> Tensor:
+    """Classes (batch, 6) of what captions say."""
+    try:
+        return torch.tensor([parse_caption(prompt).attributes() for prompt in prompts])
+    except ValueError as error:
+        raise ModelError(f"reward {judge}: {error}") from error
 
 
 def _stages(classifier: SceneClassifier, pictures: Tensor) -> list[Tensor]:
@@ -191,6 +208,7 @@ DISTANCES: dict[str, Callable[[], PictureDistance]] = {
 REWARDS: dict[str, Callable[[], PictureReward]] = {
     "none": lambda: _no_reward,
     "caption": lambda: partial(caption_reward, _classifier()),
+    "attributes": lambda: partial(attributes_read, _classifier()),
     "clip": load_clip,
     "hpsv2": load_hpsv2,
     "imagereward": load_imagereward,

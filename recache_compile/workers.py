@@ -9,10 +9,10 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -46,53 +46,62 @@ def gpu_share(gpus: int, workers: int) -> float:
     return 10_000 // math.ceil(workers / gpus) / 10_000 if gpus else 0
 
 
+class Workplace(Protocol):
+    """Where the work is done: a model with engines, loaded once."""
+
+    def run(self, piece: tuple[Any, ...]) -> Iterable[Any]:
+        """The results of a piece of work."""
+        ...
+
+
 class Worker:
     """What one process does; Ray makes and replaces it.
 
     Args:
-        folder: of the study.
+        folder: what is worked on.
         threads: of torch, as many as the driver has: sums in another order have other bits.
+        place: makes what does the work, from the folder.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, place: Callable[[Path], Workplace]) -> None:
         torch.set_num_threads(threads)
-        self._folder = folder
+        self._folder, self._place = folder, place
 
     @functools.cached_property
-    def _laboratory(self) -> Laboratory:
+    def _workplace(self) -> Workplace:
         """Loaded by the first call, not by the constructor: Ray hands on a call's errors as they are."""
-        if not (self._folder / "study.json").is_file():
+        if not self._folder.is_dir():
             raise ArtifactError(
-                f"{self._folder}: the worker on {socket.gethostname()} cannot read the study; keep it on a file system"
-                " that all machines of the cluster share"
+                f"{self._folder}: the worker on {socket.gethostname()} cannot read it; keep it on a file system that all"
+                " machines of the cluster share"
             )
-        return Laboratory(self._folder)
+        return self._place(self._folder)
 
-    def run(self, tasks: tuple[Task, ...]) -> list[Row]:
-        """Distances and rewards of the tasks; without any, the model is loaded at least."""
-        return list(self._laboratory.run(tasks))
+    def run(self, piece: tuple[Any, ...]) -> list[Any]:
+        """The results of a piece of work; without any, the model is loaded at least."""
+        return list(self._workplace.run(piece))
 
 
-class RayRunner:
-    """`objective.Runner` on Ray workers, each with a model of its own; losses have the same bits as without.
+class Crew:
+    """Ray workers, each with a model of its own, to which pieces of work are dealt out.
 
-    The driver prepares everything before: the samples of all batches (`Laboratory.prepare`) and, for a fitted
-    forecaster, the calibration.  Workers only read the folder.  A worker that is killed is replaced, and what it
-    was doing is done again; its errors are raised here.  Use it as a context manager, or close it; until then
-    stdout goes to stderr, where what Ray has to say of lost workers belongs.
+    A worker that is killed is replaced, and what it was doing is done again; its errors are raised
+    here.  Use it as a context manager, or close it; until then stdout goes to stderr, where what Ray
+    has to say of lost workers belongs.
 
     Args:
-        folder: of the study; where the cluster has several machines, on a file system that they all share.
+        folder: what is worked on; where the cluster has several machines, on a file system that they all share.
         workers: number of processes; GPUs are divided among them where the driver has one.
         address: of a running cluster, as in `ray.init`; None starts one on this machine, unless this process is
             connected to one already.
+        place: makes what does the work, from the folder, in each worker.
 
     Raises:
         RuntimeUnavailableError: ray is not installed, or there is no cluster at the address.
     """
 
-    def __init__(self, folder: Path, workers: int, address: str | None = None) -> None:
-        self._ray = import_ray()
+    def __init__(self, folder: Path, workers: int, address: str | None, place: Callable[[Path], Workplace]) -> None:
+        self._ray, self._place = import_ray(), place
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             if not self._ray.is_initialized():
@@ -108,27 +117,26 @@ class RayRunner:
         gpus = int(self._ray.cluster_resources().get("GPU", 0)) if torch.cuda.is_available() else 0
         needs = {"num_cpus": 1, "num_gpus": gpu_share(gpus, workers)}
         actor = self._ray.remote(**needs, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        return [actor.remote(folder, torch.get_num_threads()) for _ in range(workers)]
+        return [actor.remote(folder, torch.get_num_threads(), self._place) for _ in range(workers)]
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Row]:
-        """Distances and rewards of every task, as they arrive.
+    def work(self, pieces: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """The results of all pieces, as they arrive.
 
         Raises:
             RecacheError: that of a worker.
         """
-        tasks = tuple(tasks)
-        waiting = deque(chunks(tasks, len(self._actors)))
-        left = len(tasks)
-        calls = {actor.run.remote(()): actor for actor in self._actors}  # work goes to those that are up
+        waiting = deque(pieces)
+        left = len(waiting)
+        calls = {actor.run.remote(()): (actor, False) for actor in self._actors}  # work goes to those that are up
         while left:
             (done,), _ = self._ray.wait(list(calls), num_returns=1)
-            actor, rows = calls.pop(done), self._get(done)
+            (actor, is_piece), results = calls.pop(done), self._get(done)
             if waiting:
-                calls[actor.run.remote(waiting.popleft())] = actor
-            left -= len(rows)
-            yield from rows
+                calls[actor.run.remote(waiting.popleft())] = actor, True
+            left -= is_piece
+            yield from results
 
-    def _get(self, call: Any) -> list[Row]:
+    def _get(self, call: Any) -> list[Any]:
         """The answer of a worker, or its error."""
         try:
             return self._ray.get(call)  # type: ignore[no-any-return]
@@ -153,6 +161,30 @@ class RayRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class RayRunner(Crew):
+    """`objective.Runner` on Ray workers; losses have the same bits as without.
+
+    The driver prepares everything before: the samples of all batches (`Laboratory.prepare`) and, for a fitted
+    forecaster, the calibration.  Workers only read the folder.
+
+    Args:
+        folder: of the study.
+        workers, address: as of `Crew`.
+    """
+
+    def __init__(self, folder: Path, workers: int, address: str | None = None) -> None:
+        super().__init__(folder, workers, address, Laboratory)
+        self._workers = workers
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Row]:
+        """Distances and rewards of every task, as they arrive.
+
+        Raises:
+            RecacheError: that of a worker.
+        """
+        return self.work(chunks(tasks, self._workers))
 
 
 def import_ray() -> Any:

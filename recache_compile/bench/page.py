@@ -14,36 +14,59 @@ from recache_compile.bench.session import Line, Result
 from recache_compile.errors import ModelError
 
 
-class _OtherLine(BaseModel):
+class BenchLine(BaseModel):
+    """What one subject gave, as of `session.Line`."""
+
     model_config = ConfigDict(extra="ignore")
 
     name: str
     loop: float
+    recompute_step: float
+    cached_step: float | None
+    graphs: int
+    graph_breaks: int
+    recompiles: int
+    held_bytes: int
+    peak_bytes: int
+    disk_bytes: int | None
 
 
-class Other(BaseModel):
-    """What is read of another run's JSON."""
+class BenchRequest(BaseModel):
+    """What was measured, as of `workload.Request`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    num_steps: int
+    budget: int
+    dtype: str
+
+
+class Bench(BaseModel):
+    """What is read of a run's JSON."""
 
     model_config = ConfigDict(extra="ignore")
 
     machine: str
-    lines: tuple[_OtherLine, ...]
+    rounds: int
+    request: BenchRequest
+    lines: tuple[BenchLine, ...]
 
 
-def read_other(file: Path) -> Other:
-    """Another run, to compare with.
+def read_bench(file: Path) -> Bench:
+    """A run that was kept.
 
     Raises:
         ModelError: the file is no result of `bench --json`.
     """
     try:
-        return Other.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        return Bench.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ModelError(f"compare {file}: is no result of bench --json ({reason})") from None
+        raise ModelError(f"{file}: is no result of bench --json ({reason})") from None
 
 
-def print_result(result: Result, other: Other | None, page: Console) -> None:
+def print_result(result: Result, other: Bench | None, page: Console) -> None:
     """Speed first, then what it takes."""
     request = result.request
     steps = " ".join(map(str, result.recompute_steps))
@@ -60,7 +83,7 @@ def print_result(result: Result, other: Other | None, page: Console) -> None:
         )
 
 
-def _speed(result: Result, other: Other | None) -> Table:
+def _speed(result: Result, other: Bench | None) -> Table:
     base = result.lines[0].loop
     before = {line.name: line.loop for line in other.lines} if other else {}
     columns = ["", "loop s", "min to max s", f"× {result.lines[0].name}", "recompute ms", "cached ms", "/ ideal"]

@@ -1,19 +1,15 @@
 """One run: every subject prepares, then rounds in which each makes one generation in turn."""
 
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from recache_compile.bench.process import Process
 from recache_compile.bench.subjects import OURS, UNCACHED
 from recache_compile.bench.workload import Request
 from recache_compile.errors import ModelError
+from recache_compile.machine import machine, versions
 from recache_compile.schedule import Schedule
 
 
@@ -138,7 +134,7 @@ def run(
         for process in processes.values():
             process.close()
     lines = tuple(_line(name, prepared[name], times[name], facts[name], schedule) for name in facts)
-    return Result(machine(request.device), _versions(), request, schedule.recompute_steps, rounds, lines, failed)
+    return Result(machine(request.device), versions(), request, schedule.recompute_steps, rounds, lines, failed)
 
 
 def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[str, Any], schedule: Schedule) -> Line:
@@ -167,24 +163,3 @@ def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[s
         more={key: value for key, value in facts.items() if key not in (*known, "disk_bytes")},
         **{key: facts[key] for key in known},
     )
-
-
-def machine(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads used."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    """Of what takes part."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "cache-dit", "onnxruntime", "tensorrt-rtx", "recache-compile"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -52,7 +52,7 @@ def bench_command(
     """
     with showing_stages() as report:
         report("loading libraries")
-        from recache_compile.bench.page import print_result, read_other, summary
+        from recache_compile.bench.page import print_result, read_bench, summary
         from recache_compile.bench.session import run
         from recache_compile.bench.subjects import OURS, SUBJECTS, available
         from recache_compile.bench.workload import Request, of_artifact, peers_schedule
@@ -63,7 +63,7 @@ def bench_command(
         for name in names:
             if name not in SUBJECTS:
                 raise ModelError(f"only {name!r}: unknown; choose among {', '.join(SUBJECTS)}")
-        other = None if compare is None else read_other(compare)
+        other = None if compare is None else read_bench(compare)
         place = str(usable_device(device))
         request = Request(model, steps or 20, budget or 5, runtime, place, dtype, call, order, threads or 0)
         if request.is_artifact:

@@ -1,0 +1,1 @@
+"""Quality of cached results beside their cost: what `evaluate` measures and `report` shows."""

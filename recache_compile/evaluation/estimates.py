@@ -1,0 +1,105 @@
+"""From judged batches to the lines of a result."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from recache_compile.compiled import Compiled
+from recache_compile.evaluation.easel import Values
+from recache_compile.evaluation.metrics import METRICS
+from recache_compile.evaluation.profile import Profile
+from recache_compile.evaluation.result import Line
+from recache_compile.evaluation.setting import Setting
+from recache_compile.evaluation.statistics import (
+    Estimate,
+    distance_of_sets,
+    mean,
+    relative_loss,
+    relative_loss_of_sets,
+    verdict,
+)
+from recache_compile.schedule import Schedule
+
+Columns = Mapping[str, np.ndarray]
+"""By metric: values (samples,) or features (samples, features)."""
+
+
+def estimates(
+    setting: Setting,
+    schedules: Mapping[str, Mapping[int, Schedule]],
+    judged: Sequence[Values],
+    reference: np.ndarray | None,
+    compiled: Compiled,
+    times: Profile,
+) -> tuple[dict[str, Estimate], tuple[Line, ...]]:
+    """Values of the uncached samples, and the line of every policy at every budget.
+
+    Args:
+        setting: what was evaluated.
+        schedules: by policy and budget.
+        judged: batches.
+        reference: features of the reference set (m, features), where a metric is about sets.
+        compiled: the engines.
+        times: of the original and of every budget.
+    """
+    full = _columns(judged, setting.full)
+    lines = []
+    for policy, of_policy in schedules.items():
+        costs = compiled.reschedule(of_policy)
+        for budget, schedule in of_policy.items():
+            cost, cached = costs.cost(budget), _columns(judged, schedule.mask)
+            losses = _losses(cached, full, reference)
+            speedup = times.speedup(budget)
+            lines.append(
+                Line(
+                    policy=policy,
+                    budget=budget,
+                    recompute_steps=schedule.recompute_steps,
+                    macs_reduction=cost.macs_reduction,
+                    speedup=speedup,
+                    seconds=times.budgets[budget].total,
+                    history_bytes=cost.history_bytes,
+                    table_bytes=cost.table_bytes,
+                    values=_values(cached, setting.metrics, reference),
+                    losses=losses,
+                    target=verdict(cost.macs_reduction, speedup, list(losses.values())),
+                )
+            )
+    return _values(full, setting.metrics, reference), tuple(lines)
+
+
+def features_in(judged: Sequence[Values], mask: str) -> np.ndarray:
+    """Features (samples, features) of the samples of batches."""
+    return _columns(judged, mask)["fid"]
+
+
+def _columns(judged: Sequence[Values], mask: str) -> dict[str, np.ndarray]:
+    names = [name for name in METRICS if name in judged[0][mask]]
+    return {name: torch.cat([each[mask][name] for each in judged]).double().numpy() for name in names}
+
+
+def _values(columns: Columns, metrics: Sequence[str], reference: np.ndarray | None) -> dict[str, Estimate]:
+    """One estimate for each metric that was asked for."""
+    found = {}
+    for name in metrics:
+        if name in columns and METRICS[name].against != "set":
+            found[name] = mean(columns[name])
+        elif name in columns and reference is not None and min(len(columns[name]), len(reference)) > 1:
+            found[name] = distance_of_sets(columns[name], reference)
+    return found
+
+
+def _losses(cached: Columns, full: Columns, reference: np.ndarray | None) -> dict[str, Estimate]:
+    """By how much those metrics that count are worse than uncached."""
+    found = {}
+    for name, metric in METRICS.items():
+        if not metric.counts or name not in cached:
+            continue
+        if metric.against != "set":
+            loss = relative_loss(cached[name], full[name], metric.higher)
+        else:
+            loss = None if reference is None else relative_loss_of_sets(cached[name], full[name], reference)
+        if loss is not None:
+            found[name] = loss
+    return found

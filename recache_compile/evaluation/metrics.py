@@ -1,0 +1,148 @@
+"""What results are judged by, one number (or one feature vector) a sample."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from recache_compile.errors import ModelError, RuntimeUnavailableError
+from recache_compile.measure import MIN_SQUARED_ERROR
+from recache_compile.pretrained import load_inception, load_vbench
+from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, mean_squared_error, shapes_features
+
+Judge = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
+"""Results and the uncached results of the same noise, both (batch, 3, H, W) or (batch, frames, 3, H, W) in [0, 1], and
+their prompts, to one value each (batch,), or one vector each (batch, features)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A way to judge results.
+
+    Args:
+        name: the user's and the tables' word for it.
+        against: "uncached": the result of the same noise with every step recomputed; "prompt": what
+            the sample shall show; "set": the distribution of many.
+        higher: whether more is better.
+        unit: beside its values, for people.
+        counts: whether the project's target is about it: at most 1 % worse than uncached.
+        title: what it is.
+    """
+
+    name: str
+    against: Literal["uncached", "prompt", "set"]
+    higher: bool
+    unit: str
+    counts: bool
+    title: str
+
+
+METRICS = {
+    each.name: each
+    for each in (
+        Metric("psnr", "uncached", True, "dB", False, "peak signal-to-noise ratio"),
+        Metric("ssim", "uncached", True, "", False, "structural similarity (Wang et al., 2004)"),
+        Metric("lpips", "uncached", False, "", False, "LPIPS on AlexNet (arXiv 1801.03924)"),
+        Metric("features", "uncached", False, "", False, "distance of the shipped classifier's features, as LPIPS"),
+        Metric("clip", "prompt", True, "", True, "CLIPScore, 100 times the cosine (arXiv 2104.08718)"),
+        Metric("hpsv2", "prompt", True, "", False, "HPSv2.1 (arXiv 2306.09341)"),
+        Metric("imagereward", "prompt", True, "", False, "ImageReward (arXiv 2304.05977)"),
+        Metric("caption", "prompt", True, "nats", False, "log-probability of the caption under the shipped classifier"),
+        Metric("attributes", "prompt", True, "%", True, "share of the caption's attributes that the classifier reads"),
+        Metric("vbench", "prompt", True, "%", True, "mean of VBench's dimensions for any prompt (arXiv 2311.17982)"),
+        Metric("fid", "set", False, "", True, "Frechet distance of features (arXiv 1706.08500)"),
+    )
+}
+USUAL = ("psnr", "ssim", "lpips", "clip", "fid")
+USUAL_FOR_SHAPES = ("psnr", "ssim", "features", "attributes", "fid")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ONLY_SHAPES = ("features", "caption", "attributes")
+
+
+def usual_metrics(model: str, notice: Callable[[str], None]) -> tuple[str, ...]:
+    """The metrics of a model where the user names none: those that can be had here.
+
+    Args:
+        model: as the user wrote it.
+        notice: told which are left out, and why.
+    """
+    found = []
+    for name in USUAL_FOR_SHAPES if model == SHAPES else USUAL:
+        try:
+            judge_of(name, model)
+        except RuntimeUnavailableError as error:
+            notice(f"left out: {error}")
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+def judge_of(name: str, model: str) -> Judge:
+    """The judge of a metric, ready to use.
+
+    Raises:
+        ModelError: no metric has this name, or it does not judge this model.
+        RuntimeUnavailableError: its package or its weights are missing.
+    """
+    if name not in METRICS:
+        raise ModelError(f"metric {name!r} is unknown; choose {', '.join(METRICS)}")
+    if name in ONLY_SHAPES and model != SHAPES:
+        others = ", ".join(other for other in METRICS if other not in ONLY_SHAPES)
+        raise ModelError(f"metric {name!r} judges pictures of shapes only, not of {model}; choose {others}")
+    if name == "psnr":
+        noise = Distance(name, signal_to_noise)
+        return lambda made, full, prompts: noise(made, full)
+    if name == "ssim":
+        difference = get_distance(name, model)
+        return lambda made, full, prompts: 1 - difference(made, full)
+    if name == "fid":
+        extract = shapes_features() if model == SHAPES else load_inception()
+        return lambda made, full, prompts: extract(_one_picture(made))
+    if name == "vbench":
+        scores = load_vbench()
+        return lambda made, full, prompts: scores(made, prompts)
+    if METRICS[name].against == "uncached":
+        distance = get_distance(name, model)
+        return lambda made, full, prompts: distance(made, full)
+    reward = get_reward(name, model)
+    return lambda made, full, prompts: reward(made, prompts)
+
+
+def signal_to_noise(pictures: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB of each picture with values in [0, 1], at most 100: (batch,) float64."""
+    return -10 * mean_squared_error(pictures, reference).clamp(min=MIN_SQUARED_ERROR).log10()
+
+
+def features_of_folder(folder: Path, size: Sequence[int], model: str) -> np.ndarray:
+    """Features (pictures, features) of the pictures in a folder, for a Frechet distance to results of a size.
+
+    Raises:
+        ModelError: there are fewer than two pictures.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if len(files) < 2:
+        raise ModelError(
+            f"reference {folder}: holds {len(files)} pictures ({', '.join(PICTURE_SUFFIXES)}); name a folder with many"
+        )
+    judge, found = judge_of("fid", model), []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                picture = opened.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise ModelError(f"reference {file}: is no picture ({error}); remove it") from None
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+        found.append(judge(pixels, pixels, ()))
+    return torch.cat(found).double().numpy()
+
+
+def _one_picture(made: Tensor) -> Tensor:
+    """Pictures as they are."""
+    if made.dim() != 4:
+        raise ModelError("metric fid: judges pictures, not videos; choose vbench, or none with --metrics psnr,ssim")
+    return torch.as_tensor(made).float()

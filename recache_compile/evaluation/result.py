@@ -1,0 +1,135 @@
+"""What an evaluation found; `result.json` holds it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from recache_compile.compiled import Compiled
+from recache_compile.evaluation.setting import read_json
+from recache_compile.evaluation.statistics import Estimate, Verdict
+from recache_compile.files import writing
+from recache_compile.inspection import facts_of
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One policy at one budget.
+
+    Args:
+        policy: its name.
+        budget: number of recompute steps k.
+        recompute_steps: which they are.
+        macs_reduction: times fewer multiply-accumulates per generation.
+        speedup: of a pipeline call, over the original's; None where that cannot be run here.
+        seconds: of a pipeline call that makes one batch.
+        history_bytes, table_bytes: held by one guidance branch.
+        values: by metric, of the cached samples.
+        losses: by metric that counts, the part of the uncached value by which it is worse.
+        target: twice as fast, half of the MACs, at most 1 % of loss?
+    """
+
+    policy: str
+    budget: int
+    recompute_steps: tuple[int, ...]
+    macs_reduction: float
+    speedup: float | None
+    seconds: float
+    history_bytes: int
+    table_bytes: int
+    values: Mapping[str, Estimate]
+    losses: Mapping[str, Estimate]
+    target: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramLine:
+    """One program: calls in its graph, parameters that it reads, MACs of one call (None: depends on the rows)."""
+
+    name: str
+    calls: int
+    parameters: int
+    macs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was compiled."""
+
+    model_class: str
+    parameters: int
+    hoisted_parameters: int
+    weight_bytes: int
+    programs: tuple[ProgramLine, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One evaluation.
+
+    Args:
+        model, num_steps, forecaster, order, granularity, runtime, dtype, device, batch_size, seed: its setting.
+        samples: that values are means of.
+        reference: what the Frechet distance is to; "" where it was not asked for.
+        uncached: values of the uncached samples.
+        uncached_seconds: of a call of the original pipeline, and of the engines when every step is recomputed.
+        lines: by policy and budget.
+        facts: about what was compiled.
+        machine, versions, date, command: where, with what, when and how it was measured.
+    """
+
+    model: str
+    num_steps: int
+    forecaster: str
+    order: int
+    granularity: str
+    runtime: str
+    dtype: str
+    device: str
+    batch_size: int
+    seed: int
+    samples: int
+    reference: str
+    uncached: Mapping[str, Estimate]
+    uncached_seconds: tuple[float | None, float]
+    lines: tuple[Line, ...]
+    facts: Facts
+    machine: str
+    date: str
+    command: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def smallest(self, policy: str) -> int | None:
+        """The smallest budget at which a policy meets the target."""
+        return min(
+            (line.budget for line in self.lines if line.policy == policy and line.target == "pass"), default=None
+        )
+
+
+def facts_about(compiled: Compiled) -> Facts:
+    """What is told of the programs."""
+    facts = facts_of(compiled)
+    return Facts(
+        compiled.description.model_class,
+        facts.parameters,
+        facts.hoisted_parameters,
+        sum(weight.nbytes for weight in compiled.weights.values()),
+        tuple(ProgramLine(each.name, each.calls, each.parameters, each.macs) for each in facts.programs),
+    )
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Keep a result, whole or not at all."""
+    with writing(folder / RESULT) as partial:
+        partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+
+
+def read_result(folder: Path) -> Result:
+    """The result of the evaluation in a folder.
+
+    Raises:
+        ArtifactError: there is none yet.
+    """
+    return read_json(folder / RESULT, Result)

@@ -1,0 +1,227 @@
+"""`recache-compile evaluate`, read from top to bottom: engines, schedules, times, samples, estimates."""
+
+import contextlib
+import datetime
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recache_compile.api import compile
+from recache_compile.artifact import load
+from recache_compile.calibration import load_calibration, save_calibration, together
+from recache_compile.choosing import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
+from recache_compile.compiled import Compiled
+from recache_compile.compiler import make_schedules
+from recache_compile.evaluation.easel import PICTURES, Easel, Values, missing_of, read_values
+from recache_compile.evaluation.estimates import estimates, features_in
+from recache_compile.evaluation.metrics import features_of_folder
+from recache_compile.evaluation.profile import Profile, call_of, profile
+from recache_compile.evaluation.request import Request
+from recache_compile.evaluation.result import Result, facts_about, write_result
+from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, Setting, begin, check_begun, read_json
+from recache_compile.files import check_place, output_errors, writing
+from recache_compile.loading import load_pipeline
+from recache_compile.machine import machine, versions
+from recache_compile.policies.base import Calibration, Problem
+from recache_compile.policies.registry import CALIBRATED, get_policy
+from recache_compile.rollout import Batch, Rollouts
+from recache_compile.schedule import Schedule
+from recache_compile.workers import Crew, import_ray
+
+BUDGETS = (5, 10, 15)
+POLICIES = ("auto", "uniform")
+"""What is evaluated of a model where the user does not say."""
+
+Report = Callable[[str], None]
+
+
+def evaluate(
+    request: Request,
+    folder: Path,
+    command: str = "",
+    report: Report = lambda stage: None,
+    count: Callable[[int, int], None] = lambda done, asked: None,
+) -> Result:
+    """Judge every policy at every budget against the uncached results of the same noise.
+
+    Stopped at any time, the same call goes on where it was: batches that are judged are not drawn again.
+
+    Args:
+        request: what is evaluated.
+        folder: where everything is kept; see `setting`.
+        command: how a user asks for the same, for the result.
+        report: told what begins.
+        count: told how many batches of those asked for are judged.
+
+    Raises:
+        RecacheError: naming what cannot be done.
+    """
+    if request.workers:
+        import_ray()  # before anything takes long
+    setting = request.setting(report)
+    with output_errors(folder, "folder"):
+        check_begun(setting, folder)
+        check_place(folder / "evaluation.json")
+    pipeline = _with_weights(setting, report)
+    compiled = _engines(setting, folder, pipeline, report)
+    schedules = _schedules(request, setting, folder, pipeline, compiled, report)
+    masks = {schedule.mask for each in schedules.values() for schedule in each.values()}
+    setting = replace(setting, masks=tuple(sorted(masks)))
+    begin(setting, folder)
+    by_budget = {budget: schedule for each in reversed(schedules.values()) for budget, schedule in each.items()}
+    rescheduled = compiled.reschedule(by_budget | {setting.num_steps: Schedule.from_mask(setting.full)})
+    times = _times(setting, folder, pipeline, rescheduled, request.repeats, report)
+    judged, reference = _judged(request, setting, folder, pipeline, report, count)
+    report("estimating")
+    uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
+    original = times.original.total if times.original else None
+    facts = asdict(replace(setting, prompts=(), masks=(), metrics=()))
+    names = [
+        "model",
+        "num_steps",
+        "forecaster",
+        "order",
+        "granularity",
+        "runtime",
+        "dtype",
+        "device",
+        "batch_size",
+        "seed",
+    ]
+    result = Result(
+        **{name: facts[name] for name in names},
+        samples=len(judged) * setting.batch_size,
+        reference="" if "fid" not in setting.metrics else str(request.reference or "uncached samples of other noise"),
+        uncached=uncached,
+        uncached_seconds=(original, times.budgets[setting.num_steps].total),
+        lines=lines,
+        facts=facts_about(compiled),
+        machine=machine(setting.device),
+        date=datetime.date.today().isoformat(),
+        command=command,
+        versions=versions(),
+    )
+    write_result(result, folder)
+    return result
+
+
+def _with_weights(setting: Setting, report: Report) -> Any:
+    """The pipeline with its transformer."""
+    report(f"loading {setting.model}")
+    return load_pipeline(setting.model, getattr(torch, setting.dtype), torch.device(setting.device))
+
+
+def _engines(setting: Setting, folder: Path, pipeline: Any, report: Report) -> Compiled:
+    """The engines, compiled for the setting's batch size unless they are there.
+
+    A model that cannot be compiled leaves nothing behind.
+    """
+    place = setting.engines(folder)
+    if not place.exists():
+        anchors = max(1, min(setting.order + 1, setting.num_steps - 1))
+        compiled = compile(
+            pipeline, None, (anchors,), setting.num_steps, setting.forecaster, setting.order, "uniform",
+            setting.granularity, setting.runtime, component=setting.component, call=call_of(setting, pipeline),
+            report=report,
+        )  # fmt: skip
+        begin(setting, folder)
+        compiled.save(place)
+    report("loading the engines")
+    return load(place, setting.device)
+
+
+def _schedules(
+    request: Request, setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, report: Report
+) -> dict[str, dict[int, Schedule]]:
+    """What every policy chooses for every budget; an artifact's own schedules come first."""
+    own = compiled.schedules if setting.artifact else {}
+    budgets = request.budgets or tuple(own) or BUDGETS
+    found: dict[str, dict[int, Schedule]] = {}
+    if own and all(budget in own for budget in budgets):
+        found[compiled.description.policy] = {budget: own[budget] for budget in budgets}
+    wanted = request.policies or (() if found else POLICIES)
+    calibration: Calibration | None = None
+    for name in wanted:
+        place = setting.forecaster, setting.order, setting.num_steps, setting.granularity
+        choice = default_policy(type(pipeline).__name__, *place, budgets) if name == "auto" else name
+        policy = get_policy(choice, setting.num_steps)
+        if isinstance(policy, CALIBRATED) and calibration is None:
+            calibration = _calibration(setting, folder, pipeline, compiled, report)
+        problem = Problem(setting.num_steps, compiled.forecaster, calibration)
+        found[policy_name(choice)] = make_schedules(policy, budgets, problem)
+    return found
+
+
+def _calibration(setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, report: Report) -> Calibration:
+    """What policies look at; kept, so that they choose the same when an evaluation goes on."""
+    file = folder / "calibration.safetensors"
+    if not file.exists():
+        report("calibrating")
+        rollouts = Rollouts(pipeline, compiled, setting.call)
+        prompts = setting.batch(0).prompts
+        seeds = [
+            range(first, first + len(prompts)) for first in range(FIRST_SEED, FIRST_SEED + CALIBRATIONS, len(prompts))
+        ]
+        save_calibration(together([rollouts.calibrate(Batch(prompts, tuple(each))) for each in seeds]), file)
+    return load_calibration(file)
+
+
+def _times(setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, repeats: int, report: Report) -> Profile:
+    """Where the time goes; not measured twice for the same budgets."""
+    file = folder / "profile.json"
+    known = read_json(file, Profile) if file.exists() else None
+    if known is not None and set(known.budgets) >= set(compiled.plans):
+        return known
+    found = profile(setting, pipeline, compiled, repeats, report)
+    with writing(file) as partial:
+        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return found
+
+
+def _judged(
+    request: Request, setting: Setting, folder: Path, pipeline: Any, report: Report, count: Callable[[int, int], None]
+) -> tuple[list[Values], np.ndarray | None]:
+    """The values of all batches, and the features of the reference set where there is one."""
+    numbers = tuple(range(-(-request.samples // setting.batch_size)))
+    by_sets = "fid" in setting.metrics
+    others = tuple(FIRST_OF_REFERENCE + number for number in numbers) if by_sets and request.reference is None else ()
+    left = [number for number in (*numbers, *others) if missing_of(setting, number, read_values(folder, number))]
+    report("drawing and judging")
+    count(0, len(left))
+    with _one_thread():
+        for done, _ in enumerate(_run(request, folder, pipeline, left), start=1):
+            count(done, len(left))
+    judged: list[Values] = [read_values(folder, number) for number in numbers]
+    if not by_sets:
+        return judged, None
+    if request.reference is None:
+        return judged, features_in([read_values(folder, number) for number in others], setting.full)
+    report(f"reading {request.reference}")
+    return judged, features_of_folder(request.reference, judged[0][setting.full][PICTURES].shape[-2:], setting.model)
+
+
+def _run(request: Request, folder: Path, pipeline: Any, numbers: Sequence[int]) -> Iterator[int]:
+    """Draw and judge batches, here or on workers."""
+    if not numbers:
+        return
+    if not request.workers:
+        yield from Easel(folder, pipeline).run(numbers)
+        return
+    with Crew(folder, request.workers, request.ray_address, Easel) as crew:
+        yield from crew.work((number,) for number in numbers)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads add up in another order, and any number of workers shall find the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,95 @@
+"""`recache-compile report`: contents into one page that needs nothing else."""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from recache_compile.evaluation.page import percent, plain, target_line
+from recache_compile.evaluation.result import Line, Result
+from recache_compile.files import writing
+from recache_compile.inspection import with_unit
+from recache_compile.report.contents import Contents, heat_scale, read_contents
+
+PIXELS = 128
+"""Pictures up to this size are shown with visible pixels, as they are."""
+
+
+def write_report(folder: Path, output: Path, bench: Path | None = None) -> Contents:
+    """Write the page of the evaluation in a folder.
+
+    Args:
+        folder: what `evaluate` wrote.
+        output: the HTML file.
+        bench: JSON of a run of `bench`, for a table of peers.
+
+    Raises:
+        ArtifactError: there is no finished evaluation, or the page cannot be written.
+    """
+    page = read_contents(folder, bench)
+    text = html_of(page, folder)
+    with writing(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return page
+
+
+def html_of(page: Contents, folder: Path) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("recache_compile.report", ""), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"percent": percent, "plain": plain, "unit": with_unit}
+    parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    result = page.result
+    best = _best(result, page.policies[0])
+    return environment.get_template("page.html").render(
+        page=page,
+        folder=folder,
+        name=Path(result.model).name,
+        headline=_headline(result, best),
+        tiles=_tiles(result, best),
+        shown=best.budget,
+        small=page.side <= PIXELS,
+        targets=[target_line(result, policy) for policy in page.policies],
+        scale=heat_scale(),
+        peak=max(1e-9, *(taken for row in page.times for taken in row.steps)),
+        most=max(1, *(line.history_bytes + line.table_bytes for line in result.lines)),
+        **{name: Markup(text) for name, text in parts.items()},
+    )
+
+
+def _best(result: Result, policy: str) -> Line:
+    """The line that is shown first: the smallest budget that meets the target, else the largest."""
+    lines = sorted((line for line in result.lines if line.policy == policy), key=lambda line: line.budget)
+    budget = result.smallest(policy)
+    return next((line for line in lines if line.budget == budget), lines[-1])
+
+
+def _headline(result: Result, best: Line) -> str:
+    name = Path(result.model).name
+    if best.target != "pass":
+        return f"{name} at fixed compute: what every budget gives and costs"
+    worst = max(loss.value for loss in best.losses.values())
+    return (
+        f"{name}: {best.budget} of {result.num_steps} steps are enough for a loss of {max(worst, 0):.1%},"
+        f" {best.speedup:.1f} times as fast"
+    )
+
+
+def _tiles(result: Result, best: Line) -> list[tuple[str, str]]:
+    """The numbers that are looked for first."""
+    tiles = [(f"k = {best.budget}", f"of {result.num_steps} steps recomputed, {best.policy}")]
+    tiles.append((f"÷ {best.macs_reduction:.1f}", "multiply-accumulates"))
+    if best.speedup is not None:
+        tiles.append((f"× {best.speedup:.1f}", "speed of the whole pipeline"))
+    if "psnr" in best.values:
+        tiles.append((f"{best.values['psnr'].value:.1f} dB", "PSNR against uncached"))
+    for name, loss in best.losses.items():
+        value, _, error = percent(loss).partition(" ± ")
+        tiles.append(
+            (
+                value if value.endswith("%") else f"{value} %",
+                f"± {error} loss in {name}" if error else f"loss in {name}",
+            )
+        )
+    return tiles

@@ -1,0 +1,77 @@
+"use strict";
+const root = document.documentElement;
+const stage = document.querySelector(".stage");
+const sheet = document.querySelector(".sheet");
+const range = document.querySelector("#cut");
+const [under, over] = stage.querySelectorAll("img");
+const chosen = { sample: 0, budget: null };
+
+const value = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
+const cell = (sample, policy, budget) =>
+  sheet.querySelector(`button[data-sample="${sample}"][data-policy="${CSS.escape(policy)}"][data-budget="${budget}"]`);
+
+function show() {
+  const policy = value("policy");
+  const picked = cell(chosen.sample, policy, chosen.budget);
+  const uncached = cell(chosen.sample, "", sheet.dataset.steps);
+  under.src = uncached.querySelector("img").src;
+  over.src = picked.querySelector("img:last-child").src;
+  under.alt = `uncached: ${picked.dataset.prompt}`;
+  over.alt = `k = ${chosen.budget}: ${picked.dataset.prompt}`;
+  stage.querySelector(".right").textContent = `k = ${chosen.budget}`;
+  document.querySelector("#prompt").textContent = picked.dataset.prompt;
+  document.querySelector("#facts").textContent = `${policy}, k = ${chosen.budget}: ${picked.dataset.facts} · seed ${picked.dataset.seed}`;
+  for (const button of sheet.querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button === picked));
+    button.parentElement.hidden = button.dataset.policy !== "" && button.dataset.policy !== policy;
+  }
+}
+
+function view() {
+  stage.dataset.view = sheet.dataset.view = value("view");
+  range.disabled = value("view") === "difference";
+  range.hidden = range.disabled;
+}
+
+for (const pair of sheet.querySelectorAll(".pair")) {
+  const copy = document.createElement("img");
+  const button = pair.closest("button");
+  copy.src = cell(button.dataset.sample, "", sheet.dataset.steps).querySelector("img").src;
+  copy.alt = "";
+  copy.className = "under";
+  pair.prepend(copy);
+}
+for (const input of document.querySelectorAll('input[name="policy"]')) input.addEventListener("change", show);
+for (const input of document.querySelectorAll('input[name="view"]')) input.addEventListener("change", view);
+for (const input of document.querySelectorAll('input[name="budget"]'))
+  input.addEventListener("change", () => { chosen.budget = input.value; show(); });
+sheet.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  chosen.sample = button.dataset.sample;
+  if (button.dataset.policy !== "") {
+    chosen.budget = button.dataset.budget;
+    document.querySelector(`input[name="budget"][value="${chosen.budget}"]`).checked = true;
+  }
+  show();
+});
+range.addEventListener("input", () => stage.style.setProperty("--cut", `${range.value}%`));
+stage.addEventListener("pointerdown", (event) => {
+  if (stage.dataset.view === "difference") return;
+  const move = (at) => {
+    const box = stage.getBoundingClientRect();
+    range.value = Math.min(100, Math.max(0, (100 * (at.clientX - box.left)) / box.width));
+    range.dispatchEvent(new Event("input"));
+  };
+  stage.setPointerCapture(event.pointerId);
+  move(event);
+  stage.addEventListener("pointermove", move);
+  stage.addEventListener("pointerup", () => stage.removeEventListener("pointermove", move), { once: true });
+});
+document.querySelector("#theme").addEventListener("click", () => {
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+});
+chosen.budget = value("budget");
+view();
+show();
