@@ -21,6 +21,12 @@ TRAINING = (
 )
 """A training that takes seconds; `--out` is missing."""
 
+EVALUATION = (
+    *("evaluate", "shapes", "--steps", "8", "--budgets", "2,4", "--samples", "8", "--batch", "4"),
+    *("--policy", "uniform", "--policy", "front-loaded", "--runtime", "eager", "--repeats", "1"),
+)
+"""An evaluation that takes seconds; `--out` is missing."""
+
 
 def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
     """Two double and three single blocks of width 32."""
@@ -132,6 +138,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("trained") / "policy"
     result = CliRunner().invoke(main, [*TRAINING, "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation; do not write to it."""
+    from recache_compile.cli import main
+
+    folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    result = CliRunner().invoke(main, [*EVALUATION, "--out", str(folder)])
     assert result.exit_code == 0, result.output
     return folder
 

@@ -43,12 +43,12 @@ def estimates(
         compiled: the engines.
         times: of the original and of every budget.
     """
-    full = _columns(judged, setting.full)
+    full = _columns(judged, setting.full, setting.metrics)
     lines = []
     for policy, of_policy in schedules.items():
         costs = compiled.reschedule(of_policy)
         for budget, schedule in of_policy.items():
-            cost, cached = costs.cost(budget), _columns(judged, schedule.mask)
+            cost, cached = costs.cost(budget), _columns(judged, schedule.mask, setting.metrics)
             losses = _losses(cached, full, reference)
             speedup = times.speedup(budget)
             lines.append(
@@ -71,11 +71,12 @@ def estimates(
 
 def features_in(judged: Sequence[Values], mask: str) -> np.ndarray:
     """Features (samples, features) of the samples of batches."""
-    return _columns(judged, mask)["fid"]
+    return _columns(judged, mask, ("fid",))["fid"]
 
 
-def _columns(judged: Sequence[Values], mask: str) -> dict[str, np.ndarray]:
-    names = [name for name in METRICS if name in judged[0][mask]]
+def _columns(judged: Sequence[Values], mask: str, metrics: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the metrics that this mask has values of."""
+    names = [name for name in metrics if name in judged[0][mask]]
     return {name: torch.cat([each[mask][name] for each in judged]).double().numpy() for name in names}
 
 

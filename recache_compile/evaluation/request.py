@@ -13,8 +13,10 @@ from recache_compile.evaluation.metrics import judge_of, usual_metrics
 from recache_compile.evaluation.setting import Setting
 from recache_compile.loading import absolute
 from recache_compile.manifest import is_artifact
+from recache_compile.policies.registry import get_policy
 from recache_compile.prompts import captions_of
 from recache_compile.runtimes.registry import get_runtime
+from recache_compile.schedule import check_budgets
 
 USUAL: dict[str, Any] = {
     "num_steps": 50, "forecaster": "taylor", "order": 1, "granularity": "stack", "runtime": "auto", "dtype": "float32",
@@ -82,6 +84,10 @@ class Request:
             RecacheError: naming the choice that cannot be used.
         """
         chosen = self._of_artifact() if self.is_artifact else self._of_model()
+        check_budgets(self.budgets or (1,), chosen["num_steps"])
+        for policy in self.policies or ():
+            if policy != "auto":
+                get_policy(policy, chosen["num_steps"])
         model = str(chosen["model"])
         if self.metrics is None:
             metrics = usual_metrics(model, notice)

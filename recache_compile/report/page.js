@@ -56,18 +56,18 @@ sheet.addEventListener("click", (event) => {
   show();
 });
 range.addEventListener("input", () => stage.style.setProperty("--cut", `${range.value}%`));
+function drag(event) {
+  if (!stage.hasPointerCapture(event.pointerId)) return;
+  const box = stage.getBoundingClientRect();
+  range.value = (100 * (event.clientX - box.left)) / box.width;
+  range.dispatchEvent(new Event("input"));
+}
 stage.addEventListener("pointerdown", (event) => {
   if (stage.dataset.view === "difference") return;
-  const move = (at) => {
-    const box = stage.getBoundingClientRect();
-    range.value = Math.min(100, Math.max(0, (100 * (at.clientX - box.left)) / box.width));
-    range.dispatchEvent(new Event("input"));
-  };
   stage.setPointerCapture(event.pointerId);
-  move(event);
-  stage.addEventListener("pointermove", move);
-  stage.addEventListener("pointerup", () => stage.removeEventListener("pointermove", move), { once: true });
+  drag(event);
 });
+stage.addEventListener("pointermove", drag);
 document.querySelector("#theme").addEventListener("click", () => {
   const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   root.dataset.theme = dark ? "light" : "dark";
