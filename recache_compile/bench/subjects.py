@@ -3,12 +3,13 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import recache_compile as rc
 from recache_compile.bench.workload import Request, Workload, peers_schedule
@@ -54,10 +55,10 @@ class Plain:
 
 
 class Ours:
-    """Compiled, saved, loaded: what a server runs; `alone` calls its engines on their own."""
+    """Compiled, saved, loaded: what a server runs, without the original; `alone` calls its engines on their own."""
 
     def __init__(self, workload: Workload, request: Request, schedule: Schedule) -> None:
-        self._workload, self._budget = workload, request.budget
+        self._workload = replace(workload, module=nn.Identity())
         self._folder = tempfile.TemporaryDirectory(prefix="recache-bench-")
         artifact = Path(request.model if request.is_artifact else self._folder.name)
         if not request.is_artifact:

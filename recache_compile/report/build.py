@@ -72,7 +72,7 @@ def _headline(result: Result, best: Line) -> str:
     worst = max(loss.value for loss in best.losses.values())
     return (
         f"{name}: {best.budget} of {result.num_steps} steps are enough for a loss of {max(worst, 0):.1%},"
-        f" {best.speedup:.1f} times as fast"
+        f" {best.speedup:.{0 if (best.speedup or 0) >= 10 else 1}f} times as fast"
     )
 
 
