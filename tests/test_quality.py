@@ -168,7 +168,12 @@ def test_a_video_is_rewarded_for_its_frames_in_the_mean() -> None:
     ("get", "name", "model", "message"),
     [
         (get_distance, "psnr", "shapes", "distance 'psnr' is unknown; choose auto, mse, ssim, lpips, features"),
-        (get_reward, "beauty", "shapes", "reward 'beauty' is unknown; choose none, caption, clip, hpsv2, imagereward"),
+        (
+            get_reward,
+            "beauty",
+            "shapes",
+            "reward 'beauty' is unknown; choose none, caption, attributes, clip, hpsv2, imagereward",
+        ),
         (get_distance, "features", "a/b", "judges pictures of shapes only, not of a/b; choose auto, mse, ssim, lpips"),
         (get_reward, "caption", "a/b", "judges pictures of shapes only, not of a/b; choose none, clip, hpsv2"),
     ],

@@ -122,7 +122,7 @@ def test_work_that_kills_every_worker_is_an_error(
     ray: Any, study: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Crashing:
-        def __init__(self, folder: Path, threads: int) -> None: ...
+        def __init__(self, folder: Path, threads: int, place: Any) -> None: ...
 
         def run(self, tasks: tuple[Task, ...]) -> list[Row]:
             os._exit(1)
@@ -142,7 +142,7 @@ def test_errors_of_workers_arrive_as_they_are(ray: Any, study: Path, rows: list[
     (damaged / "samples" / "1.safetensors").write_bytes(b"no tensors")
     ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=workers.OBJECT_STORE)
     try:
-        unread = pytest.raises(ArtifactError, match="cannot read the study; keep it on a file system that all")
+        unread = pytest.raises(ArtifactError, match="cannot read it; keep it on a file system that all")
         with RayRunner(tmp_path / "elsewhere", 1) as runner, unread:
             next(runner.run(TASKS))
         with RayRunner(damaged, 1) as runner:

@@ -36,7 +36,12 @@ from recache_compile.parameters import JsonObject, Numbers, check_call, check_fi
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Samples that run together.")
 @click.option("--distance", default="auto", show_default=True, help="auto, lpips, ssim, mse or features (shapes).")
-@click.option("--reward", default="none", show_default=True, help="none, clip, hpsv2, imagereward or caption (shapes).")
+@click.option(
+    "--reward",
+    default="none",
+    show_default=True,
+    help="none, clip, hpsv2, imagereward; caption or attributes (shapes).",
+)
 @click.option(
     "--alpha",
     type=float,
