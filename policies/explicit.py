@@ -45,7 +45,8 @@ def read_schedules(text: str, num_steps: int, source: str) -> Explicit:
 
     Accepted: a mask ("10010…" with one digit a step), steps ("0,4,9"), and JSON: a list
     of steps, a list of 0/1 with one entry a step (cache-dit's `steps_computation_mask`),
-    a list of either, an object {budget: steps}, or an object with `cache_step` (BudCache).
+    a list of either, an object {budget: steps}, or an object with `cache_step`, the steps
+    that are *not* recomputed (BudCache).
 
     Raises:
         ScheduleError: the text is none of these, or a schedule is not usable.
@@ -89,7 +90,7 @@ def _read(data: Any, num_steps: int) -> list[Schedule]:
         return [Schedule.from_mask(data)]
     if isinstance(data, dict):
         if "cache_step" in data:
-            return [Schedule(_steps(data["cache_step"]), num_steps)]
+            return [_without(_steps(data["cache_step"]), num_steps)]
         return _by_budget(data, num_steps)
     if not isinstance(data, list) or not data:
         raise ScheduleError("expected a list or an object of schedules")
@@ -98,6 +99,13 @@ def _read(data: Any, num_steps: int) -> list[Schedule]:
     if len(data) == num_steps > 2 and all(item in (0, 1) for item in data):
         return [Schedule.from_mask(data)]
     return [Schedule(_steps(data), num_steps)]
+
+
+def _without(cached: Sequence[Any], num_steps: int) -> Schedule:
+    """The schedule that recomputes all steps but these."""
+    if unknown := [step for step in cached if step not in range(num_steps)]:
+        raise ScheduleError(f"cached step {unknown[0]!r} is outside 0..{num_steps - 1}")
+    return Schedule(tuple(step for step in range(num_steps) if step not in cached), num_steps)
 
 
 def _steps(data: Any) -> tuple[Any, ...]:

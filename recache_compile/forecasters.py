@@ -153,8 +153,7 @@ def _as_tuple(weights: np.ndarray) -> tuple[float, ...]:
 
 
 FORECASTERS = {"reuse": Reuse, "taylor": Taylor, "hicache": HiCache, "newton": Newton}
-NAMES = (*FORECASTERS, "fitted")
-"""All names; `fitted` is made of a calibration."""
+"""By name; `fitted` is made of a calibration."""
 
 
 def uncalibrated(name: str) -> str:
@@ -166,15 +165,15 @@ def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[
     """The forecaster of that name; without `order`, of its own default order.  `reuse` has none.
 
     Args:
-        name: one of `NAMES`.
+        name: a key of `FORECASTERS`, or "fitted".
         order: polynomial order m.
         gram: of the features, for `fitted`.
 
     Raises:
         ScheduleError: unknown name, negative order, or nothing that `fitted` could be fitted to.
     """
-    if name not in NAMES:
-        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if name not in (*FORECASTERS, "fitted"):
+        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join((*FORECASTERS, 'fitted'))}")
     if order is not None and order < 0:
         raise ScheduleError(f"order {order}: expected 0 or more")
     if name == "fitted":

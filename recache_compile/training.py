@@ -23,7 +23,7 @@ from recache_compile.policies.search import Search
 from recache_compile.policies.uniform import Uniform
 from recache_compile.prompts import training_and_held_out
 from recache_compile.quality import get_distance, get_reward
-from recache_compile.runtimes.registry import get_runtime
+from recache_compile.runtimes.registry import runtime_on
 from recache_compile.schedule import Schedule, check_budgets
 from recache_compile.study import Laboratory, Study, compile_engines, held_out_batches, is_begun, judging_batches
 from recache_compile.workers import RayRunner, import_ray
@@ -126,7 +126,7 @@ def study_of(
         seed=seed,
         dtype=dtype,
         component=component,
-        runtime=get_runtime(runtime).name,
+        runtime=runtime_on(runtime, torch.device("cpu")).name,
         call=dict(call or {}),
     )
 

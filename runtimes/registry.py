@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes.base import Runtime
 
@@ -75,6 +77,20 @@ def get_runtime(
         return _first_usable(explain)
     chosen = known_runtime(runtime) if isinstance(runtime, str) else runtime
     chosen.require(building)
+    return chosen
+
+
+def runtime_on(runtime: str, device: torch.device) -> Runtime:
+    """A runtime that builds engines here and runs them on a device of this machine.
+
+    Raises:
+        RuntimeUnavailableError: it does not.
+    """
+    chosen = get_runtime(runtime)
+    if chosen.place(device).type != device.type:
+        raise RuntimeUnavailableError(
+            f"runtime {chosen.name}: its engines do not run on {device}; choose inductor, onnxruntime or eager"
+        )
     return chosen
 
 

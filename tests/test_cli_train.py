@@ -248,6 +248,7 @@ def test_alpha_counts_where_there_is_a_reward_only(trained: Path) -> None:
         (["--granularity", "atom"], "granularity 'atom' is unknown"),
         (["--order", "-1"], "order -1"),
         (["--runtime", "magic"], "runtime 'magic' is unknown"),
+        (["--runtime", "tensorrt_rtx"], "tensorrt_rtx"),
         (["--method", "luck"], "is not one of"),
         (["--ray-address", "10.0.0.1:6379"], "--ray-address: name the number of its processes too, --workers N"),
         (["--prompts", "missing.txt"], "prompts missing.txt: cannot be read"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import NAMES, Fitted, HiCache, Newton, Reuse, Taylor, get_forecaster
+from recache_compile.forecasters import FORECASTERS, Fitted, HiCache, Newton, Reuse, Taylor, get_forecaster
 
 GRIDS = st.lists(st.integers(0, 60), min_size=1, max_size=5, unique=True).map(sorted)
 
@@ -78,9 +78,10 @@ def test_unknown_forecasters_are_refused(name: str, order: int, message: str) ->
 
 
 def test_without_an_order_each_forecaster_has_its_own() -> None:
-    assert [get_forecaster(name, gram=[[1.0]]).order for name in NAMES] == [0, 1, 2, 1, 1]
-    assert [get_forecaster(name, 3, [[1.0]]).order for name in NAMES] == [0, 3, 3, 3, 3]
-    assert [get_forecaster(name, gram=[[1.0]]).name for name in NAMES] == list(NAMES)
+    names = [*FORECASTERS, "fitted"]
+    assert [get_forecaster(name, gram=[[1.0]]).order for name in names] == [0, 1, 2, 1, 1]
+    assert [get_forecaster(name, 3, [[1.0]]).order for name in names] == [0, 3, 3, 3, 3]
+    assert [get_forecaster(name, gram=[[1.0]]).name for name in names] == names
 
 
 @pytest.mark.parametrize("order", [None, 2])

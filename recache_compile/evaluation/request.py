@@ -15,7 +15,7 @@ from recache_compile.loading import absolute
 from recache_compile.manifest import is_artifact
 from recache_compile.policies.registry import get_policy
 from recache_compile.prompts import captions_of
-from recache_compile.runtimes.registry import get_runtime
+from recache_compile.runtimes.registry import runtime_on
 from recache_compile.schedule import check_budgets
 
 USUAL: dict[str, Any] = {
@@ -110,8 +110,9 @@ class Request:
         )  # fmt: skip
         if chosen["forecaster"] == "reuse":
             chosen["order"] = 0
-        chosen["runtime"] = get_runtime(chosen["runtime"]).name
-        place = {"artifact": "", "digest": "", "device": str(usable_device(self.device))}
+        device = usable_device(self.device)
+        chosen["runtime"] = runtime_on(chosen["runtime"], device).name
+        place = {"artifact": "", "digest": "", "device": str(device)}
         return chosen | place | {"model": absolute(self.model), "call": dict(self.call)}
 
     def _of_artifact(self) -> dict[str, Any]:

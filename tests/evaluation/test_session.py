@@ -255,6 +255,7 @@ def test_an_artifact_that_was_replaced_is_another_evaluation(artifact: Path, tmp
         (("--policy", "clever"), ("policy 'clever'", "trained policy's folder")),
         (("--forecaster", "magic"), ("magic",)),
         (("--runtime", "magic"), ("magic",)),
+        (("--runtime", "tensorrt_rtx", "--device", "cpu"), ("tensorrt_rtx",)),
         (("--call", '{"prompt": "x"}'), ("use --prompts",)),
         (("--reference", "nowhere"), ("nowhere",)),
         (("--samples", "0"), ("--samples",)),

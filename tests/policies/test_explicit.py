@@ -16,7 +16,7 @@ from recache_compile.policies.explicit import from_mapping, read_file, read_sche
         "[1, 0, 1, 0, 0, 1, 0, 0]",
         '"10100100"',
         '{"3": [0, 2, 5], "1": [0]}',
-        '{"cache_step": [5, 0, 2]}',
+        '{"cache_step": [7, 1, 3, 4, 6]}',
         "[[0], [0, 2, 5]]",
     ],
 )
@@ -30,6 +30,8 @@ def test_every_form_of_one_schedule(text: str) -> None:
     [
         ("[2, 5]", "step 0 is missing"),
         ("[0, 9]", "outside 0..7"),
+        ('{"cache_step": [1, 8]}', "cached step 8 is outside 0..7"),
+        ('{"cache_step": [0, 1]}', "step 0 is missing"),
         ("0,x", "neither steps, a mask nor JSON"),
         ("{", "neither steps, a mask nor JSON"),
         ("{}", "no schedule"),
