@@ -13,12 +13,13 @@ from torch import Tensor
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.export import export_module, quiet
 from recache_compile.passes.base import Pass, run_passes, with_values
+from recache_compile.passes.lay_out_attention import LayOutAttention
 from recache_compile.passes.split_bias import SplitBias
 from recache_compile.passes.write_out_gelu import WriteOutGelu
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, example_inputs, free_sizes
 
-CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias())
+CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
 """What the compiler for CPUs does not do by itself, and what would not be right for others."""
 
 
