@@ -2,13 +2,15 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from recache_compile.errors import PassError
 from recache_compile.program import Program
@@ -64,6 +66,20 @@ def run_passes(program: Program, passes: Iterable[Pass]) -> Program:
     for each in passes:
         program = each(program).program
     return program
+
+
+def with_values(program: Program, inputs: Sequence[Tensor]) -> Program:
+    """A program whose nodes have values in their metadata, which an artifact does not keep.
+
+    Args:
+        program: any program.
+        inputs: an example of its inputs.
+    """
+    if all("val" in node.meta for node in program.module.graph.nodes if node.op != "output"):
+        return program
+    module = copy_module(program.module)
+    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    return replace(program, module=module)
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:

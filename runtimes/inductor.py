@@ -12,8 +12,15 @@ from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.export import export_module, quiet
+from recache_compile.passes.base import Pass, run_passes, with_values
+from recache_compile.passes.lay_out_attention import LayOutAttention
+from recache_compile.passes.split_bias import SplitBias
+from recache_compile.passes.write_out_gelu import WriteOutGelu
 from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, Runtime, example_inputs, free_sizes
+
+CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
+"""What the compiler for CPUs does not do by itself, and what would not be right for others."""
 
 
 class InductorEngine(Engine):
@@ -89,6 +96,8 @@ class Inductor(Runtime):
             configs["aot_inductor.enable_line_tables"] = False  # they are two thirds of a package
         inputs = example_inputs(program, device)
         sizes = free_sizes(program)
+        if device.type == "cpu":
+            program = run_passes(with_values(program, inputs), CPU_PASSES)
         exported = export_module(program.module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
         try:
             with quiet("torch.utils.cpp_extension"):

@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.passes.base import Pass, call, copy_module, run_passes
+from recache_compile.passes.base import Pass, call, copy_module, run_passes, with_values
 from recache_compile.program import Program
-from tests.passes.tiny import Plain, aten, captured, example, show
+from recache_compile.serialize import program_from_json, program_to_json
+from tests.passes.tiny import Attention, Plain, aten, captured, example, show
 from tests.passes.tiny import call as run
 
 
@@ -164,3 +165,17 @@ def test_an_inserted_call_knows_its_value(program: Program) -> None:
         node = call(graph, aten.to.dtype, output.args[0][0], torch.bfloat16, name="narrow")
     assert node.name == "narrow"
     assert (node.meta["val"].shape, node.meta["val"].dtype) == (torch.Size([1, 3, 4]), torch.bfloat16)
+
+
+def test_values_are_found_again_where_an_artifact_does_not_keep_them() -> None:
+    program = captured(Attention())[0]
+    assert with_values(program, ()) is program
+    device = torch.device("cpu")
+    restored = program_from_json(program_to_json(program), program.weights, device)
+    again = with_values(restored, tuple(example(Attention()).values()))
+    assert "val" not in next(iter(restored.module.graph.nodes)).meta
+    for node, same in zip(again.module.graph.nodes, program.module.graph.nodes, strict=True):
+        if isinstance(same.meta.get("val"), torch.Tensor):
+            facts = same.meta["val"]
+            assert (node.meta["val"].dtype, node.meta["val"].shape) == (facts.dtype, facts.shape)
+            assert node.meta["val"].stride() == facts.stride()

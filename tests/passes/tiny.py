@@ -134,6 +134,11 @@ def captured(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> t
     return made.program, made
 
 
+def simple(module: nn.Module) -> Program:
+    """The module as a program without what it does not use."""
+    return Simplify()(captured(module)[0]).program
+
+
 def annotated(
     module: nn.Module,
     granularity: Granularity = Granularity.STACK,
