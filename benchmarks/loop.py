@@ -9,6 +9,7 @@ after one generation, beyond what it held before it loaded anything.
 """
 
 import contextlib
+import datetime
 import json
 import statistics
 import subprocess
@@ -224,6 +225,8 @@ def measure(sizes: Sizes, names: Sequence[str], rounds: int) -> dict[str, Any]:
         return {
             "machine": machine(sizes.device),
             "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+            "rounds": rounds,
             **asdict(sizes),
             "recompute_steps": compiled.schedules[sizes.budget].recompute_steps,
             "macs_reduction": compiled.cost(sizes.budget).macs_reduction,

@@ -169,7 +169,9 @@ def a_line(name: str, loop: float, cached: float | None, ideal: float) -> Line:
 
 def a_result() -> Result:
     lines = (a_line("eager", 4.0, None, 4.0), a_line(OURS, 1.0, 0.001, 0.98), a_line("cache-dit", 1.5, 0.02, 1.0))
-    return Result("a machine", {"torch": "2"}, request("flux-small"), (0, 2, 5), 3, lines, {"other": "other: no"})
+    return Result(
+        "2026-01-01", "a machine", {"torch": "2"}, request("flux-small"), (0, 2, 5), 3, lines, {"other": "other: no"}
+    )
 
 
 def test_tables_tell_ratios_and_compare_with_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

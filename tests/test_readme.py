@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,18 +18,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_python_blocks_run(tmp_path: Path) -> None:
-    for block in blocks("python"):
-        script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block}"
-        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=500)
-
-
-@pytest.mark.slow
 def test_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [line.rpartition("&&")[2].strip() for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if shlex.split(line)[0].endswith("recache-compile")]
-    assert len(commands) == 5
+    assert len(commands) == 2
     for command in commands:
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output

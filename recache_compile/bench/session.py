@@ -1,5 +1,6 @@
 """One run: every subject prepares, then rounds in which each makes one generation in turn."""
 
+import datetime
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,7 @@ class Result:
     """One run of `bench`.
 
     Args:
-        machine, versions: where it ran.
+        date, machine, versions: when and where it ran.
         request: what was asked for.
         recompute_steps: of all that cache.
         rounds: timed generations of each.
@@ -67,6 +68,7 @@ class Result:
         failed: message by name of those that did not.
     """
 
+    date: str
     machine: str
     versions: dict[str, str]
     request: Request
@@ -134,7 +136,8 @@ def run(
         for process in processes.values():
             process.close()
     lines = tuple(_line(name, prepared[name], times[name], facts[name], schedule) for name in facts)
-    return Result(machine(request.device), versions(), request, schedule.recompute_steps, rounds, lines, failed)
+    today = datetime.date.today().isoformat()
+    return Result(today, machine(request.device), versions(), request, schedule.recompute_steps, rounds, lines, failed)
 
 
 def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[str, Any], schedule: Schedule) -> Line:

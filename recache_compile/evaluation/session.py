@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from recache_compile.workers import Crew, import_ray
 BUDGETS = (5, 10, 15)
 POLICIES = ("auto", "uniform")
 """What is evaluated of a model where the user does not say."""
+
+SHARED = {each.name for each in fields(Setting)} & {each.name for each in fields(Result)}
+"""What a result repeats of its setting."""
 
 Report = Callable[[str], None]
 
@@ -80,23 +83,10 @@ def evaluate(
     report("estimating")
     uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
     original = times.original.total if times.original else None
-    facts = asdict(replace(setting, prompts=(), masks=(), metrics=()))
-    names = [
-        "model",
-        "num_steps",
-        "forecaster",
-        "order",
-        "granularity",
-        "runtime",
-        "dtype",
-        "device",
-        "batch_size",
-        "seed",
-    ]
     result = Result(
-        **{name: facts[name] for name in names},
+        **{name: getattr(setting, name) for name in SHARED},
         samples=len(judged) * setting.batch_size,
-        reference="" if "fid" not in setting.metrics else str(request.reference or "uncached samples of other noise"),
+        reference="" if reference is None else str(request.reference or "uncached samples of other noise"),
         uncached=uncached,
         uncached_seconds=(original, times.budgets[setting.num_steps].total),
         lines=lines,

@@ -1,0 +1,128 @@
+"""Write docs/benchmarks.md from the results of benchmarks/loop.py and `recache-compile bench --json`.
+
+python benchmarks/speed_page.py
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recache_compile.files import writing
+
+HERE = Path(__file__).parent
+MODELS = {
+    "flux-small": "2 double and 4 single blocks, width 128, 64 image and 16 text tokens",
+    "flux-medium": "4 double and 8 single blocks, width 512, 256 image and 64 text tokens",
+    "wan-small": "video, cross-attention to the text",
+    "sd3-small": "joint blocks, text and image",
+    "shapes": "the embedded pipeline's transformer with its weights",
+}
+"""What is measured beside other caches, in the order of the page."""
+
+
+def write_page(folder: Path, docs: Path) -> None:
+    """Fill the template with every part that has a result."""
+    results = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    parts = {
+        "loop": loop_part(results["loop"]),
+        "loop-wide": wide_part(results["loop-wide"]),
+        "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
+    }
+    text = (HERE / "speed.md").read_text(encoding="utf-8")
+    for name, part in parts.items():
+        text = text.replace(f"<!-- {name} -->", part)
+    with writing(docs / "benchmarks.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def loop_part(result: Mapping[str, Any]) -> str:
+    """Who takes how long, and what of it is overhead."""
+    loops = [
+        [name, f"{taken:.2f} s", f"{low:.2f} to {high:.2f} s", f"× {result['ratio_to_eager'][name]:.2f}"]
+        for name, taken in result["seconds"].items()
+        for low, high in [result["spread"][name]]
+    ]
+    runtimes = [
+        [
+            name, f"{each['build_seconds']:.0f} s", *(milliseconds(each[what]) for what in ("recompute_step", "cached_step", "prologue")),
+            f"{each['generation_over_ideal']:.3f}", f"{each['artifact_over_weights']:.3f}", f"{each['held_over_model']:.3f}",
+        ]
+        for name, each in result["runtimes"].items()
+    ]  # fmt: skip
+    return "\n\n".join([
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, {result['rounds']} rounds"
+        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷ {result['macs_reduction']:.2f}:",
+        table(("loop", "median", "min to max", "speed"), loops),
+        table(("runtime", "built in", "recompute step", "cached step", "prologue", "generation / ideal", "disk / weights", "memory / model"), runtimes),
+    ])  # fmt: skip
+
+
+def wide_part(result: Mapping[str, Any]) -> str:
+    """The same with more weights."""
+    each = [
+        f"{name} {runtime['artifact_over_weights']:.3f} and {runtime['held_over_model']:.3f}"
+        for name, runtime in result["runtimes"].items()
+    ]
+    weights = next(iter(result["runtimes"].values()))["weight_bytes"]
+    return (
+        f"With {weights / 1e9:.2f} GB of weights (`--width 1024 --tokens 64 --steps 4 --budget 2`,"
+        f" [numbers](../benchmarks/results/loop-wide.json)) disk / weights and memory / model are: {', '.join(each)}."
+    )
+
+
+def bench_part(result: Mapping[str, Any]) -> str:
+    """One model under everyone."""
+    request = result["request"]
+    rows = [
+        [
+            line["name"], seconds(line["loop"]), f"{seconds(line['spread'][0])} to {seconds(line['spread'][1])}",
+            f"× {line['speedup']:.2f}", milliseconds(line["recompute_step"]),
+            "–" if line["cached_step"] is None else milliseconds(line["cached_step"]), f"{line['over_ideal']:.2f}",
+            f"{line['prepare_seconds'] + line['first_loop']:.0f} s",
+            f"{line['graphs']} / {line['graph_breaks']} / {line['recompiles']}", f"{line['held_bytes'] / 1e6:.0f} MB",
+        ]
+        for line in result["lines"]
+    ]  # fmt: skip
+    steps = ", ".join(map(str, result["recompute_steps"]))
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}"
+        for name in ("torch", "diffusers", "cache-dit")
+        if name in result["versions"]
+    )
+    peer = (
+        f"\n\nOurs is **{result['times_faster']:.2f} times** as fast as the fastest other cache ({result['best_peer']})."
+        if "times_faster" in result
+        else ""
+    )
+    failed = "".join(f"\n\nNot measured: {reason}" for reason in result["failed"].values())
+    name = request["model"]
+    columns = (
+        "", "loop", "min to max", "speed", "recompute step", "cached step", "loop / ideal", "until the first result",
+        "graphs / breaks / recompiles", "held",
+    )  # fmt: skip
+    return (
+        f"### {name}\n\n`recache-compile bench {name}`: {MODELS[name]}; T = {request['num_steps']},"
+        f" k = {request['budget']} ({steps}), {request['dtype']}, {result['rounds']} rounds. {result['date']}, {result['machine']}, {versions}"
+        f" ([numbers](../benchmarks/results/bench-{name}.json)).\n\n{table(columns, rows)}{peer}{failed}"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def seconds(value: float) -> str:
+    """Milliseconds where there are few."""
+    return f"{value * 1e3:.0f} ms" if value < 0.5 else f"{value:.3f} s"
+
+
+def milliseconds(value: float) -> str:
+    """Two digits after the point."""
+    return f"{value * 1e3:.2f} ms"
+
+
+if __name__ == "__main__":
+    write_page(HERE / "results", HERE.parent / "docs")
