@@ -50,12 +50,15 @@ def loop_part(result: Mapping[str, Any]) -> str:
         ]
         for name, each in result["runtimes"].items()
     ]  # fmt: skip
-    return "\n\n".join([
+    what = (
         f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, {result['rounds']} rounds"
-        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷ {result['macs_reduction']:.2f}:",
-        table(("loop", "median", "min to max", "speed"), loops),
-        table(("runtime", "built in", "recompute step", "cached step", "prologue", "generation / ideal", "disk / weights", "memory / model"), runtimes),
-    ])  # fmt: skip
+        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷ {result['macs_reduction']:.2f}:"
+    )
+    columns = (
+        "runtime", "built in", "recompute step", "cached step", "prologue", "generation / ideal", "disk / weights",
+        "memory / model",
+    )  # fmt: skip
+    return "\n\n".join((what, table(("loop", "median", "min to max", "speed"), loops), table(columns, runtimes)))
 
 
 def wide_part(result: Mapping[str, Any]) -> str:
