@@ -6,21 +6,28 @@ from pathlib import Path
 
 import torch
 
+from recache_compile._version import __version__
 
-def machine(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads used."""
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "onnxruntime", "tensorrt-rtx", "cache-dit"),
+    *("numpy", "torchmetrics", "lpips", "open_clip_torch", "torch-fidelity", "vbench"),
+)
+
+
+def machine(device: str, threads: int = 0) -> str:
+    """The GPU's name, or the processor's with the number of threads used; 0: those of this process."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.machine()}, {threads or torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:
     """Of what takes part."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "diffusers", "cache-dit", "onnxruntime", "tensorrt-rtx", "recache-compile"):
+    found = {"recache-compile": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

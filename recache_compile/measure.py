@@ -125,9 +125,14 @@ def _draw(pipeline: Any, compiled: Compiled, call: Mapping[str, Any], seed: int)
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Time of one call, the device's queue included."""
+    """Time of one call until the devices have done it; what they were doing before is waited for first."""
+    _wait()
     begin = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait()
     return time.perf_counter() - begin
+
+
+def _wait() -> None:
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)

@@ -151,7 +151,8 @@ class VideoBench:
             info = Path(self.package.__file__).with_name("VBench_full_info.json")
             bench = self.package.VBench(videos.device, str(info), place)
             given = dict(zip(names, prompts, strict=True))
-            bench.evaluate(place, "recache", given, list(VBENCH_DIMENSIONS), mode="custom_input")
+            with _loading("metric vbench", "of VBench", "run it once where there is a network, or leave vbench out"):
+                bench.evaluate(place, "recache", given, list(VBENCH_DIMENSIONS), mode="custom_input")
             found = json.loads(Path(place, "recache_eval_results.json").read_text(encoding="utf-8"))
         totals = torch.zeros(len(videos), dtype=torch.float64)
         for dimension, best in VBENCH_DIMENSIONS.items():

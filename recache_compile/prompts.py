@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from recache_compile.errors import ModelError
 
@@ -17,6 +18,16 @@ GENERAL = (
     "a violin on a velvet chair", "a sign that reads OPEN on a shop door",
 )  # fmt: skip
 """Twenty-four captions of many kinds."""
+
+BY_PIPELINE = {
+    "ShapesPipeline": (
+        "a red circle left of a blue square on a dark background",
+        "a yellow triangle above a magenta ring on a checkered background",
+        "a green cross right of a cyan diamond on a striped background",
+        "a blue ring below a yellow square on a light background",
+    )
+}
+"""Captions that pipelines of these classes understand."""
 
 
 def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -39,6 +50,11 @@ def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...
     return tuple(text for text in captions if text not in held_out), held_out
 
 
+def captions_for(pipeline: Any) -> tuple[str, ...]:
+    """Captions to compare and to calibrate with, where the user gives none."""
+    return BY_PIPELINE.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+
+
 def captions_of(model: str, file: Path | None) -> tuple[str, ...]:
     """Captions to judge a model on: those of a file, or our own (of shapes, those that `train` holds out).
 
@@ -50,6 +66,14 @@ def captions_of(model: str, file: Path | None) -> tuple[str, ...]:
     captions = _read(file)
     if not captions:
         raise ModelError(f"prompts {file}: no captions; give at least one, one a line")
+    if model == "shapes":
+        from recache_compile.models.shapes.scenes import parse_caption
+
+        for caption in captions:
+            try:
+                parse_caption(caption)
+            except ValueError as error:
+                raise ModelError(f"prompts {file}: {error}") from None
     return captions
 
 

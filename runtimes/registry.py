@@ -80,13 +80,17 @@ def get_runtime(
     return chosen
 
 
-def runtime_on(runtime: str, device: torch.device) -> Runtime:
+def runtime_on(runtime: str, device: torch.device, explain: Callable[[str], None] = lambda message: None) -> Runtime:
     """A runtime that builds engines here and runs them on a device of this machine.
+
+    Args:
+        runtime, explain: as of `get_runtime`.
+        device: where they shall run.
 
     Raises:
         RuntimeUnavailableError: it does not.
     """
-    chosen = get_runtime(runtime)
+    chosen = get_runtime(runtime, explain)
     if chosen.place(device).type != device.type:
         raise RuntimeUnavailableError(
             f"runtime {chosen.name}: its engines do not run on {device}; choose inductor, onnxruntime or eager"

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.bench.session import Line, Result
+from recache_compile.bench.workload import Request
 from recache_compile.errors import ModelError
 
 
@@ -64,6 +65,22 @@ def read_bench(file: Path) -> Bench:
     except (OSError, ValueError, ValidationError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelError(f"{file}: is no result of bench --json ({reason})") from None
+
+
+def check_same(other: Bench, request: Request, file: Path) -> None:
+    """Raise unless another run was of the same model, steps, budget and type.
+
+    Raises:
+        ModelError: naming what differs.
+    """
+    names = ("model", "num_steps", "budget", "dtype")
+    wrong = [
+        f"{name} {getattr(other.request, name)}"
+        for name in names
+        if getattr(other.request, name) != getattr(request, name)
+    ]
+    if wrong:
+        raise ModelError(f"compare {file}: is of {', '.join(wrong)}; ask for the same")
 
 
 def print_result(result: Result, other: Bench | None, page: Console) -> None:

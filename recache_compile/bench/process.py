@@ -144,7 +144,7 @@ def held(device: str) -> int:
     """Memory that this process holds now: on the device, or resident on the host, in bytes."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
+        free, total = torch.cuda.mem_get_info(device)
         return total - free
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -155,7 +155,7 @@ def held(device: str) -> int:
 def peak(device: str) -> int:
     """The most memory that this process held: on the device, or resident on the host, in bytes."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -137,7 +137,16 @@ def run(
             process.close()
     lines = tuple(_line(name, prepared[name], times[name], facts[name], schedule) for name in facts)
     today = datetime.date.today().isoformat()
-    return Result(today, machine(request.device), versions(), request, schedule.recompute_steps, rounds, lines, failed)
+    return Result(
+        today,
+        machine(request.device, request.threads),
+        versions(),
+        request,
+        schedule.recompute_steps,
+        rounds,
+        lines,
+        failed,
+    )
 
 
 def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[str, Any], schedule: Schedule) -> Line:

@@ -67,7 +67,7 @@ class Ours:
                 policy={request.budget: schedule.recompute_steps}, runtime=request.runtime, roles=workload.roles,
                 timesteps=workload.timetable,
             ).save(artifact)  # fmt: skip
-        self._compiled = rc.load(artifact)
+        self._compiled = rc.load(artifact, request.device)
         self._bytes = folder_bytes(artifact)
         self._run = self._compiled.dispatcher(request.budget)
         self.alone = lone_calls(self._compiled, request.budget)

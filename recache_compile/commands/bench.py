@@ -52,7 +52,7 @@ def bench_command(
     """
     with showing_stages() as report:
         report("loading libraries")
-        from recache_compile.bench.page import print_result, read_bench, summary
+        from recache_compile.bench.page import check_same, print_result, read_bench, summary
         from recache_compile.bench.session import run
         from recache_compile.bench.subjects import OURS, SUBJECTS, available
         from recache_compile.bench.workload import Request, of_artifact, peers_schedule
@@ -71,6 +71,8 @@ def bench_command(
         else:
             request = replace(request, runtime=get_runtime(runtime).name)
             schedule, _, _ = peers_schedule(request.num_steps, request.budget)
+        if other is not None and compare is not None:
+            check_same(other, request, compare)
         result = run(request, schedule, names, rounds, report)
     facts = summary(result, OURS)
     if as_json:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.commands.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
-from recache_compile.commands.console import DTYPES, PAGE, SEED, captions_for, notice, say, showing_stages
+from recache_compile.commands.console import DTYPES, PAGE, SEED, notice, say, showing_stages
 from recache_compile.errors import ArtifactError
 from recache_compile.parameters import JsonObject, Numbers, Size, check_call
 
@@ -105,6 +105,7 @@ def compile_command(
         from recache_compile.loading import absolute, load_pipeline
         from recache_compile.measure import compare, unmeasured
         from recache_compile.picture import save_comparison
+        from recache_compile.prompts import captions_for
         from recache_compile.recording import prompted, record_examples
 
         checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from recache_compile.commands.console import PAGE, captions_for, say, showing_stages
+from recache_compile.commands.console import PAGE, say, showing_stages
 from recache_compile.parameters import Numbers
 
 
@@ -37,6 +37,7 @@ def schedules_command(
         from recache_compile.charts import draw_schedules
         from recache_compile.files import check_file
         from recache_compile.loading import load_pipeline
+        from recache_compile.prompts import captions_for
         from recache_compile.schedules import Question, calibration_of, compare_policies, facts_of, print_compared
 
         question = Question(policies, budgets, steps, forecaster, order)

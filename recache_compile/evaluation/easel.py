@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recache_compile.artifact import load
+from recache_compile.compiled import Compiled
 from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.metrics import judge_of
 from recache_compile.evaluation.setting import Setting, read_setting
@@ -31,12 +32,12 @@ class Easel:
 
     Args:
         folder: of the evaluation.
-        pipeline: the setting's pipeline, where it is loaded already.
+        pipeline, compiled: the setting's pipeline and engines, where they are loaded already.
     """
 
-    def __init__(self, folder: Path, pipeline: Any = None) -> None:
+    def __init__(self, folder: Path, pipeline: Any = None, compiled: Compiled | None = None) -> None:
         self._folder, self._setting = folder, read_setting(folder)
-        compiled = load(self._setting.engines(folder), self._setting.device)
+        compiled = compiled or load(self._setting.engines(folder), self._setting.device)
         if pipeline is None:
             dtype, device = getattr(torch, self._setting.dtype), torch.device(self._setting.device)
             pipeline = load_pipeline(self._setting.model, dtype, device, **{self._setting.component: None})

@@ -1,6 +1,7 @@
 """From judged batches to the lines of a result."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,28 @@ from recache_compile.evaluation.statistics import (
 )
 from recache_compile.schedule import Schedule
 
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The set that a Frechet distance is to.
+
+    Args:
+        name: what it is.
+        features: (pictures, features).
+        is_real: whether it stands for what the model should draw.  To other samples of the
+            model itself the true distance is zero, and what is measured is what the number of
+            samples makes of it: no loss can be told beside that.
+    """
+
+    name: str
+    features: np.ndarray
+    is_real: bool
+
+    def tells_loss(self, samples: int) -> bool:
+        """Whether so many samples are enough: more than there are features, without which covariances are singular."""
+        return self.is_real and min(samples, len(self.features)) > self.features.shape[1]
+
+
 Columns = Mapping[str, np.ndarray]
 """By metric: values (samples,) or features (samples, features)."""
 
@@ -29,7 +52,7 @@ def estimates(
     setting: Setting,
     schedules: Mapping[str, Mapping[int, Schedule]],
     judged: Sequence[Values],
-    reference: np.ndarray | None,
+    reference: Reference | None,
     compiled: Compiled,
     times: Profile,
 ) -> tuple[dict[str, Estimate], tuple[Line, ...]]:
@@ -39,7 +62,7 @@ def estimates(
         setting: what was evaluated.
         schedules: by policy and budget.
         judged: batches.
-        reference: features of the reference set (m, features), where a metric is about sets.
+        reference: the reference set, where a metric is about sets.
         compiled: the engines.
         times: of the original and of every budget.
     """
@@ -80,18 +103,18 @@ def _columns(judged: Sequence[Values], mask: str, metrics: Sequence[str]) -> dic
     return {name: torch.cat([each[mask][name] for each in judged]).double().numpy() for name in names}
 
 
-def _values(columns: Columns, metrics: Sequence[str], reference: np.ndarray | None) -> dict[str, Estimate]:
+def _values(columns: Columns, metrics: Sequence[str], reference: Reference | None) -> dict[str, Estimate]:
     """One estimate for each metric that was asked for."""
     found = {}
     for name in metrics:
         if name in columns and METRICS[name].against != "set":
             found[name] = mean(columns[name])
-        elif name in columns and reference is not None and min(len(columns[name]), len(reference)) > 1:
-            found[name] = distance_of_sets(columns[name], reference)
+        elif name in columns and reference is not None and min(len(columns[name]), len(reference.features)) > 1:
+            found[name] = distance_of_sets(columns[name], reference.features)
     return found
 
 
-def _losses(cached: Columns, full: Columns, reference: np.ndarray | None) -> dict[str, Estimate]:
+def _losses(cached: Columns, full: Columns, reference: Reference | None) -> dict[str, Estimate]:
     """By how much those metrics that count are worse than uncached."""
     found = {}
     for name, metric in METRICS.items():
@@ -99,8 +122,10 @@ def _losses(cached: Columns, full: Columns, reference: np.ndarray | None) -> dic
             continue
         if metric.against != "set":
             loss = relative_loss(cached[name], full[name], metric.higher)
+        elif reference is not None and reference.tells_loss(len(cached[name])):
+            loss = relative_loss_of_sets(cached[name], full[name], reference.features)
         else:
-            loss = None if reference is None else relative_loss_of_sets(cached[name], full[name], reference)
+            loss = None
         if loss is not None:
             found[name] = loss
     return found

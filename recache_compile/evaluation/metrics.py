@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.measure import MIN_SQUARED_ERROR
+from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
 from recache_compile.pretrained import load_inception, load_vbench
 from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, mean_squared_error, shapes_features
 
@@ -60,6 +62,8 @@ METRICS = {
 }
 USUAL = ("psnr", "ssim", "lpips", "clip", "fid")
 USUAL_FOR_SHAPES = ("psnr", "ssim", "features", "attributes", "fid")
+SCENES = 4096
+"""Pictures of the reference set of shapes."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ONLY_SHAPES = ("features", "caption", "attributes")
 
@@ -118,31 +122,49 @@ def signal_to_noise(pictures: Tensor, reference: Tensor) -> Tensor:
     return -10 * mean_squared_error(pictures, reference).clamp(min=MIN_SQUARED_ERROR).log10()
 
 
-def features_of_folder(folder: Path, size: Sequence[int], model: str) -> np.ndarray:
-    """Features (pictures, features) of the pictures in a folder, for a Frechet distance to results of a size.
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files in a folder and those below it.
 
     Raises:
-        ModelError: there are fewer than two pictures.
+        ModelError: there are fewer than two.
     """
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if len(files) < 2:
         raise ModelError(
             f"reference {folder}: holds {len(files)} pictures ({', '.join(PICTURE_SUFFIXES)}); name a folder with many"
         )
+    return files
+
+
+def features_of_folder(folder: Path, model: str) -> np.ndarray:
+    """Features (pictures, features) of the pictures in a folder.
+
+    Raises:
+        ModelError: there are fewer than two, or one cannot be read.
+    """
     judge, found = judge_of("fid", model), []
-    for file in files:
+    for file in pictures_in(folder):
         try:
             with Image.open(file) as opened:
-                picture = opened.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+                picture = opened.convert("RGB")
         except OSError as error:
             raise ModelError(f"reference {file}: is no picture ({error}); remove it") from None
+        if model == SHAPES:
+            picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
         found.append(judge(pixels, pixels, ()))
     return torch.cat(found).double().numpy()
 
 
+def features_of_scenes(prompts: Sequence[str]) -> np.ndarray:
+    """Features (SCENES, features) of scenes that code draws for captions of shapes, taken in turn: the data itself."""
+    captions = list(islice(cycle(prompts), SCENES))
+    attributes = torch.tensor([parse_caption(caption).attributes() for caption in captions])
+    pictures = render(attributes, torch.Generator().manual_seed(0)) / 2 + 0.5
+    with torch.no_grad():
+        return judge_of("fid", SHAPES)(pictures, pictures, captions).double().numpy()
+
+
 def _one_picture(made: Tensor) -> Tensor:
-    """Pictures as they are."""
-    if made.dim() != 4:
-        raise ModelError("metric fid: judges pictures, not videos; choose vbench, or none with --metrics psnr,ssim")
-    return torch.as_tensor(made).float()
+    """Pictures as they are, and of videos the middle frames."""
+    return (made if made.dim() == 4 else made[:, made.shape[1] // 2]).float()

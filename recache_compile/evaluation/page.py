@@ -1,14 +1,13 @@
 """The tables of an evaluation, for people."""
 
-from math import floor, log10
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.evaluation.metrics import METRICS
 from recache_compile.evaluation.result import Result
-from recache_compile.evaluation.statistics import TARGET_LOSS, TARGET_REDUCTION, Estimate
+from recache_compile.evaluation.statistics import Estimate
+from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
 
 
 def print_result(result: Result, console: Console) -> None:
@@ -22,6 +21,8 @@ def print_result(result: Result, console: Console) -> None:
     )  # fmt: skip
     console.print(_quality(result))
     console.print(_cost(result))
+    if any(each.target.endswith("?") for each in result.lines):
+        console.print(UNSURE, highlight=False, markup=False)
     for policy in dict.fromkeys(each.policy for each in result.lines):
         console.print(target_line(result, policy), highlight=False, markup=False, soft_wrap=True)
 
@@ -49,35 +50,16 @@ def _cost(result: Result) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for each in result.lines:
-        speed = "-" if each.speedup is None else f"× {each.speedup:.2f}"
         losses = [percent(each.losses[name]) if name in each.losses else "-" for name in names]
         table.add_row(
-            escape(each.policy), str(each.budget), f"÷ {each.macs_reduction:.2f}", speed, *losses, each.target
+            escape(each.policy),
+            str(each.budget),
+            f"÷ {each.macs_reduction:.2f}",
+            f"× {each.speedup:.2f}",
+            *losses,
+            each.target,
         )
     return table
-
-
-def target_line(result: Result, policy: str) -> str:
-    """Where a policy meets the target."""
-    target = f"{TARGET_REDUCTION:g} times fewer MACs and faster at a loss up to {TARGET_LOSS:.0%}"
-    if all(each.target == "unknown" for each in result.lines):
-        return f"{policy}: {target}: unknown; it takes a time of the original, and clip, fid or vbench (attributes of shapes)"
-    budget = result.smallest(policy)
-    return f"{policy}: {target}: " + ("at no budget" if budget is None else f"from k = {budget}")
-
-
-def percent(loss: Estimate) -> str:
-    """A loss with its standard error, as +0.3 ± 0.1 %."""
-    error = "" if loss.error is None else f" ± {100 * loss.error:.1f}"
-    return f"{100 * loss.value:+.1f}{error} %"
-
-
-def plain(estimate: Estimate) -> str:
-    """A value with its standard error, to the error's second digit."""
-    if not estimate.error:
-        return f"{estimate.value:.4g}"
-    digits = max(0, 1 - floor(log10(estimate.error)))
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
 
 
 def _title(name: str) -> str:

@@ -3,7 +3,7 @@
 import copy
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import fx
 
 from recache_compile.api import compile
 from recache_compile.compiled import Compiled
-from recache_compile.errors import RecacheError
+from recache_compile.errors import RecacheError, reason_of
 from recache_compile.evaluation.setting import Setting
+from recache_compile.machine import machine, versions
 from recache_compile.measure import seconds
 from recache_compile.program import Kind
 from recache_compile.recording import prompted
@@ -28,13 +29,28 @@ class Timed:
 
     Args:
         total: of the whole call.
-        steps: of the transformer's part of every step, guidance branches together; empty where unknown.
+        spread: the fastest and the slowest.
+        steps: of the transformer's part of every step, guidance branches together, in calls of their own.
         recompute_steps: those of the schedule that was run.
     """
 
     total: float
+    spread: tuple[float, float]
     steps: tuple[float, ...] = ()
     recompute_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Redundancy:
+    """How much the blocks' outputs change.
+
+    Args:
+        sites: names of the blocks, with the output's shape where a block has several.
+        changes: relative L1 change of each site's feature from the step before (sites, T).
+    """
+
+    sites: tuple[str, ...]
+    changes: tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +58,22 @@ class Profile:
     """What one batch tells.
 
     Args:
-        original: the pipeline as it came, uncached and not compiled; None where its weights are not here.
-        budgets: on the engines, by budget; T recomputes every step.
-        sites: name of every cache site at granularity "block".
-        changes: relative L1 change of each site's feature from the step before (sites, T).
+        machine, versions, repeats: where, with what and how often it was measured.
+        original: the pipeline as it came, uncached and not compiled.
+        budgets: on the engines, by budget; T recomputes every step.  Policies differ in nothing here.
+        redundancy: None before it is known, and where it cannot be.
     """
 
-    original: Timed | None
+    machine: str
+    versions: Mapping[str, str]
+    repeats: int
+    original: Timed
     budgets: Mapping[int, Timed]
-    sites: tuple[str, ...] = ()
-    changes: tuple[tuple[float | None, ...], ...] = ()
+    redundancy: Redundancy | None = None
 
-    def speedup(self, budget: int) -> float | None:
+    def speedup(self, budget: int) -> float:
         """Of the whole call, over the original's."""
-        return None if self.original is None else self.original.total / self.budgets[budget].total
+        return self.original.total / self.budgets[budget].total
 
 
 @dataclass(slots=True)
@@ -75,14 +93,14 @@ class _Stopwatch:
         self.dispatcher.reset(start)
 
 
-def profile(
+def measure_times(
     setting: Setting, pipeline: Any, compiled: Compiled, repeats: int, report: Callable[[str], None]
 ) -> Profile:
-    """Time the original and every budget in turn on the first batch, then watch the features of one generation.
+    """Time the original and every budget in turn on the first batch.
 
     Args:
         setting: what is evaluated.
-        pipeline: with its transformer, where it is here; left as it is.
+        pipeline: with its transformer; left as it is.
         compiled: has the budgets, and one that recomputes every step.
         repeats: timed calls of each; one more warms up.
         report: told what begins.
@@ -90,31 +108,27 @@ def profile(
     report("timing")
     pipeline = copy.copy(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    calls: dict[int | None, Callable[[], dict[int, float]]] = {
-        budget: _on_engines(setting, pipeline, compiled, compiled.dispatcher(budget)) for budget in compiled.plans
+    calls: dict[int, _OnEngines] = {
+        budget: _OnEngines(setting, pipeline, compiled, compiled.dispatcher(budget)) for budget in compiled.plans
     }
-    has_original = getattr(pipeline, setting.component) is not None
-    if has_original:
-        calls[None] = partial(_draw, setting, pipeline)
-    totals: dict[int | None, list[float]] = {budget: [] for budget in calls}
-    steps: dict[int | None, list[dict[int, float]]] = {budget: [] for budget in calls}
-    for number in range(repeats + 1):
-        for budget, call in calls.items():
+    every: Mapping[int | None, Callable[[], Any]] = {None: partial(_draw, setting, pipeline)} | calls  # type: ignore[operator]
+    totals: dict[int | None, list[float]] = {budget: [] for budget in every}
+    for _ in range(repeats + 1):
+        for budget, call in every.items():
             compiled.revision.number += 1  # every generation runs its prologue
-            taken = seconds(lambda call=call, budget=budget: steps[budget].append(call()))  # type: ignore[misc]
-            if number:
-                totals[budget].append(taken)
+            totals[budget].append(seconds(call))
     timed = {
-        budget: Timed(
-            statistics.median(totals[budget]),
-            tuple(statistics.median(each[step] for each in steps[budget][1:]) for step in sorted(steps[budget][0])),
-            () if budget is None else compiled.schedules[budget].recompute_steps,
-        )
-        for budget in calls
+        budget: Timed(statistics.median(taken[1:]), (min(taken[1:]), max(taken[1:])))
+        for budget, taken in totals.items()
     }
-    original, on_engines = timed.get(None), {budget: each for budget, each in timed.items() if budget is not None}
-    sites, changes = _redundancy(setting, pipeline, report) if has_original else ((), ())
-    return Profile(original, on_engines, sites, changes)
+    budgets = {}
+    for budget, call in calls.items():
+        compiled.revision.number += 1
+        steps = [call.steps() for _ in range(repeats)]
+        medians = tuple(statistics.median(each[step] for each in steps) for step in sorted(steps[0]))
+        shown = compiled.schedules[budget].recompute_steps
+        budgets[budget] = replace(timed[budget], steps=medians, recompute_steps=shown)
+    return Profile(machine(setting.device), versions(), repeats, timed[None], budgets)
 
 
 def call_of(setting: Setting, pipeline: Any) -> dict[str, Any]:
@@ -122,58 +136,69 @@ def call_of(setting: Setting, pipeline: Any) -> dict[str, Any]:
     return prompted(pipeline, list(setting.batch(0).prompts), setting.call)
 
 
-def _draw(setting: Setting, pipeline: Any) -> dict[int, float]:
-    """The first batch, with whatever is in the transformer's place; nothing is known of the steps."""
-    noise = [torch.Generator().manual_seed(seed) for seed in setting.batch(0).seeds]
-    steps = setting.num_steps
+def _draw(setting: Setting, pipeline: Any) -> None:
+    """The first batch, with whatever is in the transformer's place."""
+    noise, steps = [torch.Generator().manual_seed(seed) for seed in setting.batch(0).seeds], setting.num_steps
     pipeline(**call_of(setting, pipeline), num_inference_steps=steps, generator=noise, output_type="pt")
-    return {}
 
 
-def _on_engines(
-    setting: Setting, pipeline: Any, compiled: Compiled, dispatcher: Dispatcher
-) -> Callable[[], dict[int, float]]:
-    """A call of the pipeline with a dispatcher in its transformer's place; it tells the seconds of each step."""
+class _OnEngines:
+    """A call of the pipeline with a dispatcher in its transformer's place."""
+
+    def __init__(self, setting: Setting, pipeline: Any, compiled: Compiled, dispatcher: Dispatcher) -> None:
+        self._setting, self._pipeline = setting, copy.copy(pipeline)
+        self._stand_ins = []
+        self._watch: Any = _Stopwatch(dispatcher, {})
+        each: Any
+        for each in (dispatcher, self._watch):
+            stand_in = CompiledTransformer(compiled, self._pipeline, min(compiled.plans), dispatcher=each)
+            self._stand_ins.append(stand_in)
+
+    def __call__(self) -> None:
+        self._run(self._stand_ins[0])
+
+    def steps(self) -> dict[int, float]:
+        """Seconds of each step, in a call in which each is waited for."""
+        self._watch.spent.clear()
+        self._run(self._stand_ins[1])
+        return dict(self._watch.spent)
+
+    def _run(self, stand_in: CompiledTransformer) -> None:
+        setattr(self._pipeline, self._setting.component, stand_in)
+        with stand_in.generation(self._pipeline):
+            _draw(self._setting, self._pipeline)
+
+
+def measure_redundancy(setting: Setting, pipeline: Any, report: Callable[[str], None]) -> Redundancy | None:
+    """How much what each block adds changes over one uncached generation of the first sample.
+
+    It takes a model with repeated blocks, and memory for two steps' features of all of them.
+    """
+    one = replace(setting, batch_size=1)
     pipeline = copy.copy(pipeline)
-    watch: Any = _Stopwatch(dispatcher, {})
-    stand_in = CompiledTransformer(compiled, pipeline, min(compiled.plans), dispatcher=watch)
-    setattr(pipeline, setting.component, stand_in)
-
-    def call() -> dict[int, float]:
-        watch.spent.clear()
-        with stand_in.generation(pipeline):
-            _draw(setting, pipeline)
-        return dict(watch.spent)
-
-    return call
-
-
-def _redundancy(
-    setting: Setting, pipeline: Any, report: Callable[[str], None]
-) -> tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]:
-    """Names of the blocks' outputs, and how much what each block adds changes over one uncached generation."""
+    pipeline.set_progress_bar_config(disable=True)
     try:
         blocks = compile(
-            pipeline, None, (1,), setting.num_steps, "reuse", 0, "uniform", "block", "eager", hoist=False,
-            call=call_of(setting, pipeline), component=setting.component,
+            pipeline, None, (1,), one.num_steps, "reuse", 0, "uniform", "block", "eager", hoist=False,
+            call=call_of(one, pipeline), component=one.component,
             report=lambda stage: report(f"redundancy of the blocks: {stage}"),
         )  # fmt: skip
-    except RecacheError as error:  # a model without repeated blocks
-        report(f"redundancy of the blocks: left out: {error}")
-        return (), ()
-    program = blocks.variants[0].programs["recompute"]
-    results: Any = program.module.graph.output_node().args[0]
-    features = [
-        (_block_of(node), value.shape)
-        for node, value in zip(results, program.outputs, strict=True)
-        if value.kind is Kind.FEATURE
-    ]
+        program = blocks.variants[0].programs["recompute"]
+        results: Any = program.module.graph.output_node().args[0]
+        features = [
+            (_block_of(node), value.shape)
+            for node, value in zip(results, program.outputs, strict=True)
+            if value.kind is Kind.FEATURE
+        ]
+        watch = Watch(len(features), one.num_steps, blocks.variants, blocks.signature, blocks.revision)
+        report("redundancy of the blocks: watching one generation")
+        _OnEngines(one, pipeline, blocks, watch)()
+    except (RecacheError, MemoryError, torch.OutOfMemoryError) as error:
+        report(f"redundancy of the blocks: left out: {reason_of(error)}")
+        return None
     owners = [owner for owner, _ in features]
     names = [f"{owner} {list(shape)}" if owners.count(owner) > 1 else owner for owner, shape in features]
-    watch = Watch(len(names), setting.num_steps, blocks.variants, blocks.signature, blocks.revision)
-    report("redundancy of the blocks: watching one generation")
-    _on_engines(setting, pipeline, blocks, watch)()
-    return tuple(names), tuple(map(tuple, watch.changes()))
+    return Redundancy(tuple(names), tuple(map(tuple, watch.changes())))
 
 
 def _block_of(feature: fx.Node) -> str:

@@ -5,16 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recache_compile.api import compile_options
 from recache_compile.artifact import check
+from recache_compile.compiler import make_schedules
 from recache_compile.devices import usable_device
 from recache_compile.errors import ModelError
-from recache_compile.evaluation.metrics import judge_of, usual_metrics
+from recache_compile.evaluation.metrics import judge_of, pictures_in, usual_metrics
 from recache_compile.evaluation.setting import Setting
+from recache_compile.forecasters import Reuse
 from recache_compile.loading import absolute
 from recache_compile.manifest import is_artifact
-from recache_compile.policies.registry import get_policy
+from recache_compile.policies.base import Problem
+from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.prompts import captions_of
+from recache_compile.quality import SHAPES
 from recache_compile.runtimes.registry import runtime_on
 from recache_compile.schedule import check_budgets
 
@@ -23,8 +29,11 @@ USUAL: dict[str, Any] = {
     "component": "transformer",
 }  # fmt: skip
 """What a model is compiled with where the user does not say."""
+BUDGETS = (5, 10, 15)
+POLICIES = ("auto", "uniform")
+"""What is evaluated of a model where the user does not say."""
 BATCH = 16
-"""Samples that run together, of a model; an artifact is usually for one."""
+"""Samples of shapes that run together; of other models it is one, which speed is then told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +92,45 @@ class Request:
         Raises:
             RecacheError: naming the choice that cannot be used.
         """
-        chosen = self._of_artifact() if self.is_artifact else self._of_model()
-        check_budgets(self.budgets or (1,), chosen["num_steps"])
-        for policy in self.policies or ():
-            if policy != "auto":
-                get_policy(policy, chosen["num_steps"])
+        chosen = self._of_artifact() if self.is_artifact else self._of_model(notice)
         model = str(chosen["model"])
+        self._check_policies(chosen["num_steps"])
+        if self.workers and torch.device(chosen["device"]).index:
+            raise ModelError(
+                f"--device {chosen['device']}: Ray gives workers their GPUs; ask for cuda, or for no --workers"
+            )
         if self.metrics is None:
             metrics = usual_metrics(model, notice)
         else:
             metrics = tuple(dict.fromkeys(self.metrics))
             for name in metrics:
                 judge_of(name, model)
-        batch = self.batch_size or min(self.samples, 1 if self.is_artifact else BATCH)
+        if self.reference is not None:
+            if "fid" not in metrics:
+                raise ModelError(
+                    f"--reference {self.reference}: is for metric fid, which is not among {', '.join(metrics)}"
+                )
+            pictures_in(self.reference)
+        batch = self.batch_size or min(self.samples, BATCH if model == SHAPES and not self.is_artifact else 1)
         return Setting(
             **chosen, prompts=captions_of(model, self.prompts), batch_size=batch, seed=self.seed, metrics=metrics
         )
 
-    def _of_model(self) -> dict[str, Any]:
+    def _check_policies(self, num_steps: int) -> None:
+        """Raise for budgets that cannot be, and for policies that have no schedule for one.
+
+        Raises:
+            ScheduleError: naming it.
+        """
+        budgets = self.budgets or (() if self.is_artifact else BUDGETS)
+        if budgets:
+            check_budgets(budgets, num_steps)
+        for name in self.policies or ():
+            policy = None if name == "auto" else get_policy(name, num_steps)
+            if policy is not None and not isinstance(policy, CALIBRATED):
+                make_schedules(policy, budgets, Problem(num_steps, Reuse()))
+
+    def _of_model(self, notice: Callable[[str], None]) -> dict[str, Any]:
         """What a model will be compiled with."""
         wishes = {name: getattr(self, name) for name in USUAL}
         chosen = {name: USUAL[name] if wish is None else wish for name, wish in wishes.items()}
@@ -111,7 +141,7 @@ class Request:
         if chosen["forecaster"] == "reuse":
             chosen["order"] = 0
         device = usable_device(self.device)
-        chosen["runtime"] = runtime_on(chosen["runtime"], device).name
+        chosen["runtime"] = runtime_on(chosen["runtime"], device, notice).name
         place = {"artifact": "", "digest": "", "device": str(device)}
         return chosen | place | {"model": absolute(self.model), "call": dict(self.call)}
 
@@ -123,6 +153,11 @@ class Request:
         """
         manifest = check(Path(self.model))
         facts = manifest.description
+        if facts.model == facts.model_class.rpartition(".")[2]:
+            raise ModelError(
+                f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's folder or"
+                " Hub id instead, with --policy and the artifact's steps"
+            )
         chosen = {name: getattr(facts, name) for name in USUAL}
         for name, value in chosen.items():
             wish = getattr(self, name)
@@ -133,4 +168,5 @@ class Request:
                 )
         place = {"artifact": str(Path(self.model).resolve()), "digest": manifest.digest}
         device = str(usable_device(self.device or manifest.device))
-        return chosen | place | {"model": facts.model, "device": device, "call": dict(facts.call) | dict(self.call)}
+        call = {name: value for name, value in facts.call.items() if not name.startswith("prompt")}
+        return chosen | place | {"model": facts.model, "device": device, "call": call | dict(self.call)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recache_compile.compiled import Compiled
 from recache_compile.evaluation.setting import read_json
-from recache_compile.evaluation.statistics import Estimate, Verdict
+from recache_compile.evaluation.statistics import TARGET_REDUCTION, Estimate, Verdict
 from recache_compile.files import writing
 from recache_compile.inspection import facts_of
 
@@ -23,7 +23,7 @@ class Line:
         budget: number of recompute steps k.
         recompute_steps: which they are.
         macs_reduction: times fewer multiply-accumulates per generation.
-        speedup: of a pipeline call, over the original's; None where that cannot be run here.
+        speedup: of a pipeline call, over the original's; the same for all policies, as cost is.
         seconds: of a pipeline call that makes one batch.
         history_bytes, table_bytes: held by one guidance branch.
         values: by metric, of the cached samples.
@@ -35,7 +35,7 @@ class Line:
     budget: int
     recompute_steps: tuple[int, ...]
     macs_reduction: float
-    speedup: float | None
+    speedup: float
     seconds: float
     history_bytes: int
     table_bytes: int
@@ -93,7 +93,7 @@ class Result:
     samples: int
     reference: str
     uncached: Mapping[str, Estimate]
-    uncached_seconds: tuple[float | None, float]
+    uncached_seconds: tuple[float, float]
     lines: tuple[Line, ...]
     facts: Facts
     machine: str
@@ -102,10 +102,14 @@ class Result:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def smallest(self, policy: str) -> int | None:
-        """The smallest budget at which a policy meets the target."""
-        return min(
-            (line.budget for line in self.lines if line.policy == policy and line.target == "pass"), default=None
-        )
+        """The smallest budget from which on a policy meets the target at all that are cheap enough for it."""
+        found = None
+        for line in sorted(self.lines, key=lambda line: -line.budget):
+            if line.policy == policy and min(line.macs_reduction, line.speedup) >= TARGET_REDUCTION:
+                if not line.target.startswith("pass"):
+                    break
+                found = line.budget
+        return found
 
 
 def facts_about(compiled: Compiled) -> Facts:

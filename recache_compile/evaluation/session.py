@@ -5,10 +5,10 @@ import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from recache_compile.api import compile
@@ -17,11 +17,11 @@ from recache_compile.calibration import load_calibration, save_calibration, toge
 from recache_compile.choosing import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
 from recache_compile.compiled import Compiled
 from recache_compile.compiler import make_schedules
-from recache_compile.evaluation.easel import PICTURES, Easel, Values, missing_of, read_values
-from recache_compile.evaluation.estimates import estimates, features_in
-from recache_compile.evaluation.metrics import features_of_folder
-from recache_compile.evaluation.profile import Profile, call_of, profile
-from recache_compile.evaluation.request import Request
+from recache_compile.evaluation.easel import Easel, Values, missing_of, read_values
+from recache_compile.evaluation.estimates import Reference, estimates, features_in
+from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
+from recache_compile.evaluation.profile import Profile, call_of, measure_redundancy, measure_times
+from recache_compile.evaluation.request import BUDGETS, POLICIES, Request
 from recache_compile.evaluation.result import Result, facts_about, write_result
 from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, Setting, begin, check_begun, read_json
 from recache_compile.files import check_place, output_errors, writing
@@ -29,13 +29,11 @@ from recache_compile.loading import load_pipeline
 from recache_compile.machine import machine, versions
 from recache_compile.policies.base import Calibration, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
+from recache_compile.prompts import captions_for
+from recache_compile.quality import SHAPES
 from recache_compile.rollout import Batch, Rollouts
 from recache_compile.schedule import Schedule
 from recache_compile.workers import Crew, import_ray
-
-BUDGETS = (5, 10, 15)
-POLICIES = ("auto", "uniform")
-"""What is evaluated of a model where the user does not say."""
 
 SHARED = {each.name for each in fields(Setting)} & {each.name for each in fields(Result)}
 """What a result repeats of its setting."""
@@ -78,17 +76,17 @@ def evaluate(
     begin(setting, folder)
     by_budget = {budget: schedule for each in reversed(schedules.values()) for budget, schedule in each.items()}
     rescheduled = compiled.reschedule(by_budget | {setting.num_steps: Schedule.from_mask(setting.full)})
-    times = _times(setting, folder, pipeline, rescheduled, request.repeats, report)
-    judged, reference = _judged(request, setting, folder, pipeline, report, count)
+    times = _profile(setting, folder, pipeline, rescheduled, request.repeats, report)
+    setattr(pipeline, setting.component, None)  # the engines have the weights
+    judged, reference = _judged(request, setting, folder, lambda: Easel(folder, pipeline, compiled), report, count)
     report("estimating")
     uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
-    original = times.original.total if times.original else None
     result = Result(
         **{name: getattr(setting, name) for name in SHARED},
         samples=len(judged) * setting.batch_size,
-        reference="" if reference is None else str(request.reference or "uncached samples of other noise"),
+        reference="" if reference is None else reference.name,
         uncached=uncached,
-        uncached_seconds=(original, times.budgets[setting.num_steps].total),
+        uncached_seconds=(times.original.total, times.budgets[setting.num_steps].total),
         lines=lines,
         facts=facts_about(compiled),
         machine=machine(setting.device),
@@ -132,9 +130,9 @@ def _schedules(
     own = compiled.schedules if setting.artifact else {}
     budgets = request.budgets or tuple(own) or BUDGETS
     found: dict[str, dict[int, Schedule]] = {}
-    if own and all(budget in own for budget in budgets):
-        found[compiled.description.policy] = {budget: own[budget] for budget in budgets}
-    wanted = request.policies or (() if found else POLICIES)
+    if common := {budget: own[budget] for budget in budgets if budget in own}:
+        found["as compiled"] = common
+    wanted = request.policies or (() if len(common) == len(budgets) else POLICIES)
     calibration: Calibration | None = None
     for name in wanted:
         place = setting.forecaster, setting.order, setting.num_steps, setting.granularity
@@ -148,59 +146,83 @@ def _schedules(
 
 
 def _calibration(setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, report: Report) -> Calibration:
-    """What policies look at; kept, so that they choose the same when an evaluation goes on."""
+    """What policies look at, as `compile` does: other captions and noise than those that are judged.
+
+    Kept, so that policies choose the same when an evaluation goes on.
+    """
     file = folder / "calibration.safetensors"
     if not file.exists():
         report("calibrating")
-        rollouts = Rollouts(pipeline, compiled, setting.call)
-        prompts = setting.batch(0).prompts
-        seeds = [
-            range(first, first + len(prompts)) for first in range(FIRST_SEED, FIRST_SEED + CALIBRATIONS, len(prompts))
+        rollouts, size = Rollouts(pipeline, compiled, setting.call), setting.batch_size
+        captions = tuple(islice(cycle(captions_for(pipeline)), max(size, CALIBRATIONS)))
+        batches = [
+            Batch(captions[first : first + size], tuple(range(FIRST_SEED + first, FIRST_SEED + first + size)))
+            for first in range(0, len(captions) - size + 1, size)
         ]
-        save_calibration(together([rollouts.calibrate(Batch(prompts, tuple(each))) for each in seeds]), file)
+        save_calibration(together([rollouts.calibrate(batch) for batch in batches]), file)
     return load_calibration(file)
 
 
-def _times(setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, repeats: int, report: Report) -> Profile:
-    """Where the time goes; not measured twice for the same budgets."""
+def _profile(
+    setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, repeats: int, report: Report
+) -> Profile:
+    """Where the time goes; not measured twice for the same budgets on the same machine."""
     file = folder / "profile.json"
     known = read_json(file, Profile) if file.exists() else None
-    if known is not None and set(known.budgets) >= set(compiled.plans):
-        return known
-    found = profile(setting, pipeline, compiled, repeats, report)
+    same = known and (known.machine, known.versions, known.repeats) == (machine(setting.device), versions(), repeats)
+    if known is None or not same or not set(known.budgets) >= set(compiled.plans):
+        redundancy = known.redundancy if known else None
+        known = replace(measure_times(setting, pipeline, compiled, repeats, report), redundancy=redundancy)
+        _write_profile(known, file)
+    if known.redundancy is None:
+        known = replace(known, redundancy=measure_redundancy(setting, pipeline, report))
+        _write_profile(known, file)
+    return known
+
+
+def _write_profile(profile: Profile, file: Path) -> None:
     with writing(file) as partial:
-        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    return found
+        partial.write_text(json.dumps(asdict(profile)), encoding="utf-8")
 
 
 def _judged(
-    request: Request, setting: Setting, folder: Path, pipeline: Any, report: Report, count: Callable[[int, int], None]
-) -> tuple[list[Values], np.ndarray | None]:
-    """The values of all batches, and the features of the reference set where there is one."""
+    request: Request,
+    setting: Setting,
+    folder: Path,
+    easel: Callable[[], Easel],
+    report: Report,
+    count: Callable[[int, int], None],
+) -> tuple[list[Values], Reference | None]:
+    """The values of all batches, and the reference set where a metric is about sets."""
     numbers = tuple(range(-(-request.samples // setting.batch_size)))
     by_sets = "fid" in setting.metrics
-    others = tuple(FIRST_OF_REFERENCE + number for number in numbers) if by_sets and request.reference is None else ()
+    alone = by_sets and request.reference is None and setting.model != SHAPES
+    others = tuple(FIRST_OF_REFERENCE + number for number in numbers) if alone else ()
     left = [number for number in (*numbers, *others) if missing_of(setting, number, read_values(folder, number))]
     report("drawing and judging")
     count(0, len(left))
     with _one_thread():
-        for done, _ in enumerate(_run(request, folder, pipeline, left), start=1):
+        for done, _ in enumerate(_run(request, folder, easel, left), start=1):
             count(done, len(left))
     judged: list[Values] = [read_values(folder, number) for number in numbers]
     if not by_sets:
         return judged, None
-    if request.reference is None:
-        return judged, features_in([read_values(folder, number) for number in others], setting.full)
-    report(f"reading {request.reference}")
-    return judged, features_of_folder(request.reference, judged[0][setting.full][PICTURES].shape[-2:], setting.model)
+    report("looking at the reference set")
+    if request.reference is not None:
+        features = features_of_folder(request.reference, setting.model)
+        return judged, Reference(f"the pictures in {request.reference}", features, True)
+    if setting.model == SHAPES:
+        return judged, Reference("rendered scenes of the same captions", features_of_scenes(setting.prompts), True)
+    features = features_in([read_values(folder, number) for number in others], setting.full)
+    return judged, Reference("uncached samples of other noise", features, False)
 
 
-def _run(request: Request, folder: Path, pipeline: Any, numbers: Sequence[int]) -> Iterator[int]:
+def _run(request: Request, folder: Path, easel: Callable[[], Easel], numbers: Sequence[int]) -> Iterator[int]:
     """Draw and judge batches, here or on workers."""
     if not numbers:
         return
     if not request.workers:
-        yield from Easel(folder, pipeline).run(numbers)
+        yield from easel().run(numbers)
         return
     with Crew(folder, request.workers, request.ray_address, Easel) as crew:
         yield from crew.work((number,) for number in numbers)

@@ -5,11 +5,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from recache_compile.evaluation.page import percent, plain, target_line
 from recache_compile.evaluation.result import Line, Result
+from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
 from recache_compile.files import writing
 from recache_compile.inspection import with_unit
-from recache_compile.report.contents import Contents, heat_scale, read_contents
+from recache_compile.report.contents import GAIN, Contents, heat_scale, read_contents
 
 PIXELS = 128
 """Pictures up to this size are shown with visible pixels, as they are."""
@@ -52,6 +52,8 @@ def html_of(page: Contents, folder: Path) -> str:
         small=page.side <= PIXELS,
         targets=[target_line(result, policy) for policy in page.policies],
         scale=heat_scale(),
+        gain=GAIN,
+        unsure=UNSURE,
         peak=max(1e-9, *(taken for row in page.times for taken in row.steps)),
         most=max(1, *(line.history_bytes + line.table_bytes for line in result.lines)),
         **{name: Markup(text) for name, text in parts.items()},
@@ -67,22 +69,19 @@ def _best(result: Result, policy: str) -> Line:
 
 def _headline(result: Result, best: Line) -> str:
     name = Path(result.model).name
-    if best.target != "pass":
+    losses = [loss.value for loss in best.losses.values() if loss.value is not None]
+    if not best.target.startswith("pass") or not losses:
         return f"{name} at fixed compute: what every budget gives and costs"
-    worst = max(loss.value for loss in best.losses.values())
-    return (
-        f"{name}: {best.budget} of {result.num_steps} steps are enough for a loss of {max(worst, 0):.1%},"
-        f" {best.speedup:.{0 if (best.speedup or 0) >= 10 else 1}f} times as fast"
-    )
+    speed = f"{best.speedup:.{0 if best.speedup >= 10 else 1}f}"
+    return f"{name}: {best.budget} of {result.num_steps} steps are enough for a loss of {max(0.0, *losses):.1%}, {speed} times as fast"
 
 
 def _tiles(result: Result, best: Line) -> list[tuple[str, str]]:
     """The numbers that are looked for first."""
     tiles = [(f"k = {best.budget}", f"of {result.num_steps} steps recomputed, {best.policy}")]
     tiles.append((f"÷ {best.macs_reduction:.1f}", "multiply-accumulates"))
-    if best.speedup is not None:
-        tiles.append((f"× {best.speedup:.1f}", "speed of the whole pipeline"))
-    if "psnr" in best.values:
+    tiles.append((f"× {best.speedup:.1f}", "speed of the whole pipeline"))
+    if "psnr" in best.values and best.values["psnr"].value is not None:
         tiles.append((f"{best.values['psnr'].value:.1f} dB", "PSNR against uncached"))
     for name, loss in best.losses.items():
         value, _, error = percent(loss).partition(" ± ")

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -25,6 +26,8 @@ from recache_compile.schedule import Schedule
 SMALL = 256
 """Pixels up to which pictures are kept without loss."""
 LARGEST = 1024
+GAIN = 4
+"""Differences are shown so many times as large."""
 HEAT = "magma"
 DARKEST, LIGHTEST = 0.06, 0.94
 """The part of the colour map that is used: its ends vanish on dark and on light paper."""
@@ -37,12 +40,14 @@ class Picture:
     Args:
         policy, budget: of its schedule; "" and T for the uncached one.
         source: as a data URI.
+        difference: from the uncached one, as a data URI; "" of the uncached one itself.
         facts: its own values beside the uncached one, as text.
     """
 
     policy: str
     budget: int
     source: str
+    difference: str
     facts: str
 
 
@@ -80,6 +85,7 @@ class TimeRow:
     Args:
         budget: number of recompute steps.
         total: seconds of the pipeline call.
+        spread: of the fastest and the slowest.
         steps: milliseconds of every step.
         recompute: whether each was recomputed.
         rest: milliseconds outside of the transformer.
@@ -87,6 +93,7 @@ class TimeRow:
 
     budget: int
     total: float
+    spread: tuple[float, float]
     steps: tuple[float, ...]
     recompute: tuple[bool, ...]
     rest: float
@@ -97,7 +104,7 @@ class Contents:
     """All of the page.
 
     Args:
-        result, setting, profile: as the evaluation left them.
+        result, setting: as the evaluation left them.
         bench: a run of `bench`, where one was given.
         metrics: those that were measured.
         policies, budgets: those that were evaluated.
@@ -110,7 +117,6 @@ class Contents:
 
     result: Result
     setting: Setting
-    profile: Profile
     bench: Bench | None
     metrics: tuple[Metric, ...]
     policies: tuple[str, ...]
@@ -137,7 +143,6 @@ def read_contents(folder: Path, bench: Path | None) -> Contents:
     return Contents(
         result=result,
         setting=setting,
-        profile=profile,
         bench=None if bench is None else read_bench(bench),
         metrics=tuple(metric for name, metric in METRICS.items() if name in known),
         policies=tuple(dict.fromkeys(line.policy for line in result.lines)),
@@ -169,14 +174,20 @@ def _samples(folder: Path, setting: Setting, result: Result) -> tuple[tuple[Samp
 
 
 def _pictures(values: Values, place: int, setting: Setting, result: Result) -> tuple[Picture, ...]:
-    uncached = Picture("", setting.num_steps, _source(values[setting.full][PICTURES][place]), "")
-    cached = [
-        Picture(line.policy, line.budget, _source(of_mask[PICTURES][place]), _facts(of_mask, place))
-        for line in result.lines
-        for of_mask in [values[_mask(line, setting)]]
-        if PICTURES in of_mask
-    ]
-    return (uncached, *cached)
+    full = values[setting.full][PICTURES][place]
+    pictures = [Picture("", setting.num_steps, _source(full), "", "")]
+    for line in result.lines:
+        of_mask = values[_mask(line, setting)]
+        if PICTURES in of_mask:
+            made = of_mask[PICTURES][place]
+            difference = _source(difference_map(made, full)[None])
+            pictures.append(Picture(line.policy, line.budget, _source(made), difference, _facts(of_mask, place)))
+    return tuple(pictures)
+
+
+def difference_map(picture: Tensor, reference: Tensor) -> Tensor:
+    """The largest difference of a channel in each pixel, times `GAIN`: bytes (H, W) from bytes (3, H, W)."""
+    return ((picture.int() - reference.int()).abs().amax(0) * GAIN).clamp(max=255).byte()
 
 
 def _mask(line: Line, setting: Setting) -> str:
@@ -191,8 +202,8 @@ def _facts(values: Mapping[str, Tensor], place: int) -> str:
 
 
 def _source(picture: Tensor) -> str:
-    """A picture of bytes (3, H, W) as a data URI."""
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    """A picture of bytes, (3, H, W) or grey (1, H, W), as a data URI."""
+    image = Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy())
     image.thumbnail((LARGEST, LARGEST))
     kind, options = ("png", {}) if max(image.size) <= SMALL else ("webp", {"quality": 90})
     stream = io.BytesIO()
@@ -202,9 +213,10 @@ def _source(picture: Tensor) -> str:
 
 def _heat(profile: Profile) -> tuple[tuple[HeatRow, ...], tuple[float, float]]:
     """Rows of coloured cells; the colours are logarithmic."""
-    values = np.array(
-        [[np.nan if change is None else change for change in row] for row in profile.changes], dtype=float
-    )
+    if profile.redundancy is None:
+        return (), (0.0, 0.0)
+    known = profile.redundancy
+    values: Any = np.array([[np.nan if each is None else each for each in row] for row in known.changes], dtype=float)
     positive = values[values > 0]
     if not positive.size:
         return (), (0.0, 0.0)
@@ -219,7 +231,7 @@ def _heat(profile: Profile) -> tuple[tuple[HeatRow, ...], tuple[float, float]]:
 
     rows = [
         HeatRow(*_place(name), tuple(cell(column, value) for column, value in enumerate(row) if not np.isnan(value)))
-        for name, row in zip(profile.sites, values, strict=True)
+        for name, row in zip(known.sites, values, strict=True)
     ]
     return tuple(rows), (low, high)
 
@@ -243,6 +255,7 @@ def _times(profile: Profile, result: Result) -> tuple[TimeRow, ...]:
         TimeRow(
             budget,
             timed.total,
+            timed.spread,
             tuple(1000 * each for each in timed.steps),
             tuple(step in timed.recompute_steps for step in range(len(timed.steps))),
             1000 * max(0.0, timed.total - sum(timed.steps)),

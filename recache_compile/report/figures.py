@@ -4,6 +4,7 @@ import io
 import re
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -29,18 +30,20 @@ def pareto(result: Result, metric: Metric) -> str:
     axes = figure.subplots()
     for number, policy in enumerate(dict.fromkeys(line.policy for line in result.lines)):
         lines = sorted((line for line in result.lines if line.policy == policy), key=lambda line: line.budget)
-        points = [(1 / line.macs_reduction, line.values[metric.name]) for line in lines if metric.name in line.values]
+        named = [(1 / line.macs_reduction, line.values[metric.name]) for line in lines if metric.name in line.values]
+        points = [(part, each.value, each.error or 0.0) for part, each in named if each.value is not None]
         axes.errorbar(
-            [100 * part for part, _ in points],
-            [each.value for _, each in points],
-            [each.error or 0.0 for _, each in points],
+            [100 * part for part, _, _ in points],
+            [value for _, value, _ in points],
+            [error for _, _, error in points],
             color=SERIES[number % len(SERIES)], marker=MARKERS[number % len(MARKERS)], ms=4.5, lw=1.5, elinewidth=1,
             label=policy,
         )  # fmt: skip
-    if metric.name in result.uncached:
-        axes.axhline(result.uncached[metric.name].value, color=QUIET, lw=1, dashes=(4, 3))
+    uncached = result.uncached[metric.name].value if metric.name in result.uncached else None
+    if uncached is not None:
+        axes.axhline(uncached, color=QUIET, lw=1, dashes=(4, 3))
         axes.annotate(
-            "uncached", (1, result.uncached[metric.name].value), (0, 3), ("axes fraction", "data"), "offset points",
+            "uncached", (1, uncached), (0, 3), ("axes fraction", "data"), "offset points",
             ha="right", fontsize=8, color=QUIET,
         )  # fmt: skip
     _style(axes)
@@ -62,8 +65,6 @@ def _style(axes: Any) -> None:
 def _svg(figure: Any, prefix: str) -> str:
     """The drawing itself, with the page's colours and font, and names that no other drawing has."""
     stream = io.StringIO()
-    import matplotlib
-
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()

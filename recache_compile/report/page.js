@@ -12,37 +12,28 @@ const cell = (sample, policy, budget) =>
 
 function show() {
   const policy = value("policy");
+  const differs = value("view") === "difference";
   const picked = cell(chosen.sample, policy, chosen.budget);
   const uncached = cell(chosen.sample, "", sheet.dataset.steps);
-  under.src = uncached.querySelector("img").src;
-  over.src = picked.querySelector("img:last-child").src;
+  const source = (button) => (differs && button.dataset.difference) || button.dataset.source;
+  stage.dataset.view = differs ? "difference" : "slide";
+  range.hidden = differs;
+  under.src = uncached.dataset.source;
+  over.src = source(picked);
   under.alt = `uncached: ${picked.dataset.prompt}`;
   over.alt = `k = ${chosen.budget}: ${picked.dataset.prompt}`;
   stage.querySelector(".right").textContent = `k = ${chosen.budget}`;
   document.querySelector("#prompt").textContent = picked.dataset.prompt;
   document.querySelector("#facts").textContent = `${policy}, k = ${chosen.budget}: ${picked.dataset.facts} · seed ${picked.dataset.seed}`;
   for (const button of sheet.querySelectorAll("button")) {
+    button.querySelector("img").src = source(button);
     button.setAttribute("aria-pressed", String(button === picked));
     button.parentElement.hidden = button.dataset.policy !== "" && button.dataset.policy !== policy;
   }
 }
 
-function view() {
-  stage.dataset.view = sheet.dataset.view = value("view");
-  range.disabled = value("view") === "difference";
-  range.hidden = range.disabled;
-}
-
-for (const pair of sheet.querySelectorAll(".pair")) {
-  const copy = document.createElement("img");
-  const button = pair.closest("button");
-  copy.src = cell(button.dataset.sample, "", sheet.dataset.steps).querySelector("img").src;
-  copy.alt = "";
-  copy.className = "under";
-  pair.prepend(copy);
-}
-for (const input of document.querySelectorAll('input[name="policy"]')) input.addEventListener("change", show);
-for (const input of document.querySelectorAll('input[name="view"]')) input.addEventListener("change", view);
+for (const button of sheet.querySelectorAll("button")) button.dataset.source = button.querySelector("img").src;
+for (const input of document.querySelectorAll('input[name="policy"], input[name="view"]')) input.addEventListener("change", show);
 for (const input of document.querySelectorAll('input[name="budget"]'))
   input.addEventListener("change", () => { chosen.budget = input.value; show(); });
 sheet.addEventListener("click", (event) => {
@@ -73,5 +64,4 @@ document.querySelector("#theme").addEventListener("click", () => {
   root.dataset.theme = dark ? "light" : "dark";
 });
 chosen.budget = value("budget");
-view();
 show();

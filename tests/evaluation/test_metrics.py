@@ -16,7 +16,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from recache_compile import pretrained
 from recache_compile.errors import ModelError, RuntimeUnavailableError
-from recache_compile.evaluation.metrics import METRICS, features_of_folder, judge_of, usual_metrics
+from recache_compile.evaluation.metrics import (
+    METRICS,
+    SCENES,
+    features_of_folder,
+    features_of_scenes,
+    judge_of,
+    usual_metrics,
+)
 from recache_compile.models.shapes.evaluate import load_classifier
 from recache_compile.models.shapes.scenes import parse_caption, render
 
@@ -162,15 +169,38 @@ def test_vbench_is_the_mean_of_the_dimensions_of_each_video(monkeypatch: pytest.
     assert Bench.calls == (list(CAPTIONS), list(pretrained.VBENCH_DIMENSIONS), "custom_input")
 
 
-@pytest.mark.parametrize(
-    ("name", "frames", "says"),
-    [("fid", 3, "judges pictures, not videos"), ("vbench", 0, "judges videos, not pictures")],
-)
-def test_a_metric_of_the_other_kind_says_so(name: str, frames: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vbench_judges_videos_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vbench", SimpleNamespace(__file__=""))
-    made, full = pair(frames)
-    with pytest.raises(ModelError, match=says):
-        judge_of(name, "shapes")(made, full, CAPTIONS)
+    made, full = pair()
+    with pytest.raises(ModelError, match="judges videos, not pictures"):
+        judge_of("vbench", "shapes")(made, full, CAPTIONS)
+
+
+def test_vbench_without_weights_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Offline(Bench):
+        def evaluate(self, *_: object, **__: object) -> None:
+            raise URLError("no network")
+
+    monkeypatch.setitem(sys.modules, "vbench", SimpleNamespace(VBench=Offline, __file__=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda frames, file, fps: None)
+    made, full = pair(frames=3)
+    with pytest.raises(RuntimeUnavailableError, match=r"metric vbench: .*no network.*leave vbench out"):
+        judge_of("vbench", "some/model")(made, full, CAPTIONS)
+
+
+def test_the_frechet_distance_of_videos_is_that_of_their_middle_frames() -> None:
+    made, _ = pair(frames=5)
+    judge = judge_of("fid", "shapes")
+    torch.testing.assert_close(judge(made, made, CAPTIONS), judge(made[:, 2], made[:, 2], CAPTIONS))
+
+
+def test_the_reference_of_shapes_is_scenes_of_the_captions() -> None:
+    found = features_of_scenes(CAPTIONS)
+    assert found.shape == (SCENES, 64)
+    drawn = judge_of("fid", "shapes")(scenes(), scenes(), CAPTIONS).double().numpy()
+    own = np.linalg.norm(found[0::2].mean(0) - drawn[0]) + np.linalg.norm(found[1::2].mean(0) - drawn[1])
+    swapped = np.linalg.norm(found[0::2].mean(0) - drawn[1]) + np.linalg.norm(found[1::2].mean(0) - drawn[0])
+    assert own < swapped
 
 
 def test_unknown_metrics_and_those_of_shapes_are_refused() -> None:
@@ -200,7 +230,7 @@ def test_pictures_of_a_folder_have_the_features_of_results(tmp_path: Path) -> No
     for number, picture in enumerate(pictures):
         rows = (picture * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(rows).resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / f"{number}.png")
-    found = features_of_folder(tmp_path, (32, 32), "shapes")
+    found = features_of_folder(tmp_path, "shapes")
     expected = judge_of("fid", "shapes")(pictures, pictures, CAPTIONS).numpy()
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
@@ -212,4 +242,4 @@ def test_a_reference_without_pictures_is_refused(files: dict[str, bytes], says: 
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=says):
-        features_of_folder(tmp_path, (32, 32), "shapes")
+        features_of_folder(tmp_path, "shapes")

@@ -1,13 +1,18 @@
 """Means, distances of sets and losses against independent formulas, and their errors against repetition."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from recache_compile.evaluation.estimates import Reference
+from recache_compile.evaluation.result import Line, Result
 from recache_compile.evaluation.statistics import (
     Estimate,
+    Verdict,
     distance_of_sets,
     frechet,
     jackknife,
@@ -16,6 +21,7 @@ from recache_compile.evaluation.statistics import (
     relative_loss_of_sets,
     verdict,
 )
+from recache_compile.evaluation.wording import percent, plain
 
 
 class Identity(nn.Module):
@@ -107,16 +113,67 @@ def test_the_loss_of_sets_is_beside_the_uncached_distance() -> None:
 @pytest.mark.parametrize(
     ("macs", "speed", "losses", "expected"),
     [
-        (3.0, 2.5, (0.0, 0.01), "pass"),
-        (3.0, 2.5, (-0.2,), "pass"),
-        (3.0, 2.5, (0.0, 0.011), "fail"),
-        (1.9, 2.5, (0.0,), "fail"),
-        (3.0, 1.9, (0.0,), "fail"),
-        (3.0, None, (0.0,), "unknown"),
+        (3.0, 2.5, ((0.0, 0.004), (0.005, 0.001)), "pass"),
+        (3.0, 2.5, ((-0.2, 0.01),), "pass"),
+        (3.0, 2.5, ((0.01, None),), "pass"),
+        (3.0, 2.5, ((0.009, 0.001), (0.0, 0.001)), "pass?"),
+        (3.0, 2.5, ((0.012, 0.002), (0.0, 0.001)), "fail?"),
+        (3.0, 2.5, ((0.02, 0.004), (0.012, 0.1)), "fail"),
+        (3.0, 2.5, ((None, None), (0.0, 0.1)), "fail"),
+        (1.9, 2.5, ((0.0, 0.0),), "fail"),
+        (3.0, 1.9, ((0.0, 0.0),), "fail"),
         (3.0, 2.5, (), "unknown"),
     ],
 )
 def test_the_target_takes_all_of_macs_speed_and_quality(
-    macs: float, speed: float | None, losses: tuple[float, ...], expected: str
+    macs: float, speed: float, losses: tuple[tuple[float | None, float | None], ...], expected: str
 ) -> None:
-    assert verdict(macs, speed, [Estimate(loss, 0.1) for loss in losses]) == expected
+    assert verdict(macs, speed, [Estimate(*loss) for loss in losses]) == expected
+
+
+def test_values_that_are_not_finite_are_told_as_such() -> None:
+    bad = np.array([1.0, np.nan, 2.0])
+    assert mean(bad) == Estimate(None, None)
+    assert relative_loss(bad, np.ones(3), True) == Estimate(None, None)
+    rows = features(9, 0)
+    rows[3, 2] = np.inf
+    assert distance_of_sets(rows, features(9, 1)) == Estimate(None, None)
+
+
+def test_a_set_tells_a_loss_where_it_is_real_and_large() -> None:
+    assert Reference("pictures", features(50, 0), True).tells_loss(7)
+    assert not Reference("pictures", features(50, 0), True).tells_loss(6)
+    assert not Reference("pictures", features(6, 0), True).tells_loss(50)
+    assert not Reference("samples", features(50, 0), False).tells_loss(50)
+
+
+def line(budget: int, target: Verdict, speedup: float = 3.0) -> Line:
+    return Line("p", budget, (0,), 4.0, speedup, 1.0, 0, 0, {}, {}, target)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ((line(5, "fail"), line(7, "pass?"), line(9, "pass")), 7),
+        ((line(5, "pass"), line(7, "fail"), line(9, "pass")), 9),
+        ((line(5, "pass"), line(7, "fail?")), None),
+        ((line(5, "pass"), line(30, "fail", speedup=1.5)), 5),
+        ((), None),
+    ],
+)
+def test_the_smallest_budget_is_one_from_which_on_all_pass(lines: tuple[Line, ...], expected: int | None) -> None:
+    assert Result.smallest(SimpleNamespace(lines=lines), "p") == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text", "part"),
+    [
+        (Estimate(0.01234, 0.0056), "0.0123 ± 0.0056", "+1.2 ± 0.6 %"),
+        (Estimate(123.4, 12.0), "123 ± 12", "+12340.0 ± 1200.0 %"),
+        (Estimate(5.0, None), "5", "+500.0 %"),
+        (Estimate(1.0, 0.0), "1", "+100.0 ± 0.0 %"),
+        (Estimate(None, None), "not finite", "not finite"),
+    ],
+)
+def test_numbers_are_written_to_the_second_digit_of_their_error(estimate: Estimate, text: str, part: str) -> None:
+    assert (plain(estimate), percent(estimate)) == (text, part)
