@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results of benchmarks/loop.py and `recache-compile bench --json`.
+"""Write docs/benchmarks.md from the results of benchmarks/loop.py, `bench --json` and `evaluate`.
 
 python benchmarks/speed_page.py
 """
@@ -8,6 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from recache_compile.evaluation.metrics import METRICS
+from recache_compile.evaluation.result import Result
+from recache_compile.evaluation.statistics import Estimate
+from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
 from recache_compile.files import writing
 
 HERE = Path(__file__).parent
@@ -27,6 +33,7 @@ def write_page(folder: Path, docs: Path) -> None:
     parts = {
         "loop": loop_part(results["loop"]),
         "loop-wide": wide_part(results["loop-wide"]),
+        "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
     }
     text = (HERE / "speed.md").read_text(encoding="utf-8")
@@ -72,6 +79,46 @@ def wide_part(result: Mapping[str, Any]) -> str:
         f"With {weights / 1e9:.2f} GB of weights (`--width 1024 --tokens 64 --steps 4 --budget 2`,"
         f" [numbers](../benchmarks/results/loop-wide.json)) disk / weights and memory / model are: {', '.join(each)}."
     )
+
+
+def quality_part(result: Mapping[str, Any]) -> str:
+    """Every policy and budget: what it gives and what it costs."""
+    evaluated = TypeAdapter(Result).validate_python(result)
+    names = [name for name in METRICS if name in evaluated.lines[0].values]
+    losses = [name for name in METRICS if name in evaluated.lines[0].losses]
+    rows = [
+        [
+            "uncached",
+            str(evaluated.num_steps),
+            "",
+            "",
+            *(written(evaluated.uncached.get(name)) for name in names),
+            *[""] * len(losses),
+            "",
+        ]
+    ]
+    rows += [
+        [
+            line.policy, str(line.budget), f"÷ {line.macs_reduction:.2f}", f"× {line.speedup:.2f}",
+            *(written(line.values.get(name)) for name in names), *(percent(line.losses[name]) for name in losses), line.target,
+        ]
+        for line in evaluated.lines
+    ]  # fmt: skip
+    told = "\n".join(
+        f"- {target_line(evaluated, policy)}" for policy in dict.fromkeys(line.policy for line in evaluated.lines)
+    )
+    columns = ("", "k", "MACs", "speed", *names, *(f"loss in {name}" for name in losses), "target")
+    return (
+        f"`{evaluated.command}`: {evaluated.samples} captions, {evaluated.batch_size} at a time, T = {evaluated.num_steps},"
+        f" {evaluated.forecaster} order {evaluated.order}. {evaluated.date}, {evaluated.machine}, torch"
+        f" {evaluated.versions['torch']} ([numbers](../benchmarks/results/evaluate-shapes.json)). fid is the distance to"
+        f" {evaluated.reference}, in features of the shipped classifier; {UNSURE}.\n\n{table(columns, rows)}\n\n{told}"
+    )
+
+
+def written(estimate: Estimate | None) -> str:
+    """A value with its error, or nothing."""
+    return "" if estimate is None else plain(estimate)
 
 
 def bench_part(result: Mapping[str, Any]) -> str:
