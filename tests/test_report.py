@@ -216,7 +216,7 @@ def test_everything_is_reached_by_keyboard(browser: Any, page: Path) -> None:
     window.locator("input[name=policy]").first.focus()
     window.keyboard.press("ArrowDown")
     assert "front-loaded, k = " in window.locator("#facts").inner_text()
-    window.locator("input[name=budget]:checked").focus()
+    window.locator("input[name=budget][value='4']").evaluate("input => (input.click(), input.focus())")
     window.keyboard.press("ArrowUp")
     assert "k = 2" in window.locator("#facts").inner_text()
     assert window.locator(".tag.right").inner_text() == "k = 2"
@@ -236,7 +236,7 @@ def test_pictures_are_picked_from_the_sheet_and_compared(browser: Any, page: Pat
     assert over.get_attribute("src") == cell.get_attribute("data-difference")
     assert cell.locator("img").get_attribute("src") == cell.get_attribute("data-difference")
     assert not window.locator("#cut").is_visible()
-    window.get_by_text("slider").first.click()
+    window.locator("label", has_text="slider").click()
     assert over.get_attribute("src") != cell.get_attribute("data-difference")
     shot = window.locator("button[data-sample='0'][data-policy=''] img")
     assert shot.is_visible()
