@@ -17,6 +17,7 @@ from recache_compile.calibration import load_calibration, save_calibration, toge
 from recache_compile.choosing import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
 from recache_compile.compiled import Compiled
 from recache_compile.compiler import make_schedules
+from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.easel import Easel, Values, missing_of, read_values
 from recache_compile.evaluation.estimates import Reference, estimates, features_in
 from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
@@ -120,7 +121,13 @@ def _engines(setting: Setting, folder: Path, pipeline: Any, report: Report) -> C
         begin(setting, folder)
         compiled.save(place)
     report("loading the engines")
-    return load(place, setting.device)
+    try:
+        return load(place, setting.device)
+    except ArtifactError as error:
+        if setting.artifact:
+            raise
+        reason = str(error).removesuffix("; compile again")
+        raise ArtifactError(f"{reason}; remove {place}, they are then compiled again") from error
 
 
 def _schedules(

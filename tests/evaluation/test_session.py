@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.evaluation import session
 from recache_compile.evaluation.easel import KEPT, PICTURES, read_values
 from recache_compile.evaluation.metrics import features_of_scenes, judge_of
 from recache_compile.evaluation.request import Request
 from recache_compile.evaluation.result import Result, read_result
+from recache_compile.evaluation.session import evaluate
 from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, read_setting
 from recache_compile.evaluation.statistics import frechet
 from recache_compile.loading import load_pipeline
@@ -23,6 +25,7 @@ from recache_compile.prompts import captions_of
 from recache_compile.rollout import Rollouts
 from recache_compile.schedule import Schedule
 from tests.conftest import EVALUATION
+from tests.families import TINY
 from tests.test_cli import check_refused, run
 
 STEPS, SAMPLES, BATCH = 8, 8, 4
@@ -339,3 +342,31 @@ def test_workers_find_the_same(own: Path, result: Result) -> None:
     found = evaluation(own, "--workers", 2)
     assert found.exit_code == 0, found.output
     assert read_result(own).lines == result.lines
+
+
+def test_videos_are_judged_by_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two guidance branches."""
+    tiny = TINY["wan-2.1"]
+    call = tiny.call(0)
+
+    def load_captioned(*_: Any, **__: Any) -> Any:
+        pipeline = tiny.make()
+
+        def draw(self: Any, prompt: list[str], **given: Any) -> Any:
+            embeds = {name: call[name].repeat(len(prompt), 1, 1) for name in call if "embeds" in name}
+            return type(pipeline).__mro__[1].__call__(self, **{**call, **embeds, **given})
+
+        pipeline.__class__ = type("Captioned", (type(pipeline),), {"__call__": draw})
+        return pipeline
+
+    monkeypatch.setattr(session, "load_pipeline", load_captioned)
+    request = Request("some/video", (3,), ("uniform",), num_steps=8, runtime="eager", samples=2, metrics=("psnr",))
+    found = evaluate(request, tmp_path / "video")
+    setting = read_setting(tmp_path / "video")
+    steps = torch.Generator().manual_seed(1)
+    made = load_captioned()(["x"], num_inference_steps=8, generator=[steps], output_type="pt").frames[0]
+    kept = read_values(tmp_path / "video", 1)[setting.full][PICTURES][0]
+    assert (kept.float() / 255 - made[made.shape[0] // 2]).abs().max() < 0.01
+    assert found.lines[0].target == "unknown"
+    assert 10 < (found.lines[0].values["psnr"].value or 0) < 99
+    assert run("report", tmp_path / "video", "--output", tmp_path / "page.html").exit_code == 0
