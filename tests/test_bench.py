@@ -180,7 +180,8 @@ def test_tables_tell_ratios_and_compare_with_another_run(tmp_path: Path, monkeyp
     (tmp_path / "before.json").write_text(json.dumps(before))
     monkeypatch.setattr("recache_compile.bench.session.run", lambda *_: a_result())
     monkeypatch.setattr("recache_compile.commands.bench.PAGE", Console(width=200, file=io.StringIO()))
-    result = CliRunner().invoke(main, ["bench", "flux-small", "--compare", str(tmp_path / "before.json")])
+    command = ["bench", "flux-small", "--steps", "8", "--compare", str(tmp_path / "before.json")]
+    result = CliRunner().invoke(main, [*command, "--budget", "3"])
     assert result.exit_code == 0, result.output
     page = sys.modules["recache_compile.commands.bench"].PAGE.file.getvalue()
     ours = next(line for line in page.splitlines() if OURS in line)
@@ -189,6 +190,8 @@ def test_tables_tell_ratios_and_compare_with_another_run(tmp_path: Path, monkeyp
     ]  # fmt: skip
     assert "not measured: other: no" in page
     assert "1.50 times as fast as the fastest other cache (cache-dit)" in result.output
+    other = CliRunner().invoke(main, [*command, "--budget", "4"])
+    assert "before.json: is of budget 3; ask for the same" in other.output
 
 
 def test_json_has_ratios_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
