@@ -291,5 +291,5 @@ def test_the_table_has_the_numbers_of_the_result(page: Path, evaluated: Path) ->
     ]
     for line, row in zip(read_result(evaluated).lines, cells, strict=True):
         assert row[:4] == [line.policy, str(line.budget), f"÷ {line.macs_reduction:.2f}", f"× {line.speedup:.2f}"]
-        assert row[4] == plain(line.values["psnr"])
-        assert row[-1] == line.target
+        assert row[4] == line.target
+        assert plain(line.values["psnr"]) in row

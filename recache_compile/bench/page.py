@@ -62,8 +62,10 @@ def read_bench(file: Path) -> Bench:
     """
     try:
         return Bench.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}); name a file that bench --json wrote") from None
+    except (ValueError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
         raise ModelError(f"{file}: is no result of bench --json ({reason})") from None
 
 

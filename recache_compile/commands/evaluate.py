@@ -18,7 +18,9 @@ from recache_compile.parameters import JsonObject, Numbers, check_call
 @click.command("evaluate")
 @click.argument("model")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Text file, one caption a line.  [default: our own]")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Results to judge.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Results to judge, in whole batches."
+)
 @click.option("--budgets", type=Numbers("budgets"), help="Recompute steps k.  [default: the artifact's, else 5,10,15]")
 @click.option(
     "--policy",
@@ -49,6 +51,7 @@ from recache_compile.parameters import JsonObject, Numbers, check_call
 @click.option(
     "--out", type=click.Path(path_type=Path), default="evaluation", show_default=True, help="Folder to write."
 )
+@click.option("--threads", type=click.IntRange(1), help="CPU threads while timing.  [default: all cores]")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Ray workers, as for train.  [default: none]")
 @click.option("--ray-address", help="As for train; --out must be on a file system that the cluster shares.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -58,6 +61,7 @@ def evaluate_command(
     steps: int | None,
     batch: int | None,
     out: Path,
+    threads: int | None,
     as_json: bool,
     **wishes: Any,
 ) -> None:
@@ -70,10 +74,14 @@ def evaluate_command(
     command = shlex.join(["recache-compile", *sys.argv[1:]])
     with showing_stages() as report:
         report("loading libraries")
+        import torch
+
         from recache_compile.evaluation.page import print_result
         from recache_compile.evaluation.request import Request
         from recache_compile.evaluation.session import evaluate
 
+        if threads:
+            torch.set_num_threads(threads)
         check_call(wishes["call"], (1,))
         if any(name.startswith("prompt") for name in wishes["call"]):
             raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")

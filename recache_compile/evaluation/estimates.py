@@ -86,7 +86,9 @@ def estimates(
                     table_bytes=cost.table_bytes,
                     values=_values(cached, setting.metrics, reference),
                     losses=losses,
-                    target=verdict(cost.macs_reduction, speedup, list(losses.values())),
+                    target=verdict(
+                        cost.macs_reduction, speedup, list(losses.values()), len(judged) * setting.batch_size
+                    ),
                 )
             )
     return _values(full, setting.metrics, reference), tuple(lines)

@@ -133,6 +133,12 @@ def pictures_in(folder: Path) -> list[Path]:
         raise ModelError(
             f"reference {folder}: holds {len(files)} pictures ({', '.join(PICTURE_SUFFIXES)}); name a folder with many"
         )
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                opened.verify()
+        except (OSError, SyntaxError) as error:
+            raise ModelError(f"reference {file}: is no picture ({error}); remove it") from None
     return files
 
 
@@ -144,11 +150,8 @@ def features_of_folder(folder: Path, model: str) -> np.ndarray:
     """
     judge, found = judge_of("fid", model), []
     for file in pictures_in(folder):
-        try:
-            with Image.open(file) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:
-            raise ModelError(f"reference {file}: is no picture ({error}); remove it") from None
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
         if model == SHAPES:
             picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255

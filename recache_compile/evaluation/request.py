@@ -103,6 +103,8 @@ class Request:
             metrics = usual_metrics(model, notice)
         else:
             metrics = tuple(dict.fromkeys(self.metrics))
+            if not metrics:
+                raise ModelError("metrics: none is named; choose psnr or others, or leave the option out")
             for name in metrics:
                 judge_of(name, model)
         if self.reference is not None:

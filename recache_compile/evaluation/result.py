@@ -136,4 +136,4 @@ def read_result(folder: Path) -> Result:
     Raises:
         ArtifactError: there is none yet.
     """
-    return read_json(folder / RESULT, Result)
+    return read_json(folder / RESULT, Result, "run `recache-compile evaluate` again, with its --out")

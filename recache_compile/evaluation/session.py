@@ -175,7 +175,7 @@ def _profile(
 ) -> Profile:
     """Where the time goes; not measured twice for the same budgets on the same machine."""
     file = folder / "profile.json"
-    known = read_json(file, Profile) if file.exists() else None
+    known = read_json(file, Profile, "remove it, it is then made anew") if file.exists() else None
     same = known and (known.machine, known.versions, known.repeats) == (machine(setting.device), versions(), repeats)
     if known is None or not same or not set(known.budgets) >= set(compiled.plans):
         redundancy = known.redundancy if known else None

@@ -123,10 +123,10 @@ def read_setting(folder: Path) -> Setting:
     Raises:
         ArtifactError: there is none, or it makes no sense.
     """
-    return read_json(folder / "evaluation.json", Setting)
+    return read_json(folder / "evaluation.json", Setting, "put the file back, or name another folder")
 
 
-def read_json(file: Path, kind: type[T]) -> T:
+def read_json(file: Path, kind: type[T], remedy: str) -> T:
     """A dataclass from a JSON file.
 
     Raises:
@@ -136,4 +136,4 @@ def read_json(file: Path, kind: type[T]) -> T:
         return TypeAdapter(kind).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtifactError(f"{file}: cannot be read ({reason}); run `recache-compile evaluate` for it") from None
+        raise ArtifactError(f"{file}: cannot be read ({reason}); {remedy}") from None

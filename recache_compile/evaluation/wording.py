@@ -2,7 +2,7 @@
 
 from math import floor, log10
 
-from recache_compile.evaluation.result import Result
+from recache_compile.evaluation.result import Line, Result
 from recache_compile.evaluation.statistics import SURE, TARGET_LOSS, TARGET_REDUCTION, Estimate
 
 DIVERGED = "not finite"
@@ -10,12 +10,16 @@ UNSURE = f"? where {TARGET_LOSS:.0%} is within {SURE:g} standard errors"
 
 
 def target_line(result: Result, policy: str) -> str:
-    """From which budget on a policy meets the target."""
+    """At which budgets a policy meets the target."""
     target = f"{TARGET_REDUCTION:g} times fewer MACs and faster at a loss up to {TARGET_LOSS:.0%}"
     if all(each.target == "unknown" for each in result.lines):
         return f"{policy}: {target}: unknown, because nothing that counts was measured (clip, vbench, fid to real pictures)"
-    budget = result.smallest(policy)
-    return f"{policy}: {target}: " + ("at no budget" if budget is None else f"from k = {budget} on")
+    met = [f"{each.budget}{each.target.removeprefix('pass')}" for each in result.lines if _is_met(each, policy)]
+    return f"{policy}: {target}: " + (f"at k = {', '.join(met)}" if met else "at no budget")
+
+
+def _is_met(line: Line, policy: str) -> bool:
+    return line.policy == policy and line.target.startswith("pass")
 
 
 def percent(loss: Estimate) -> str:

@@ -136,7 +136,7 @@ def read_contents(folder: Path, bench: Path | None) -> Contents:
         ArtifactError: the folder holds no finished evaluation.
     """
     setting, result = read_setting(folder), read_result(folder)
-    profile = read_json(folder / "profile.json", Profile)
+    profile = read_json(folder / "profile.json", Profile, "remove it, and run `recache-compile evaluate` again")
     known = {name for each in result.lines for name in each.values}
     heat, heat_range = _heat(profile)
     samples, side = _samples(folder, setting, result)

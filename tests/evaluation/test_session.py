@@ -294,6 +294,7 @@ def test_an_artifact_that_was_replaced_is_another_evaluation(artifact: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        (("--metrics", ""), ("none is named",)),
         (("--metrics", "nice"), ("metric 'nice' is unknown", "choose psnr")),
         (("--prompts", "nowhere.txt"), ("nowhere.txt", "cannot be read")),
         (("--budgets", "0"), ("budget 0",)),
