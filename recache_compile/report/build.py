@@ -68,12 +68,12 @@ def _best(result: Result, policy: str) -> Line:
 
 
 def _headline(result: Result, best: Line) -> str:
-    name = Path(result.model).name
-    losses = [loss.value for loss in best.losses.values() if loss.value is not None]
+    name, losses = Path(result.model).name, [loss for loss in best.losses.values() if loss.value is not None]
     if not best.target.startswith("pass") or not losses:
         return f"{name} at fixed compute: what every budget gives and costs"
+    worst = percent(max(losses, key=lambda loss: loss.value or 0.0))
     speed = f"{best.speedup:.{0 if best.speedup >= 10 else 1}f}"
-    return f"{name}: {best.budget} of {result.num_steps} steps are enough for a loss of {max(0.0, *losses):.1%}, {speed} times as fast"
+    return f"{name}: {best.budget} of {result.num_steps} steps recomputed, {speed} times as fast, loss {worst}"
 
 
 def _tiles(result: Result, best: Line) -> list[tuple[str, str]]:
