@@ -149,7 +149,7 @@ def test_an_artifact_brings_its_steps_and_budget(artifact: Path) -> None:
     ("arguments", "message"),
     [
         (("flux-small", "--only", "eager,magic"), "only 'magic': unknown; choose among eager, torch.compile"),
-        (("flux-small", "--compare", "{tmp}/nothing.json"), "is no result of bench --json"),
+        (("flux-small", "--compare", "{tmp}/nothing.json"), "nothing.json: cannot be read (No such file or directory)"),
         (("flux-small", "--steps", "8", "--budget", "8"), "budget 8 of 8 steps: no interval"),
         (("flux-small", "--device", "tpu"), "device tpu: unknown; choose cpu, cuda or cuda:1"),
         (("{artifact}", "--budget", "5"), "was compiled for 8 steps and budgets 3, 4"),
