@@ -143,6 +143,19 @@ def load(
         return replace(compiled, description=replace(compiled.description, cuda_graphs=cuda_graphs))
 
 
+def load_own(folder: Path, device: str | None = None) -> Compiled:
+    """`load` engines that whoever asks for them compiles again where they are missing.
+
+    Raises:
+        ArtifactError: as `load`, with that remedy.
+    """
+    try:
+        return load(folder, device)
+    except ArtifactError as error:
+        reason = str(error).removesuffix("; compile again")
+        raise ArtifactError(f"{reason}; remove {folder}, they are then compiled again") from error
+
+
 def look(folder: str | Path) -> Compiled:
     """An artifact on the CPU without engines, on any machine: for those who only look at it.
 

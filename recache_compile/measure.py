@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from recache_compile.compiled import Compiled
+from recache_compile.quality import mean_squared_error
 from recache_compile.recording import DENOISER
 from recache_compile.stand_in import accelerate
 
@@ -43,8 +44,12 @@ class Measured:
 
 def psnr(picture: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures with values in [0, 1], at most 100."""
-    error = (picture.double() - reference.double()).square().mean().clamp(min=MIN_SQUARED_ERROR)
-    return float(-10 * error.log10())
+    return float(signal_to_noise(picture[None], reference[None]))
+
+
+def signal_to_noise(pictures: Tensor, reference: Tensor) -> Tensor:
+    """PSNR in dB of each picture with values in [0, 1], at most 100: (batch,) float64."""
+    return -10 * mean_squared_error(pictures, reference).clamp(min=MIN_SQUARED_ERROR).log10()
 
 
 def ssim(picture: Tensor, reference: Tensor) -> float:

@@ -64,6 +64,19 @@ def check_call(call: dict[str, Any], batch: tuple[int, ...]) -> None:
         raise ModelError("call: with a prompt of its own, its batch is the batch; leave --batch out")
 
 
+def check_many(call: dict[str, Any], workers: int, ray_address: str | None) -> None:
+    """Refuse what makes no sense where many prompts are drawn, perhaps by other processes.
+
+    Raises:
+        ModelError: naming the argument or option.
+    """
+    check_call(call, (1,))
+    if any(name.startswith("prompt") for name in call):
+        raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
+    if ray_address and not workers:
+        raise ModelError("--ray-address: name the number of its processes too, --workers N")
+
+
 class JsonObject(click.ParamType):  # type: ignore[type-arg]
     """One JSON object."""
 

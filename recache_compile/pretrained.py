@@ -125,7 +125,7 @@ class InceptionFeatures:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """(batch, 2048) from pictures (batch, 3, H, W) in [0, 1]."""
-        return self.network.to(pictures.device)((pictures * 255).round().clamp(0, 255).byte())
+        return self.network.to(pictures.device)(bytes_of(pictures))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,11 @@ class VideoBench:
             for each in found[dimension][1]:
                 totals[int(Path(each["video_path"]).stem)] += float(each["video_results"]) / best
         return 100 * totals / len(VBENCH_DIMENSIONS)
+
+
+def bytes_of(pictures: Tensor) -> Tensor:
+    """Pictures of any shape with values in [0, 1] as files hold them, 0 to 255."""
+    return (pictures * 255).round().clamp(0, 255).byte()
 
 
 def load_lpips() -> Lpips:
@@ -238,5 +243,5 @@ def _enlarged(pictures: Tensor) -> Tensor:
 
 def _images(pictures: Tensor) -> list[Image.Image]:
     """Pictures (batch, 3, H, W) in [0, 1] as the files that a person would look at."""
-    rows = (pictures * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    rows = bytes_of(pictures).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(row) for row in rows]

@@ -1,6 +1,6 @@
 """The two halves of the training objective L = d(x, x_full) - alpha R(x): distances and rewards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from recache_compile.pretrained import load_clip, load_hpsv2, load_imagereward, 
 
 SHAPES = "shapes"
 """The embedded model, which has judges of its own."""
+ONLY_SHAPES = ("features", "caption", "attributes")
 
 PictureDistance = Callable[[Tensor, Tensor], Tensor]
 PictureReward = Callable[[Tensor, Sequence[str]], Tensor]
@@ -97,7 +98,7 @@ def get_distance(name: str, model: str) -> Distance:
     """
     if name == "auto":
         return _automatic(model)
-    _require("distance", name, model, ("auto", *DISTANCES), only_shapes=("features",))
+    require("distance", name, model, ("auto", *DISTANCES))
     return Distance(name, DISTANCES[name]())
 
 
@@ -112,7 +113,7 @@ def get_reward(name: str, model: str) -> Reward:
         ModelError: no reward has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    _require("reward", name, model, tuple(REWARDS), only_shapes=("caption", "attributes"))
+    require("reward", name, model, tuple(REWARDS))
     return Reward(name, REWARDS[name]())
 
 
@@ -225,9 +226,10 @@ def _frames(pictures: Tensor, judge: str) -> tuple[Tensor, ...]:
     return (pictures.float(),) if pictures.dim() == 4 else pictures.float().unbind(1)
 
 
-def _require(kind: str, name: str, model: str, names: tuple[str, ...], only_shapes: tuple[str, ...]) -> None:
+def require(kind: str, name: str, model: str, names: Collection[str]) -> None:
+    """Raise `ModelError` unless there is a judge of this name, and it judges this model."""
     if name not in names:
         raise ModelError(f"{kind} {name!r} is unknown; choose {', '.join(names)}")
-    if name in only_shapes and model != SHAPES:
-        others = ", ".join(other for other in names if other not in only_shapes)
+    if name in ONLY_SHAPES and model != SHAPES:
+        others = ", ".join(other for other in names if other not in ONLY_SHAPES)
         raise ModelError(f"{kind} {name!r} judges pictures of shapes only, not of {model}; choose {others}")

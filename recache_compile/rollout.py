@@ -30,6 +30,14 @@ class Batch:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
 
+    @classmethod
+    def taken(cls, prompts: Sequence[str], number: int, size: int, seed: int, first: int = 0) -> "Batch":
+        """Batch `number` of `size` samples: prompts in turn, beginning with batch `first`, and noise of its own."""
+        places = range(number * size, (number + 1) * size)
+        return cls(
+            tuple(prompts[(at - first * size) % len(prompts)] for at in places), tuple(seed + at for at in places)
+        )
+
 
 class Rollouts:
     """Runs a pipeline's whole generations.
@@ -92,7 +100,7 @@ class Rollouts:
 
     def full(self, batch: Batch) -> Tensor:
         """What the batch becomes when every step is recomputed (samples, *shape)."""
-        return self.generate(self._every_step, batch)
+        return self.generate(Schedule.every(self.num_steps), batch)
 
     def noise(self) -> Tensor:
         """The first latents of the last generation, in the transformer's shape."""
@@ -110,12 +118,8 @@ class Rollouts:
         Raises:
             DispatchError: the generation leaves out steps.
         """
-        self._run(self._every_step, batch, "latent")
+        self._run(Schedule.every(self.num_steps), batch, "latent")
         return calibrate(self._replay.moments, len(batch.seeds), self._step_sizes())
-
-    @property
-    def _every_step(self) -> Schedule:
-        return Schedule(tuple(range(self.num_steps)), self.num_steps)
 
     def _step_sizes(self) -> Sequence[float]:
         return tuple(step_sizes(self._pipeline.scheduler))

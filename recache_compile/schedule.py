@@ -60,6 +60,11 @@ class Schedule:
         return Schedule((0, *later), self.num_steps - step)
 
     @classmethod
+    def every(cls, num_steps: int) -> "Schedule":
+        """Every step recomputed: an uncached generation."""
+        return cls(tuple(range(num_steps)), num_steps)
+
+    @classmethod
     def from_mask(cls, mask: str | Iterable[int]) -> "Schedule":
         """Read a 0/1 mask: a string, or numbers as in cache-dit's `steps_computation_mask`."""
         bits = [str(bit) for bit in mask]

@@ -10,22 +10,20 @@ All of it can be made again from `study.json`; whatever is there is not computed
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recache_compile import records
 from recache_compile.api import compile
-from recache_compile.artifact import load
+from recache_compile.artifact import load_own
 from recache_compile.calibration import load_calibration, save_calibration
-from recache_compile.compiled import Compiled
 from recache_compile.errors import ArtifactError, ModelError
 from recache_compile.files import writing
 from recache_compile.forecasters import Forecaster, get_forecaster, uncalibrated
@@ -33,9 +31,11 @@ from recache_compile.loading import load_pipeline
 from recache_compile.policies.base import Calibration
 from recache_compile.quality import get_distance, get_reward
 from recache_compile.recording import prompted
+from recache_compile.records import read_record, write_record
 from recache_compile.rollout import Batch, Rollouts
 from recache_compile.schedule import Schedule
 
+STUDY = "study.json"
 FIRST_HELD_OUT = 1_000_000
 """Number of the first held-out batch."""
 
@@ -80,12 +80,9 @@ class Study:
 
     def batch(self, number: int) -> Batch:
         """The samples of a batch: prompts in turn, noise seeds that no other batch has."""
-        held_out = number >= FIRST_HELD_OUT
-        prompts = self.held_out_prompts if held_out else self.training_prompts
-        first = (number - FIRST_HELD_OUT if held_out else number) * self.batch_size
-        places = range(first, first + self.batch_size)
-        base = self.seed + (FIRST_HELD_OUT * self.batch_size if held_out else 0)
-        return Batch(tuple(prompts[at % len(prompts)] for at in places), tuple(base + at for at in places))
+        if number < FIRST_HELD_OUT:
+            return Batch.taken(self.training_prompts, number, self.batch_size, self.seed)
+        return Batch.taken(self.held_out_prompts, number, self.batch_size, self.seed, FIRST_HELD_OUT)
 
 
 def is_begun(study: Study, folder: Path) -> bool:
@@ -94,17 +91,8 @@ def is_begun(study: Study, folder: Path) -> bool:
     Raises:
         ArtifactError: the folder holds another study, or something else.
     """
-    if (folder / "study.json").exists():
-        before = asdict(read_study(folder))
-        names = [name for name, value in asdict(study).items() if before[name] != value]
-        if names:
-            raise ArtifactError(
-                f"output {folder}: holds a study with another {' and '.join(names)}; name another folder"
-            )
-        return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"output {folder}: holds something that is no study; name another folder")
-    return False
+    before = read_study(folder) if (folder / STUDY).exists() else None
+    return records.is_begun(study, before, folder, "a study")
 
 
 def write_study(study: Study, folder: Path) -> None:
@@ -115,8 +103,7 @@ def write_study(study: Study, folder: Path) -> None:
     """
     if is_begun(study, folder):
         return
-    with writing(folder / "study.json") as partial:
-        partial.write_text(json.dumps(asdict(study), indent=1), encoding="utf-8")
+    write_record(study, folder / STUDY)
 
 
 def read_study(folder: Path) -> Study:
@@ -125,12 +112,7 @@ def read_study(folder: Path) -> Study:
     Raises:
         ArtifactError: there is none, or it makes no sense.
     """
-    file = folder / "study.json"
-    try:
-        return TypeAdapter(Study).validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtifactError(f"{file}: no study ({reason}); put the file back, or name another folder") from None
+    return read_record(folder / STUDY, Study, "put the file back, or name another folder")
 
 
 def compile_engines(
@@ -167,11 +149,7 @@ class Laboratory:
 
     def __init__(self, folder: Path, pipeline: Any = None) -> None:
         self.study = read_study(folder)
-        try:
-            self.compiled: Compiled = load(folder / "engines")
-        except ArtifactError as error:
-            reason = str(error).removesuffix("; compile again")
-            raise ArtifactError(f"{reason}; remove {folder / 'engines'}, they are then compiled again") from error
+        self.compiled = load_own(folder / "engines")
         self._folder = folder
         if pipeline is None:
             dtype = getattr(torch, self.study.dtype)

@@ -60,7 +60,7 @@ class Replay(Dispatcher):
         revision: Revision | None = None,
     ) -> None:
         self._sites = sites
-        every = make_plan(Schedule(tuple(range(num_steps)), num_steps), forecaster, sites)
+        every = make_plan(Schedule.every(num_steps), forecaster, sites)
         super().__init__(every, forecaster, variants, signature, revision)
         self.moments: dict[tuple[str, int], Moment] = {}
         self._shared = 0

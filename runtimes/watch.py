@@ -33,7 +33,7 @@ class Watch(Dispatcher):
         revision: Revision | None = None,
     ) -> None:
         forecaster = Taylor(1)  # two anchors: this step and the one before
-        plan = make_plan(Schedule(tuple(range(num_steps)), num_steps), forecaster, sites)
+        plan = make_plan(Schedule.every(num_steps), forecaster, sites)
         super().__init__(plan, forecaster, variants, signature, revision)
         self._found: dict[tuple[int, int], list[torch.Tensor]] = {}
 

@@ -81,12 +81,13 @@ def attentions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield count
 
 
+@pytest.mark.parametrize("model", ["flux-small", "wan-small"])
 @pytest.mark.parametrize("name", ["diffusers TaylorSeer", "diffusers TaylorSeer lite", "cache-dit"])
-def test_peers_recompute_the_steps_that_ours_does(name: str, spec: Path, attentions: list[int]) -> None:
+def test_peers_recompute_the_steps_that_ours_does(name: str, model: str, attentions: list[int]) -> None:
     if name not in available():
         pytest.skip("cache-dit is not installed")
     schedule, *_ = peers_schedule(T, K)
-    subject = SUBJECTS[name](make_workload(request(str(spec))), request(str(spec)), schedule)
+    subject = SUBJECTS[name](make_workload(request(model)), request(model), schedule)
     for _ in range(2):
         subject.begin()
         calls = []
@@ -95,6 +96,12 @@ def test_peers_recompute_the_steps_that_ours_does(name: str, spec: Path, attenti
             subject.step(step)
             calls.append(attentions[0])
         assert [step for step, count in enumerate(calls) if count == max(calls)] == list(schedule.recompute_steps)
+
+
+def test_models_without_caches_are_refused_by_name() -> None:
+    sd3 = request("sd3-small")
+    with pytest.raises(ModelError, match="diffusers has no caches for SD3Transformer2DModel"):
+        SUBJECTS["diffusers TaylorSeer lite"](make_workload(sd3), sd3, peers_schedule(T, K)[0])
 
 
 @pytest.mark.parametrize(("num_steps", "budget"), [(20, 5), (50, 10), (50, 7), (28, 9), (8, 7), (2, 1)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import recache_compile as rc
 from recache_compile.bench.workload import Request, Workload, peers_schedule
 from recache_compile.compiled import Compiled
+from recache_compile.errors import ModelError
 from recache_compile.program import MIN_ROWS
 from recache_compile.schedule import Schedule
 
@@ -87,6 +88,10 @@ class Ours:
         return {"disk_bytes": self._bytes, "weight_bytes": weights, "runtime": self._compiled.description.runtime}
 
 
+ATTENTION = r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"
+"""As the patterns of `diffusers`, which find no attn1 and attn2 and leave such a model uncached."""
+
+
 class TaylorSeer:
     """`TaylorSeerCacheConfig` of `diffusers`, whole or lite, with and without `torch.compile`."""
 
@@ -96,12 +101,15 @@ class TaylorSeer:
         self._schedule, warmup, interval = peers_schedule(request.num_steps, request.budget)
         self._workload = workload
         module: Any = workload.module
+        if not hasattr(module, "enable_cache"):
+            raise ModelError(f"diffusers has no caches for {type(module).__name__}")
         module.enable_cache(
             TaylorSeerCacheConfig(
                 cache_interval=interval,
                 disable_cache_before_step=warmup,
                 max_order=request.order,
                 taylor_factors_dtype=next(module.parameters()).dtype,
+                cache_identifiers=None if lite else [ATTENTION],
                 use_lite_mode=lite,
             )
         )
@@ -138,6 +146,7 @@ class CacheDit:
             num_inference_steps=request.num_steps,
             steps_computation_mask=[int(flag) for flag in schedule.mask],
             steps_computation_policy="static",
+            enable_separate_cfg=False,  # the loop makes one model call a step, of any model
         )
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=request.order)
         cache_dit.enable_cache(workload.module, cache_config=config, calibrator_config=calibrator)

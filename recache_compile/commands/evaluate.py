@@ -11,8 +11,7 @@ import click
 
 from recache_compile.commands.building import RUNTIME_HELP
 from recache_compile.commands.console import DTYPES, PAGE, SEED, say, showing_stages
-from recache_compile.errors import ModelError
-from recache_compile.parameters import JsonObject, Numbers, check_call
+from recache_compile.parameters import JsonObject, Numbers, check_many
 
 
 @click.command("evaluate")
@@ -82,11 +81,7 @@ def evaluate_command(
 
         if threads:
             torch.set_num_threads(threads)
-        check_call(wishes["call"], (1,))
-        if any(name.startswith("prompt") for name in wishes["call"]):
-            raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
-        if wishes["ray_address"] and not wishes["workers"]:
-            raise ModelError("--ray-address: name the number of its processes too, --workers N")
+        check_many(wishes["call"], wishes["workers"], wishes["ray_address"])
         request = Request(
             policies=policies or None, metrics=_names(metrics), num_steps=steps, batch_size=batch, **wishes
         )

@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
-from recache_compile.errors import ModelError
-from recache_compile.parameters import JsonObject, Numbers, check_call, check_finite
+from recache_compile.parameters import JsonObject, Numbers, check_finite, check_many
 
 
 @click.command("train")
@@ -110,11 +109,7 @@ def train_command(
         from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
         from recache_compile.training_view import showing, table_of
 
-        check_call(call, (1,))
-        if ray_address and not workers:
-            raise ModelError("--ray-address: name the number of its processes too, --workers N")
-        if any(name.startswith("prompt") for name in call):
-            raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
+        check_many(call, workers, ray_address)
         batch = min(batch, samples, held_out)
         study = study_of(
             model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,

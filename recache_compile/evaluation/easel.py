@@ -16,6 +16,7 @@ from recache_compile.evaluation.metrics import judge_of
 from recache_compile.evaluation.setting import Setting, read_setting
 from recache_compile.files import writing
 from recache_compile.loading import load_pipeline
+from recache_compile.pretrained import bytes_of
 from recache_compile.rollout import Rollouts
 from recache_compile.schedule import Schedule
 
@@ -121,4 +122,4 @@ def _kept(made: Tensor, first: int) -> Tensor:
     pictures = made[: KEPT - first]
     if pictures.dim() == 5:
         pictures = pictures[:, pictures.shape[1] // 2]
-    return (pictures * 255).round().clamp(0, 255).byte().contiguous()
+    return bytes_of(pictures).contiguous()

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from recache_compile.errors import ModelError, RuntimeUnavailableError
-from recache_compile.measure import MIN_SQUARED_ERROR
+from recache_compile.measure import signal_to_noise
 from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
 from recache_compile.pretrained import load_inception, load_vbench
-from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, mean_squared_error, shapes_features
+from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, require, shapes_features
 
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """Results and the uncached results of the same noise, both (batch, 3, H, W) or (batch, frames, 3, H, W) in [0, 1], and
@@ -65,7 +65,6 @@ USUAL_FOR_SHAPES = ("psnr", "ssim", "features", "attributes", "fid")
 SCENES = 4096
 """Pictures of the reference set of shapes."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ONLY_SHAPES = ("features", "caption", "attributes")
 
 
 def usual_metrics(model: str, notice: Callable[[str], None]) -> tuple[str, ...]:
@@ -93,11 +92,7 @@ def judge_of(name: str, model: str) -> Judge:
         ModelError: no metric has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    if name not in METRICS:
-        raise ModelError(f"metric {name!r} is unknown; choose {', '.join(METRICS)}")
-    if name in ONLY_SHAPES and model != SHAPES:
-        others = ", ".join(other for other in METRICS if other not in ONLY_SHAPES)
-        raise ModelError(f"metric {name!r} judges pictures of shapes only, not of {model}; choose {others}")
+    require("metric", name, model, METRICS)
     if name == "psnr":
         noise = Distance(name, signal_to_noise)
         return lambda made, full, prompts: noise(made, full)
@@ -115,11 +110,6 @@ def judge_of(name: str, model: str) -> Judge:
         return lambda made, full, prompts: distance(made, full)
     reward = get_reward(name, model)
     return lambda made, full, prompts: reward(made, prompts)
-
-
-def signal_to_noise(pictures: Tensor, reference: Tensor) -> Tensor:
-    """PSNR in dB of each picture with values in [0, 1], at most 100: (batch,) float64."""
-    return -10 * mean_squared_error(pictures, reference).clamp(min=MIN_SQUARED_ERROR).log10()
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -1,15 +1,13 @@
 """What an evaluation found; `result.json` holds it."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recache_compile.compiled import Compiled
-from recache_compile.evaluation.setting import read_json
 from recache_compile.evaluation.statistics import TARGET_REDUCTION, Estimate, Verdict
-from recache_compile.files import writing
 from recache_compile.inspection import facts_of
+from recache_compile.records import read_record, write_record
 
 RESULT = "result.json"
 
@@ -126,8 +124,7 @@ def facts_about(compiled: Compiled) -> Facts:
 
 def write_result(result: Result, folder: Path) -> None:
     """Keep a result, whole or not at all."""
-    with writing(folder / RESULT) as partial:
-        partial.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    write_record(result, folder / RESULT)
 
 
 def read_result(folder: Path) -> Result:
@@ -136,4 +133,4 @@ def read_result(folder: Path) -> Result:
     Raises:
         ArtifactError: there is none yet.
     """
-    return read_json(folder / RESULT, Result, "run `recache-compile evaluate` again, with its --out")
+    return read_record(folder / RESULT, Result, "run `recache-compile evaluate` again, with its --out")

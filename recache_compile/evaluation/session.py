@@ -2,9 +2,8 @@
 
 import contextlib
 import datetime
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,26 @@ from typing import Any
 import torch
 
 from recache_compile.api import compile
-from recache_compile.artifact import load
+from recache_compile.artifact import load, load_own
 from recache_compile.calibration import load_calibration, save_calibration, together
 from recache_compile.choosing import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
 from recache_compile.compiled import Compiled
 from recache_compile.compiler import make_schedules
-from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.easel import Easel, Values, missing_of, read_values
 from recache_compile.evaluation.estimates import Reference, estimates, features_in
 from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
 from recache_compile.evaluation.profile import Profile, call_of, measure_redundancy, measure_times
 from recache_compile.evaluation.request import BUDGETS, POLICIES, Request
 from recache_compile.evaluation.result import Result, facts_about, write_result
-from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, Setting, begin, check_begun, read_json
-from recache_compile.files import check_place, output_errors, writing
+from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, Setting, begin, check_begun
+from recache_compile.files import check_place, output_errors
 from recache_compile.loading import load_pipeline
 from recache_compile.machine import machine, versions
 from recache_compile.policies.base import Calibration, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.prompts import captions_for
 from recache_compile.quality import SHAPES
+from recache_compile.records import read_record, write_record
 from recache_compile.rollout import Batch, Rollouts
 from recache_compile.schedule import Schedule
 from recache_compile.workers import Crew, import_ray
@@ -76,7 +75,7 @@ def evaluate(
     setting = replace(setting, masks=tuple(sorted(masks)))
     begin(setting, folder)
     by_budget = {budget: schedule for each in reversed(schedules.values()) for budget, schedule in each.items()}
-    rescheduled = compiled.reschedule(by_budget | {setting.num_steps: Schedule.from_mask(setting.full)})
+    rescheduled = compiled.reschedule(by_budget | {setting.num_steps: Schedule.every(setting.num_steps)})
     times = _profile(setting, folder, pipeline, rescheduled, request.repeats, report)
     setattr(pipeline, setting.component, None)  # the engines have the weights
     judged, reference = _judged(request, setting, folder, lambda: Easel(folder, pipeline, compiled), report, count)
@@ -121,13 +120,7 @@ def _engines(setting: Setting, folder: Path, pipeline: Any, report: Report) -> C
         begin(setting, folder)
         compiled.save(place)
     report("loading the engines")
-    try:
-        return load(place, setting.device)
-    except ArtifactError as error:
-        if setting.artifact:
-            raise
-        reason = str(error).removesuffix("; compile again")
-        raise ArtifactError(f"{reason}; remove {place}, they are then compiled again") from error
+    return load(place, setting.device) if setting.artifact else load_own(place, setting.device)
 
 
 def _schedules(
@@ -175,21 +168,16 @@ def _profile(
 ) -> Profile:
     """Where the time goes; not measured twice for the same budgets on the same machine."""
     file = folder / "profile.json"
-    known = read_json(file, Profile, "remove it, it is then made anew") if file.exists() else None
+    known = read_record(file, Profile, "remove it, it is then made anew") if file.exists() else None
     same = known and (known.machine, known.versions, known.repeats) == (machine(setting.device), versions(), repeats)
     if known is None or not same or not set(known.budgets) >= set(compiled.plans):
         redundancy = known.redundancy if known else None
         known = replace(measure_times(setting, pipeline, compiled, repeats, report), redundancy=redundancy)
-        _write_profile(known, file)
+        write_record(known, file)
     if known.redundancy is None:
         known = replace(known, redundancy=measure_redundancy(setting, pipeline, report))
-        _write_profile(known, file)
+        write_record(known, file)
     return known
-
-
-def _write_profile(profile: Profile, file: Path) -> None:
-    with writing(file) as partial:
-        partial.write_text(json.dumps(asdict(profile)), encoding="utf-8")
 
 
 def _judged(

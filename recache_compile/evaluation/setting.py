@@ -8,21 +8,17 @@ profile.json            where the time goes
 result.json             what came out
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.metrics import METRICS
-from recache_compile.files import writing
+from recache_compile.records import is_begun, read_record, write_record
 from recache_compile.rollout import Batch
+from recache_compile.schedule import Schedule
 
-T = TypeVar("T")
-
+EVALUATION = "evaluation.json"
 FIRST_OF_REFERENCE = 1_000_000
 """Number of the first batch of the reference set: the same prompts, other noise."""
 
@@ -70,16 +66,13 @@ class Setting:
 
     def batch(self, number: int) -> Batch:
         """The samples of a batch: prompts in turn, noise seeds that no other batch has."""
-        reference = number >= FIRST_OF_REFERENCE
-        first = (number - FIRST_OF_REFERENCE if reference else number) * self.batch_size
-        places = range(first, first + self.batch_size)
-        base = self.seed + (FIRST_OF_REFERENCE * self.batch_size if reference else 0)
-        return Batch(tuple(self.prompts[at % len(self.prompts)] for at in places), tuple(base + at for at in places))
+        first = FIRST_OF_REFERENCE if number >= FIRST_OF_REFERENCE else 0
+        return Batch.taken(self.prompts, number, self.batch_size, self.seed, first)
 
     @property
     def full(self) -> str:
         """The mask of an uncached generation."""
-        return "1" * self.num_steps
+        return Schedule.every(self.num_steps).mask
 
     def wanted(self, number: int) -> dict[str, tuple[str, ...]]:
         """The metrics of a batch by mask; the reference set is uncached, and only features are taken of it."""
@@ -101,20 +94,13 @@ def begin(setting: Setting, folder: Path) -> None:
         ArtifactError: the folder holds another evaluation, or something else.
     """
     check_begun(setting, folder)
-    with writing(folder / "evaluation.json") as partial:
-        partial.write_text(json.dumps(asdict(setting), indent=1), encoding="utf-8")
+    write_record(setting, folder / EVALUATION)
 
 
 def check_begun(setting: Setting, folder: Path) -> None:
     """Raise `ArtifactError` unless the folder is free for this evaluation, or holds it."""
-    if (folder / "evaluation.json").exists():
-        before = asdict(replace(read_setting(folder), metrics=setting.metrics, masks=setting.masks))
-        if names := [name for name, value in asdict(setting).items() if before[name] != value]:
-            raise ArtifactError(
-                f"output {folder}: holds an evaluation with another {' and '.join(names)}; name another folder"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"output {folder}: holds something that is no evaluation; name another folder")
+    before = read_setting(folder) if (folder / EVALUATION).exists() else None
+    is_begun(setting, before, folder, "an evaluation", free=("metrics", "masks"))
 
 
 def read_setting(folder: Path) -> Setting:
@@ -123,17 +109,4 @@ def read_setting(folder: Path) -> Setting:
     Raises:
         ArtifactError: there is none, or it makes no sense.
     """
-    return read_json(folder / "evaluation.json", Setting, "put the file back, or name another folder")
-
-
-def read_json(file: Path, kind: type[T], remedy: str) -> T:
-    """A dataclass from a JSON file.
-
-    Raises:
-        ArtifactError: the file is not there, or holds something else.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ArtifactError(f"{file}: cannot be read ({reason}); {remedy}") from None
+    return read_record(folder / EVALUATION, Setting, "put the file back, or name another folder")
