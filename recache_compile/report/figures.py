@@ -28,7 +28,9 @@ def pareto(result: Result, metric: Metric) -> str:
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for number, policy in enumerate(dict.fromkeys(line.policy for line in result.lines)):
+    policies = list(dict.fromkeys(line.policy for line in result.lines))
+    for number, policy in enumerate(policies):
+        above = len(policies) - 1 - number  # those drawn on top are smaller, so that equal ones are all seen
         lines = sorted((line for line in result.lines if line.policy == policy), key=lambda line: line.budget)
         named = [(1 / line.macs_reduction, line.values[metric.name]) for line in lines if metric.name in line.values]
         points = [(part, each.value, each.error or 0.0) for part, each in named if each.value is not None]
@@ -36,8 +38,8 @@ def pareto(result: Result, metric: Metric) -> str:
             [100 * part for part, _, _ in points],
             [value for _, value, _ in points],
             [error for _, _, error in points],
-            color=SERIES[number % len(SERIES)], marker=MARKERS[number % len(MARKERS)], ms=4.5, lw=1.5, elinewidth=1,
-            label=policy,
+            color=SERIES[number % len(SERIES)], marker=MARKERS[number % len(MARKERS)], ms=4.5 + 1.6 * above,
+            lw=1.5 + 0.9 * above, elinewidth=1, label=policy,
         )  # fmt: skip
     uncached = result.uncached[metric.name].value if metric.name in result.uncached else None
     if uncached is not None:
