@@ -153,7 +153,9 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 )
 def test_a_damaged_study_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"study\.json: cannot be read \(.+\); put the file back, or name another folder"):
+    with pytest.raises(
+        ArtifactError, match=r"study\.json: cannot be read \(.+\); put the file back, or name another folder"
+    ):
         write_study(STUDY, tmp_path)
     with pytest.raises(ArtifactError, match=r"study\.json: no study"):
         Laboratory(tmp_path)
