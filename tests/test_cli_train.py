@@ -315,4 +315,4 @@ def test_a_damaged_study_names_the_file(own: Path) -> None:
     losses.write_text("".join([first, "damaged\n", *rest]))
     check_refused(train(own), "line 2 is damaged")
     (own / "study" / "study.json").write_text("{}")
-    check_refused(train(own), "study.json: no study")
+    check_refused(train(own), "study.json: cannot be read")
