@@ -27,6 +27,20 @@ EVALUATION = (
 )
 """An evaluation that takes seconds; `--out` is missing."""
 
+TOGETHER = (
+    ("test_compiler", "test_artifact", "test_compiled", "test_bundle", "test_onnx"),
+    ("test_session", "test_report"),
+    ("test_real_pipelines", "test_real_schedulers"),
+)
+"""Files that share what takes long to make; with `--dist loadgroup` one process runs them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file, or of files that belong together, are a group."""
+    groups = {name: names[0] for names in TOGETHER for name in names}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path.stem, item.path.stem)))
+
 
 def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:
     """Two double and three single blocks of width 32."""
