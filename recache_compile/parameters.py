@@ -64,7 +64,7 @@ def check_call(call: dict[str, Any], batch: tuple[int, ...]) -> None:
         raise ModelError("call: with a prompt of its own, its batch is the batch; leave --batch out")
 
 
-def check_many(call: dict[str, Any], workers: int, ray_address: str | None) -> None:
+def check_many_prompts(call: dict[str, Any], workers: int, ray_address: str | None) -> None:
     """Refuse what makes no sense where many prompts are drawn, perhaps by other processes.
 
     Raises:

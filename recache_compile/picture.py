@@ -54,7 +54,7 @@ def save_comparison(
 def _draw_schedule(axes, schedule: Schedule | None, schedules: Mapping[int, Schedule]) -> None:  # type: ignore[no-untyped-def]
     """Recompute steps as dark bars on the loop's length; uncached is all dark."""
     steps = next(iter(schedules.values())).num_steps
-    mask = "1" * steps if schedule is None else schedule.mask
+    mask = (schedule or Schedule.every(steps)).mask
     colors = ["#1f4e79" if bit == "1" else "#dce6f0" for bit in mask]
     axes.bar(range(steps), [1.0] * steps, width=0.9, color=colors)
     axes.set_xlim(-0.5, steps - 0.5)

@@ -17,6 +17,7 @@ from recache_compile.pretrained import load_clip, load_hpsv2, load_imagereward, 
 SHAPES = "shapes"
 """The embedded model, which has judges of its own."""
 ONLY_SHAPES = ("features", "caption", "attributes")
+"""Judges, of all kinds, that judge pictures of shapes only."""
 
 PictureDistance = Callable[[Tensor, Tensor], Tensor]
 PictureReward = Callable[[Tensor, Sequence[str]], Tensor]
@@ -98,7 +99,7 @@ def get_distance(name: str, model: str) -> Distance:
     """
     if name == "auto":
         return _automatic(model)
-    require("distance", name, model, ("auto", *DISTANCES))
+    require_judge("distance", name, model, ("auto", *DISTANCES))
     return Distance(name, DISTANCES[name]())
 
 
@@ -113,7 +114,7 @@ def get_reward(name: str, model: str) -> Reward:
         ModelError: no reward has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    require("reward", name, model, tuple(REWARDS))
+    require_judge("reward", name, model, tuple(REWARDS))
     return Reward(name, REWARDS[name]())
 
 
@@ -226,7 +227,7 @@ def _frames(pictures: Tensor, judge: str) -> tuple[Tensor, ...]:
     return (pictures.float(),) if pictures.dim() == 4 else pictures.float().unbind(1)
 
 
-def require(kind: str, name: str, model: str, names: Collection[str]) -> None:
+def require_judge(kind: str, name: str, model: str, names: Collection[str]) -> None:
     """Raise `ModelError` unless there is a judge of this name, and it judges this model."""
     if name not in names:
         raise ModelError(f"{kind} {name!r} is unknown; choose {', '.join(names)}")

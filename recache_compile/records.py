@@ -42,7 +42,7 @@ def read_record(file: Path, kind: type[T], remedy: str) -> T:
         raise ArtifactError(f"{file}: cannot be read ({reason}); {remedy}") from None
 
 
-def is_begun(record: Any, before: Any | None, folder: Path, what: str, free: Collection[str] = ()) -> bool:
+def check_folder(record: Any, before: Any | None, folder: Path, what: str, free: Collection[str] = ()) -> bool:
     """Whether a folder holds the work that a record is about; False: the folder is free for it.
 
     Args:

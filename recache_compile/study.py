@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recache_compile import records
 from recache_compile.api import compile
 from recache_compile.artifact import load_own
 from recache_compile.calibration import load_calibration, save_calibration
@@ -31,7 +30,7 @@ from recache_compile.loading import load_pipeline
 from recache_compile.policies.base import Calibration
 from recache_compile.quality import get_distance, get_reward
 from recache_compile.recording import prompted
-from recache_compile.records import read_record, write_record
+from recache_compile.records import check_folder, read_record, write_record
 from recache_compile.rollout import Batch, Rollouts
 from recache_compile.schedule import Schedule
 
@@ -92,7 +91,7 @@ def is_begun(study: Study, folder: Path) -> bool:
         ArtifactError: the folder holds another study, or something else.
     """
     before = read_study(folder) if (folder / STUDY).exists() else None
-    return records.is_begun(study, before, folder, "a study")
+    return check_folder(study, before, folder, "a study")
 
 
 def write_study(study: Study, folder: Path) -> None:

@@ -32,14 +32,22 @@ TOGETHER = (
     ("test_session", "test_report"),
     ("test_real_pipelines", "test_real_schedulers"),
 )
-"""Files that share what takes long to make; with `--dist loadgroup` one process runs them."""
+"""Files that share what takes long to make: one process of pytest-xdist runs them."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file, or of files that belong together, are a group."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """File by file, those that belong together as one."""
+    from xdist.scheduler import LoadFileScheduling
+
     groups = {name: names[0] for names in TOGETHER for name in names}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups.get(item.path.stem, item.path.stem)))
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return groups.get(Path(file).stem, file)
+
+    return Together(config, log)
 
 
 def tiny_flux(seed: int = 0) -> FluxTransformer2DModel:

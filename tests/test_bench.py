@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,13 @@ def attentions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield count
 
 
-@pytest.mark.parametrize("model", ["flux-small", "wan-small"])
-@pytest.mark.parametrize("name", ["diffusers TaylorSeer", "diffusers TaylorSeer lite", "cache-dit"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *product(("diffusers TaylorSeer", "diffusers TaylorSeer lite", "cache-dit"), ("flux-small", "wan-small")),
+        ("cache-dit", "sd3-small"),
+    ],
+)
 def test_peers_recompute_the_steps_that_ours_does(name: str, model: str, attentions: list[int]) -> None:
     if name not in available():
         pytest.skip("cache-dit is not installed")
@@ -100,7 +106,7 @@ def test_peers_recompute_the_steps_that_ours_does(name: str, model: str, attenti
 
 def test_models_without_caches_are_refused_by_name() -> None:
     sd3 = request("sd3-small")
-    with pytest.raises(ModelError, match="diffusers has no caches for SD3Transformer2DModel"):
+    with pytest.raises(ModelError, match="SD3Transformer2DModel has no enable_cache in diffusers"):
         SUBJECTS["diffusers TaylorSeer lite"](make_workload(sd3), sd3, peers_schedule(T, K)[0])
 
 

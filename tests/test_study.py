@@ -157,7 +157,7 @@ def test_a_damaged_study_is_refused(text: str, tmp_path: Path) -> None:
         ArtifactError, match=r"study\.json: cannot be read \(.+\); put the file back, or name another folder"
     ):
         write_study(STUDY, tmp_path)
-    with pytest.raises(ArtifactError, match=r"study\.json: no study"):
+    with pytest.raises(ArtifactError, match=r"study\.json: cannot be read"):
         Laboratory(tmp_path)
 
 

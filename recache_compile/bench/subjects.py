@@ -89,7 +89,8 @@ class Ours:
 
 
 ATTENTION = r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"
-"""As the patterns of `diffusers`, which find no attn1 and attn2 and leave such a model uncached."""
+"""The attention of all blocks.  Those of `diffusers` are the same without the number: they miss attn1 and attn2, and leave
+a model that has those, Wan for one, uncached."""
 
 
 class TaylorSeer:
@@ -102,7 +103,7 @@ class TaylorSeer:
         self._workload = workload
         module: Any = workload.module
         if not hasattr(module, "enable_cache"):
-            raise ModelError(f"diffusers has no caches for {type(module).__name__}")
+            raise ModelError(f"{type(module).__name__} has no enable_cache in diffusers")
         module.enable_cache(
             TaylorSeerCacheConfig(
                 cache_interval=interval,
@@ -148,8 +149,16 @@ class CacheDit:
             steps_computation_policy="static",
             enable_separate_cfg=False,  # the loop makes one model call a step, of any model
         )
-        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=request.order)
-        cache_dit.enable_cache(workload.module, cache_config=config, calibrator_config=calibrator)
+        target: Any = workload.module
+        joint = type(target).__name__ == "SD3Transformer2DModel"  # known by its pipeline alone
+        if joint:
+            blocks, pattern = target.transformer_blocks, cache_dit.ForwardPattern.Pattern_1
+            target = cache_dit.BlockAdapter(transformer=target, blocks=blocks, forward_pattern=pattern)
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(
+            taylorseer_order=request.order,
+            enable_encoder_calibrator=not joint,  # its last block returns no text
+        )
+        cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
         if compiled:
             cache_dit.set_compile_configs()
         self._call: Callable[..., Any] = torch.compile(workload.module) if compiled else workload.module

@@ -11,7 +11,7 @@ import click
 
 from recache_compile.commands.building import RUNTIME_HELP
 from recache_compile.commands.console import DTYPES, PAGE, SEED, say, showing_stages
-from recache_compile.parameters import JsonObject, Numbers, check_many
+from recache_compile.parameters import JsonObject, Numbers, check_many_prompts
 
 
 @click.command("evaluate")
@@ -81,7 +81,7 @@ def evaluate_command(
 
         if threads:
             torch.set_num_threads(threads)
-        check_many(wishes["call"], wishes["workers"], wishes["ray_address"])
+        check_many_prompts(wishes["call"], wishes["workers"], wishes["ray_address"])
         request = Request(
             policies=policies or None, metrics=_names(metrics), num_steps=steps, batch_size=batch, **wishes
         )

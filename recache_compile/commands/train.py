@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from recache_compile.commands.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
-from recache_compile.parameters import JsonObject, Numbers, check_finite, check_many
+from recache_compile.parameters import JsonObject, Numbers, check_finite, check_many_prompts
 
 
 @click.command("train")
@@ -109,7 +109,7 @@ def train_command(
         from recache_compile.training import TRAINERS, Effort, check_out, study_of, train
         from recache_compile.training_view import showing, table_of
 
-        check_many(call, workers, ray_address)
+        check_many_prompts(call, workers, ray_address)
         batch = min(batch, samples, held_out)
         study = study_of(
             model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,

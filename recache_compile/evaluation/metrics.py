@@ -15,7 +15,7 @@ from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.measure import signal_to_noise
 from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
 from recache_compile.pretrained import load_inception, load_vbench
-from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, require, shapes_features
+from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, require_judge, shapes_features
 
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """Results and the uncached results of the same noise, both (batch, 3, H, W) or (batch, frames, 3, H, W) in [0, 1], and
@@ -92,7 +92,7 @@ def judge_of(name: str, model: str) -> Judge:
         ModelError: no metric has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    require("metric", name, model, METRICS)
+    require_judge("metric", name, model, METRICS)
     if name == "psnr":
         noise = Distance(name, signal_to_noise)
         return lambda made, full, prompts: noise(made, full)

@@ -22,6 +22,8 @@ from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.watch import Watch
 from recache_compile.stand_in import CompiledTransformer
 
+PROFILE = "profile.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:

@@ -19,10 +19,10 @@ from recache_compile.compiler import make_schedules
 from recache_compile.evaluation.easel import Easel, Values, missing_of, read_values
 from recache_compile.evaluation.estimates import Reference, estimates, features_in
 from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
-from recache_compile.evaluation.profile import Profile, call_of, measure_redundancy, measure_times
+from recache_compile.evaluation.profile import PROFILE, Profile, call_of, measure_redundancy, measure_times
 from recache_compile.evaluation.request import BUDGETS, POLICIES, Request
 from recache_compile.evaluation.result import Result, facts_about, write_result
-from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, Setting, begin, check_begun
+from recache_compile.evaluation.setting import EVALUATION, FIRST_OF_REFERENCE, Setting, begin, check_begun
 from recache_compile.files import check_place, output_errors
 from recache_compile.loading import load_pipeline
 from recache_compile.machine import machine, versions
@@ -67,7 +67,7 @@ def evaluate(
     setting = request.setting(report)
     with output_errors(folder, "folder"):
         check_begun(setting, folder)
-        check_place(folder / "evaluation.json")
+        check_place(folder / EVALUATION)
     pipeline = _with_weights(setting, report)
     compiled = _engines(setting, folder, pipeline, report)
     schedules = _schedules(request, setting, folder, pipeline, compiled, report)
@@ -167,7 +167,7 @@ def _profile(
     setting: Setting, folder: Path, pipeline: Any, compiled: Compiled, repeats: int, report: Report
 ) -> Profile:
     """Where the time goes; not measured twice for the same budgets on the same machine."""
-    file = folder / "profile.json"
+    file = folder / PROFILE
     known = read_record(file, Profile, "remove it, it is then made anew") if file.exists() else None
     same = known and (known.machine, known.versions, known.repeats) == (machine(setting.device), versions(), repeats)
     if known is None or not same or not set(known.budgets) >= set(compiled.plans):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recache_compile.evaluation.metrics import METRICS
-from recache_compile.records import is_begun, read_record, write_record
+from recache_compile.records import check_folder, read_record, write_record
 from recache_compile.rollout import Batch
 from recache_compile.schedule import Schedule
 
@@ -100,7 +100,7 @@ def begin(setting: Setting, folder: Path) -> None:
 def check_begun(setting: Setting, folder: Path) -> None:
     """Raise `ArtifactError` unless the folder is free for this evaluation, or holds it."""
     before = read_setting(folder) if (folder / EVALUATION).exists() else None
-    is_begun(setting, before, folder, "an evaluation", free=("metrics", "masks"))
+    check_folder(setting, before, folder, "an evaluation", free=("metrics", "masks"))
 
 
 def read_setting(folder: Path) -> Setting:

@@ -17,7 +17,7 @@ from recache_compile.bench.page import Bench, read_bench
 from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.easel import PICTURES, Values, read_values
 from recache_compile.evaluation.metrics import METRICS, Metric
-from recache_compile.evaluation.profile import Profile
+from recache_compile.evaluation.profile import PROFILE, Profile
 from recache_compile.evaluation.result import Line, Result, read_result
 from recache_compile.evaluation.setting import Setting, read_setting
 from recache_compile.records import read_record
@@ -137,7 +137,7 @@ def read_contents(folder: Path, bench: Path | None) -> Contents:
         ArtifactError: the folder holds no finished evaluation.
     """
     setting, result = read_setting(folder), read_result(folder)
-    profile = read_record(folder / "profile.json", Profile, "remove it, and run `recache-compile evaluate` again")
+    profile = read_record(folder / PROFILE, Profile, "remove it, and run `recache-compile evaluate` again")
     known = {name for each in result.lines for name in each.values}
     heat, heat_range = _heat(profile)
     samples, side = _samples(folder, setting, result)

@@ -30,7 +30,7 @@ def pareto(result: Result, metric: Metric) -> str:
     axes = figure.subplots()
     policies = list(dict.fromkeys(line.policy for line in result.lines))
     for number, policy in enumerate(policies):
-        above = len(policies) - 1 - number  # those drawn on top are smaller, so that equal ones are all seen
+        above = min(len(policies) - 1 - number, 3)  # the lower lines are wider, so that equal ones are all seen
         lines = sorted((line for line in result.lines if line.policy == policy), key=lambda line: line.budget)
         named = [(1 / line.macs_reduction, line.values[metric.name]) for line in lines if metric.name in line.values]
         points = [(part, each.value, each.error or 0.0) for part, each in named if each.value is not None]

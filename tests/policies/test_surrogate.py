@@ -113,7 +113,7 @@ def test_one_sample_alone_is_its_own_distance() -> None:
 
 
 def test_no_cached_step_means_no_error() -> None:
-    every = Schedule(tuple(range(TOTAL)), TOTAL)
+    every = Schedule.every(TOTAL)
     assert Surrogate(calibration_of(PREDICTIONS), Taylor(1)).errors([every]).tolist() == [0.0]
 
 

@@ -22,7 +22,7 @@ from tests.test_compiler import counted, relative_error
 
 ONE = {"": flux_inputs(seed=1)}
 TWO = {"cond": flux_inputs(seed=1), "uncond": flux_inputs(seed=2)}
-FULL = Schedule(tuple(range(NUM_STEPS)), NUM_STEPS)
+FULL = Schedule.every(NUM_STEPS)
 
 
 def schedules(count: int, seed: int = 0) -> list[Schedule]:
