@@ -17,8 +17,6 @@ from recache_compile.evaluation.wording import UNSURE, percent, plain, target_li
 from recache_compile.files import writing
 
 HERE = Path(__file__).parent
-ROUNDS = 7
-"""Of `bench`, unless it is told another number."""
 MODELS = {
     "flux-small": "2 double and 4 single blocks, width 128, 64 image and 16 text tokens",
     "flux-medium": "4 double and 8 single blocks, width 512, 256 image and 64 text tokens",
@@ -156,10 +154,9 @@ def bench_part(result: Mapping[str, Any]) -> str:
         "", "loop", "min to max", "speed", "recompute step", "cached step", "loop / ideal", "until the first result",
         "graphs / breaks / recompiles", "held",
     )  # fmt: skip
-    rounds = "" if result["rounds"] == ROUNDS else f" --rounds {result['rounds']}"
     return (
-        f"### {name}\n\n`recache-compile bench {name}{rounds}`: {MODELS[name]}; T = {request['num_steps']},"
-        f" k = {request['budget']} ({steps}), {request['dtype']}, {result['rounds']} rounds. {result['date']}, {result['machine']}, {versions}"
+        f"### {name}\n\n`recache-compile bench {name} --rounds {result['rounds']}`: {MODELS[name]}; T = {request['num_steps']},"
+        f" k = {request['budget']} ({steps}), {request['dtype']}. {result['date']}, {result['machine']}, {versions}"
         f" ([numbers](../benchmarks/results/bench-{name}.json)).\n\n{table(columns, rows)}{peer}{failed}"
     )
 

@@ -279,6 +279,7 @@ def test_an_artifact_without_its_pipeline_says_what_to_do(eager_artifact: Path, 
     refused(
         run("evaluate", eager_artifact, "--out", tmp_path / "x"), "was compiled from Python", "evaluate the pipeline's"
     )
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_artifact_that_was_replaced_is_another_evaluation(artifact: Path, tmp_path: Path) -> None:
@@ -322,7 +323,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     ("change", "name"), [(("--steps", "9"), "num_steps"), (("--seed", "1"), "seed"), (("--batch", "2"), "batch_size")]
 )
 def test_another_evaluation_in_the_same_folder_is_refused(change: tuple[str, ...], name: str, evaluated: Path) -> None:
+    before = read_setting(evaluated)
     refused(evaluation(evaluated, *change), f"another {name}", "name another folder")
+    assert read_setting(evaluated) == before
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
@@ -332,8 +335,10 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_batch_is_named(own: Path) -> None:
-    (own / "batches" / "0.safetensors").write_bytes(b"no tensors")
+    batch = own / "batches" / "0.safetensors"
+    batch.write_bytes(b"no tensors")
     refused(evaluation(own), "0.safetensors: damaged", "remove it")
+    assert batch.read_bytes() == b"no tensors"
 
 
 @pytest.mark.slow
