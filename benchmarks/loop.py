@@ -30,10 +30,10 @@ from rich.table import Table
 import recache_compile as rc
 from recache_compile.bench.process import held
 from recache_compile.bench.subjects import folder_bytes, lone_calls
-from recache_compile.compiled import Compiled
-from recache_compile.machine import machine
-from recache_compile.measure import seconds
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.evaluation.measure import seconds
 from recache_compile.runtimes.registry import get_runtime
+from recache_compile.support.machine import machine
 
 Call = Callable[[int], Any]
 LOG = Console(stderr=True, highlight=False)

@@ -12,9 +12,9 @@ import click
 import torch
 
 from recache_compile.api import compile_options
-from recache_compile.inspection import with_unit
-from recache_compile.planning import ORDERS, PlanFacts, find_abstract, plan_model
-from recache_compile.specs import known_specs
+from recache_compile.artifact.inspect import with_unit
+from recache_compile.artifact.specs import known_specs
+from recache_compile.artifact.weightless import ORDERS, PlanFacts, find_weightless, plan_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 BUDGETS = (5, 10, 15)
@@ -23,7 +23,7 @@ BUDGETS = (5, 10, 15)
 def plan(name: str) -> tuple[PlanFacts, float]:
     """Plan a known model with the defaults; also the seconds that it took."""
     begin = time.perf_counter()
-    abstract = find_abstract(name, 50, {})
+    abstract = find_weightless(name, 50, {})
     budgets = tuple(budget for budget in BUDGETS if budget <= abstract.num_steps)
     options = compile_options(budgets, abstract.num_steps, "taylor", 1, "uniform", "stack", True)
     return plan_model(abstract, options), time.perf_counter() - begin

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
-from recache_compile.loading import load_pipeline
-from recache_compile.objective import Losses
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.load import load_pipeline
 from recache_compile.policies.annealing import Annealing
 from recache_compile.policies.base import Objective, Policy, Problem, Progress
 from recache_compile.policies.dynamic import DynamicProgram, Minimax
@@ -38,10 +39,9 @@ from recache_compile.policies.search import Climb, Search, best_of
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
-from recache_compile.quality import get_distance
-from recache_compile.schedule import Schedule
-from recache_compile.study import FIRST_HELD_OUT, Laboratory, Study
-from recache_compile.training import Effort, opened, study_of
+from recache_compile.search.objective import Losses
+from recache_compile.search.study import FIRST_HELD_OUT, Study, StudyRunner
+from recache_compile.search.train import Effort, open_study, study_of
 
 BATCH = 16
 TRAINING, VALIDATION, TEST = 8, 4, 8
@@ -58,10 +58,10 @@ def shapes(num_steps: int, forecaster: str, order: int, batch_size: int = BATCH)
 
 
 @contextlib.contextmanager
-def studied(folder: Path, study: Study, effort: Effort) -> Iterator[tuple[Problem, Losses, Laboratory]]:
+def studied(folder: Path, study: Study, effort: Effort) -> Iterator[tuple[Problem, Losses, StudyRunner]]:
     """A study in a folder of its own."""
     place = folder / f"T{study.num_steps}-{study.forecaster}-{study.order}"
-    with opened(study, place, effort, click.echo) as found:
+    with open_study(study, place, effort, click.echo) as found:
         yield found
 
 
@@ -172,19 +172,19 @@ def truth_of(folder: Path, study: Study, budget: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fewer_steps(laboratory: Laboratory, num_steps: int) -> np.ndarray:
+def fewer_steps(study_runner: StudyRunner, num_steps: int) -> np.ndarray:
     """Distances (samples,) of the uncached pipeline with fewer steps to the full one, on the test batches."""
     pipeline = load_pipeline("shapes")
     pipeline.set_progress_bar_config(disable=True)
-    distance = get_distance(laboratory.study.distance, "shapes")
+    distance = get_distance(study_runner.study.distance, "shapes")
     rows = []
     for number in TEST_BATCHES:
-        batch = laboratory.study.batch(number)
+        batch = study_runner.study.batch(number)
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         made = pipeline(
             list(batch.prompts), num_inference_steps=num_steps, generator=generators, output_type="pt"
         ).images
-        rows.append(distance(made, laboratory.full(number)).numpy())
+        rows.append(distance(made, study_runner.full(number)).numpy())
     return np.concatenate(rows)
 
 
@@ -196,8 +196,8 @@ def summary(values: np.ndarray) -> dict[str, float]:
 def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
     """Held-out distances of every policy at T = 50."""
     table: dict[str, dict[int, Any]] = {}
-    with studied(folder, shapes(50, forecaster, order), T50) as (problem, losses, laboratory):
-        laboratory.prepare(TEST_BATCHES)
+    with studied(folder, shapes(50, forecaster, order), T50) as (problem, losses, study_runner):
+        study_runner.prepare(TEST_BATCHES)
         trained = trained_policy(folder, problem, losses, forecaster, order)
         front = Counted(losses)
         evolved = dict(Nsga2(population=14, generations=10).front(replace(problem, objective=front), BUDGETS))
@@ -219,7 +219,7 @@ def rivals_of(folder: Path, forecaster: str, order: int) -> dict[str, Any]:
                 training = float(losses.losses([schedule], losses.training).mean())
                 row = {"steps": schedule.recompute_steps, "generations": spent, "training": training, **summary(values)}
                 table.setdefault(name, {})[budget] = {**row, "behind": summary(values - ours)}
-            table.setdefault("fewer steps", {})[budget] = summary(fewer_steps(laboratory, budget))
+            table.setdefault("fewer steps", {})[budget] = summary(fewer_steps(study_runner, budget))
             save(folder, f"rivals-{forecaster}-{order}", {"table": table, "samples": TEST * BATCH})
     return {"table": table, "samples": TEST * BATCH}
 
@@ -248,8 +248,8 @@ def forecasters_of(folder: Path, budget: int = 7) -> dict[str, Any]:
     """Forecasters of equal history on schedules that a search has found for each."""
     result: dict[str, Any] = {}
     for order, name in itertools.product((1, 2), ("taylor", "hicache", "newton", "fitted")):
-        with studied(folder, shapes(50, name, order), T50) as (problem, losses, laboratory):
-            laboratory.prepare(TEST_BATCHES)
+        with studied(folder, shapes(50, name, order), T50) as (problem, losses, study_runner):
+            study_runner.prepare(TEST_BATCHES)
             schedule = Search(shortlist=16, evaluations=32).schedule(problem, budget)
             ours, uniform = losses.losses([schedule, Uniform().schedule(problem, budget)], TEST_BATCHES)
             result[f"{name} {order} {budget}"] = {

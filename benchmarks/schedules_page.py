@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recache_compile.files import writing
-from recache_compile.loading import EMBEDDED
+from recache_compile.pipelines.load import EMBEDDED
+from recache_compile.support.files import writing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b", "#7f7f00")
 ORDER = (

@@ -14,7 +14,7 @@ from recache_compile.evaluation.metrics import METRICS
 from recache_compile.evaluation.result import Result
 from recache_compile.evaluation.statistics import Estimate
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
-from recache_compile.files import writing
+from recache_compile.support.files import writing
 
 HERE = Path(__file__).parent
 MODELS = {

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from recache_compile.errors import PassError
-from recache_compile.program import Program
+from recache_compile.ir.program import Program
 
 
 @dataclass(frozen=True, slots=True)

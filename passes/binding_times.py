@@ -2,8 +2,8 @@
 
 from torch import fx
 
+from recache_compile.ir.program import Binding, Kind
 from recache_compile.passes.ops import is_random
-from recache_compile.program import Binding, Kind
 
 _OF_KIND = {
     Kind.TIMESTEP: Binding.TIMESTEP,

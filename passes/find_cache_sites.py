@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Binding, Granularity
 from recache_compile.passes.base import Pass
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import MATMULS, packet
 from recache_compile.passes.residual_paths import residual_base
-from recache_compile.program import Binding, Granularity
 
 
 @dataclass(frozen=True, slots=True)

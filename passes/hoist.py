@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from recache_compile.ir.program import Binding, Kind, Value
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import aten, is_cheap, memory_of
 from recache_compile.passes.specialise import add_input, remove_dead_inputs
-from recache_compile.program import Binding, Kind, Value
 
 ALIGNMENT = 64
 """Elements; every value starts at a multiple of it, so that vectorised loads stay aligned."""
@@ -38,7 +38,7 @@ class Hoist(Pass):
 
     A row has a price: it is held once for every step.  Where all rows together would take
     more than `row_bytes` per step, the largest values stay in the step, marked
-    `meta["stays"]`: the modulation of models whose timestep differs from token to token,
+    `meta["kept_in_step"]`: the modulation of models whose timestep differs from token to token,
     for example, is as large as their activations.
 
     Args:
@@ -74,7 +74,7 @@ def affordable_boundary(graph: fx.Graph, row_bytes: int | None) -> list[fx.Node]
         movable = [node for node in rows if node.op != "placeholder"]
         if row_bytes is None or not movable or sum(node.meta["val"].nbytes for node in rows) <= row_bytes:
             return crossing
-        max(movable, key=lambda node: node.meta["val"].nbytes).meta["stays"] = True
+        max(movable, key=lambda node: node.meta["val"].nbytes).meta["kept_in_step"] = True
 
 
 def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]:
@@ -89,7 +89,7 @@ def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]
         if node in visited or stays:
             continue
         visited.add(node)
-        if is_cheap(node) or "stays" in node.meta:
+        if is_cheap(node) or "kept_in_step" in node.meta:
             pending.extend(node.all_input_nodes)
         else:
             crossing.add(node)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from recache_compile.capture.export import export_module, flatten
 from recache_compile.errors import PassError
-from recache_compile.export import export_module, flatten
+from recache_compile.ir.program import MIN_ROWS, Binding, Kind, Program, Value
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.hoist import padded
 from recache_compile.passes.map_rows import use_free_row_rules
-from recache_compile.program import MIN_ROWS, Binding, Kind, Program, Value
 
 _EXAMPLE_ROWS = MIN_ROWS + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
+class PackedInput:
     """One packed input of a step program, as nodes of the captured graph."""
 
     table: str
@@ -50,7 +50,7 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
     Raises:
         PassError: a step program reads a value that the captured program does not have.
     """
-    packs = [pack for table, step in steps.items() for pack in _packs(annotated, table, step)]
+    packs = [pack for table, step in steps.items() for pack in _packed_inputs(annotated, table, step)]
     with contextlib.suppress(Exception):  # torch raises many kinds, depending on the operator
         return _build(annotated, packs, None)
     try:
@@ -63,7 +63,7 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
         ) from error
 
 
-def _build(annotated: Program, packs: Sequence[Pack], rows: int | None) -> Program:
+def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -> Program:
     """The prologue for a number of rows; None: free."""
     prologue = _Prologue(annotated.module, packs, rows)
     values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table, rows)]
@@ -87,7 +87,7 @@ def _build(annotated: Program, packs: Sequence[Pack], rows: int | None) -> Progr
 class _Prologue(nn.Module):
     """The latents-independent part of a captured graph, cut out and mapped over table rows, if there are several."""
 
-    def __init__(self, module: fx.GraphModule, packs: Sequence[Pack], num_rows: int | None) -> None:
+    def __init__(self, module: fx.GraphModule, packs: Sequence[PackedInput], num_rows: int | None) -> None:
         super().__init__()
         self.num_rows = num_rows
         inputs = module.graph.find_nodes(op="placeholder")
@@ -145,7 +145,7 @@ class _Prologue(nn.Module):
         ]
 
 
-def _packs(annotated: Program, table: str, step: Program) -> list[Pack]:
+def _packed_inputs(annotated: Program, table: str, step: Program) -> list[PackedInput]:
     """What a step program reads, as nodes of the captured graph."""
     nodes = {node.name: node for node in annotated.module.graph.nodes}
     packs = []
@@ -159,7 +159,7 @@ def _packs(annotated: Program, table: str, step: Program) -> list[Pack]:
             )
         if entries:
             value = packed.meta["value"]
-            packs.append(Pack(table, value.name, value.kind, tuple(nodes[entry.node] for entry in entries)))
+            packs.append(PackedInput(table, value.name, value.kind, tuple(nodes[entry.node] for entry in entries)))
     return packs
 
 

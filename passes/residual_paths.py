@@ -22,7 +22,7 @@ _SAME_VALUE = {
 _SPLITS = {aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split}
 
 
-class Window(NamedTuple):
+class StreamSlice(NamedTuple):
     """Of two values one is a part of the other, along a dimension from an element on.
 
     Args:
@@ -49,8 +49,8 @@ def residual_base(node: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node |
         inside: whether a node belongs to the region.
     """
     target = node.meta["val"]
-    pending: list[tuple[fx.Node, Window | None]] = [(node, None)]
-    visited: set[tuple[fx.Node, Window | None]] = set()
+    pending: list[tuple[fx.Node, StreamSlice | None]] = [(node, None)]
+    visited: set[tuple[fx.Node, StreamSlice | None]] = set()
     while pending:
         state = pending.pop()
         this, window = state
@@ -67,7 +67,7 @@ def residual_base(node: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node |
     return None
 
 
-def _before(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+def _before(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, StreamSlice | None]]:
     """What `node` continues, by addition or as it is."""
     if node.op != "call_function":
         return []
@@ -87,32 +87,34 @@ def _before(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window 
     return []
 
 
-def _of_larger(source: Any, dim: Any, start: Any, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+def _of_larger(
+    source: Any, dim: Any, start: Any, window: StreamSlice | None
+) -> list[tuple[fx.Node, StreamSlice | None]]:
     """A slice of `source`: the value is a part of it, or was its part to begin with."""
     shape = source.meta["val"].shape
     dim, start = dim % len(shape), start or 0
     start = start + shape[dim] if start < 0 else start
     if window is None:
-        return [(source, Window(dim, start))]
-    return [(source, None)] if window == Window(dim, start, within=False) else []
+        return [(source, StreamSlice(dim, start))]
+    return [(source, None)] if window == StreamSlice(dim, start, within=False) else []
 
 
-def _of_parts(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+def _of_parts(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, StreamSlice | None]]:
     """A concatenation: the member that begins where the window does, or all of them as parts."""
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     members: Any = node.args[0]
     dim, offset = dim % node.meta["val"].dim(), 0
-    found: list[tuple[fx.Node, Window | None]] = []
+    found: list[tuple[fx.Node, StreamSlice | None]] = []
     for member in members:
         if window is None:
-            found.append((member, Window(dim, offset, within=False)))
-        elif window == Window(dim, offset):
+            found.append((member, StreamSlice(dim, offset, within=False)))
+        elif window == StreamSlice(dim, offset):
             return [(member, None)]
         offset += member.meta["val"].shape[dim]
     return found
 
 
-def _of_split(node: fx.Node, window: Window | None) -> list[tuple[fx.Node, Window | None]]:
+def _of_split(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, StreamSlice | None]]:
     """A member of a split is a slice."""
     split, index = node.all_input_nodes[0], int(node.args[1])  # type: ignore[arg-type]
     source = split.all_input_nodes[0]

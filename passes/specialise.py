@@ -1,4 +1,4 @@
-"""Partially evaluate an annotated program with respect to one row of site kinds."""
+"""Partially evaluate an annotated program with respect to one site pattern."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,14 +7,14 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Kind, SitePattern, Value
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import CACHE_POINT, aten, memory_of, remove_dead_code
-from recache_compile.program import Kind, Row, Value
 
 
 @dataclass(frozen=True, slots=True)
 class Specialise(Pass):
-    """Turn each cache point into what its entry of `row` says.
+    """Turn each cache point into what its entry of `pattern` says.
 
     Recomputed sites become extra results (the features to store).  Forecast sites become
     sum_j coefficients[j] * history[j], accumulated in float32, and everything that only
@@ -22,10 +22,10 @@ class Specialise(Pass):
     is the difference to it, taken in float32, and the forecast is added to it.
 
     Args:
-        row: one entry per site: 0 = recompute, h >= 1 = forecast from h anchors.
+        pattern: one entry per site: 0 = recompute, h >= 1 = forecast from h anchors.
     """
 
-    row: Row
+    pattern: SitePattern
     name: ClassVar[str] = "specialise"
     requires: ClassVar[tuple[str, ...]] = ("insert-cache-points",)
 
@@ -33,16 +33,16 @@ class Specialise(Pass):
         """See the class."""
         graph = module.graph
         points = graph.find_nodes(op="call_function", target=CACHE_POINT)
-        if len(points) != len(self.row):
-            raise PassError(f"the row has {len(self.row)} entries, the graph {len(points)} cache sites")
-        if any(self.row):
+        if len(points) != len(self.pattern):
+            raise PassError(f"the pattern has {len(self.pattern)} entries, the graph {len(points)} cache sites")
+        if any(self.pattern):
             coefficients = add_input(
-                graph, Value("coefficients", Kind.COEFFICIENTS, (max(self.row),), torch.float32), points[0]
+                graph, Value("coefficients", Kind.COEFFICIENTS, (max(self.pattern),), torch.float32), points[0]
             )
         for point in points:
             site = site_of(point)
-            if self.row[site]:
-                forecast(graph, point, coefficients, self.row[site])
+            if self.pattern[site]:
+                forecast(graph, point, coefficients, self.pattern[site])
             else:
                 store(graph, point)
             graph.erase_node(point)

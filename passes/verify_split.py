@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Binding, Kind, Program
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import MATMULS, is_cheap, packet
-from recache_compile.program import Binding, Kind, Program
 
 
 def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequence[Program]]) -> None:
@@ -54,14 +54,14 @@ def independent_matmuls(program: Program) -> list[str]:
     return [
         node.name
         for node, time in times.items()
-        if packet(node) in MATMULS and Binding.LATENTS not in time and "stays" not in node.meta
+        if packet(node) in MATMULS and Binding.LATENTS not in time and "kept_in_step" not in node.meta
     ]
 
 
 def staying_weights(program: Program) -> set[str]:
     """Weights of what a step computes itself because its table would be too large."""
     weights = program.module.graph.find_nodes(op="get_attr")
-    return {str(node.target) for node in weights if any("stays" in user.meta for user in node.users)}
+    return {str(node.target) for node in weights if any("kept_in_step" in user.meta for user in node.users)}
 
 
 def tied_weights(program: Program) -> set[str]:

@@ -7,10 +7,10 @@ from math import exp
 import numpy as np
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Problem
 from recache_compile.policies.moves import relocations
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Forecaster
-from recache_compile.schedule import Schedule
+from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,9 @@ from math import comb
 import numpy as np
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Forecaster
+from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Calibration, Problem
-from recache_compile.schedule import Schedule
 
 NONE = -1
 """In a history: no such anchor yet."""

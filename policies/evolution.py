@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from recache_compile.errors import RuntimeUnavailableError, ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Problem
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 REACH = 2
 """`schedule` lets budgets this far from the asked one take part, as partners and stepping stones."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

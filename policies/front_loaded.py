@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import isfinite
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem, check_options
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.moves import descend, random_schedule
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from recache_compile.schedule import Schedule
+from recache_compile.ir.schedule import Schedule
 
 Score = Callable[[Sequence[Schedule]], np.ndarray]
 """The values of schedules (schedules,), lower is better."""

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective
-from recache_compile.schedule import Schedule
 
 
 def race(candidates: Sequence[Schedule], objective: Objective, keep: int = 4) -> list[tuple[Schedule, float]]:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recache_compile.errors import ScheduleError
-from recache_compile.files import writing
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
-from recache_compile.schedule import Schedule
+from recache_compile.support.files import writing
 
 FORMAT_VERSION = 1
 FACTS = "policy.json"

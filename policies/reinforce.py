@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Problem, Progress, check_options
 from recache_compile.policies.plackett_luce import entropy, ordered_log_probability, sample, set_log_probability
 from recache_compile.policies.recache import Logits, ReCache, most_likely
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 Likelihood = Literal["set", "ordered"]
 LIKELIHOODS = {"set": set_log_probability, "ordered": ordered_log_probability}

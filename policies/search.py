@@ -7,6 +7,7 @@ from math import comb
 
 import numpy as np
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Policy, Problem, Progress, check_options
 from recache_compile.policies.dynamic import DynamicProgram, Minimax
 from recache_compile.policies.front_loaded import FrontLoaded
@@ -18,7 +19,6 @@ from recache_compile.policies.reinforce import Reinforce, fit, new_logits
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

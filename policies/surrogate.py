@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recache_compile.forecasters import Forecaster
+from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Calibration
-from recache_compile.schedule import Schedule
 
 
 class Surrogate:
@@ -49,7 +49,7 @@ class Surrogate:
     def _segment(self, anchors: tuple[int, ...]) -> np.ndarray:
         """Weights of the anchors, oldest first, summed over the cached steps after them (steps, anchors).
 
-        Row n is the sum over n cached steps.
+        SitePattern n is the sum over n cached steps.
         """
         if anchors not in self._segments:
             later = range(anchors[-1] + 1, self._steps)

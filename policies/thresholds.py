@@ -15,8 +15,8 @@ from math import inf
 import numpy as np
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
-from recache_compile.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

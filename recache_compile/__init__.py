@@ -2,11 +2,11 @@
 
 from recache_compile._version import __version__
 from recache_compile.api import compile
-from recache_compile.artifact import load
-from recache_compile.compiled import Compiled
+from recache_compile.artifact.rebuild import rebuild
+from recache_compile.artifact.store import load
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RecacheError
-from recache_compile.rebuild import rebuild
-from recache_compile.schedule import Schedule
-from recache_compile.stand_in import accelerate
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.accelerate import accelerate
 
 __all__ = ["Compiled", "RecacheError", "Schedule", "__version__", "accelerate", "compile", "load", "rebuild"]

@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recache_compile.choosing import (
+from recache_compile.compiler.build import Example, Options, compile_module, device_of, make_schedules
+from recache_compile.compiler.compiled import Compiled, Description
+from recache_compile.errors import DispatchError, ModelError, ScheduleError
+from recache_compile.ir.forecasters import get_forecaster, uncalibrated
+from recache_compile.ir.program import Granularity, Role
+from recache_compile.policies.base import Policy, Problem
+from recache_compile.policies.registry import CALIBRATED, get_policy
+from recache_compile.policies.uniform import Uniform
+from recache_compile.runtimes._cuda_graphs import check_graphs
+from recache_compile.runtimes.base import Runtime
+from recache_compile.runtimes.registry import get_runtime
+from recache_compile.search.default_policy import (
     CALIBRATIONS,
     calibrate_pipeline,
     default_policy,
@@ -16,17 +27,6 @@ from recache_compile.choosing import (
     policy_name,
     reschedule_calibrated,
 )
-from recache_compile.compiled import Compiled, Description
-from recache_compile.compiler import Example, Options, compile_module, device_of, make_schedules
-from recache_compile.errors import DispatchError, ModelError, ScheduleError
-from recache_compile.forecasters import get_forecaster, uncalibrated
-from recache_compile.policies.base import Policy, Problem
-from recache_compile.policies.registry import CALIBRATED, get_policy
-from recache_compile.policies.uniform import Uniform
-from recache_compile.program import Granularity, Role
-from recache_compile.runtimes.base import Runtime
-from recache_compile.runtimes.graphs import check_graphs
-from recache_compile.runtimes.registry import get_runtime
 
 
 def compile(
@@ -199,7 +199,7 @@ def _examples(
     component: str,
 ) -> tuple[nn.Module, list[Example]]:
     if not isinstance(model, nn.Module):
-        from recache_compile.recording import denoiser_of, record_examples
+        from recache_compile.pipelines.record import denoiser_of, record_examples
 
         module = denoiser_of(model, component)
         if example_inputs is None:

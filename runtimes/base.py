@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import DispatchError
-from recache_compile.program import Kind, Program, Role, Value
+from recache_compile.ir.program import Kind, Program, Role, Value
 
 EXAMPLE_ROWS = 3
 """Rows that stand for a free number of rows while a program is lowered."""
@@ -27,7 +27,7 @@ class Engine(Protocol):
         """From now on read the weights from here, in place and without a copy."""
         ...
 
-    def apart(self) -> "Engine":
+    def concurrent(self) -> "Engine":
         """An engine on the same weights that may run at the same time as this one, as CUDA graphs do.
 
         By default this one, which holds nothing while it runs.
@@ -52,17 +52,17 @@ class Runtime(Protocol):
         """Where in an artifact the engine of a program lies, and what it was built of."""
         ...
 
-    def place(self, device: torch.device) -> torch.device:
+    def engine_device(self, device: torch.device) -> torch.device:
         """Where the engines of programs that were captured on a device run."""
         return device
 
-    def key(self, device: torch.device) -> Mapping[str, str]:
+    def build_requirements(self, device: torch.device) -> Mapping[str, str]:
         """What engines that are built now fit, by what it is; empty when they fit everywhere."""
         return {}
 
-    def here(self, device: torch.device) -> Mapping[str, str]:
+    def machine_facts(self, device: torch.device) -> Mapping[str, str]:
         """What of it this machine and device are."""
-        return self.key(device)
+        return self.build_requirements(device)
 
     def require(self, building: bool) -> None:
         """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
@@ -87,7 +87,7 @@ class Runtime(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Absent(Engine):
+class UnavailableEngine(Engine):
     """Stands for an engine that cannot be called here.
 
     Args:
@@ -156,17 +156,17 @@ def lower(
     return runtime.load(program, files, weights, device)
 
 
-def described(key: Mapping[str, str]) -> list[str]:
+def requirement_texts(key: Mapping[str, str]) -> list[str]:
     """What engines fit, or what a machine is, for people."""
     return [f"{name} {value}" for name, value in key.items()]
 
 
-def fits(key: Mapping[str, str], here: Mapping[str, str]) -> bool:
+def is_compatible(key: Mapping[str, str], here: Mapping[str, str]) -> bool:
     """Whether engines fit a machine: a key's entry names what fits, one or several, and "8.0+" also what is newer."""
-    return all(any(_fits(each, here.get(name, "")) for each in wanted.split(" or ")) for name, wanted in key.items())
+    return all(any(_is_met(each, here.get(name, "")) for each in wanted.split(" or ")) for name, wanted in key.items())
 
 
-def _fits(wanted: str, found: str) -> bool:
+def _is_met(wanted: str, found: str) -> bool:
     if not wanted.endswith("+"):
         return wanted == found
     return bool(found) and _numbers(found) >= _numbers(wanted)

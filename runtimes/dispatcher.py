@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture import Signature
+from recache_compile.capture.capture import Signature
+from recache_compile.capture.export import named_leaves
 from recache_compile.errors import DispatchError, MismatchError
-from recache_compile.export import named_leaves
-from recache_compile.forecasters import Forecaster
-from recache_compile.plan import Plan, StepPlan, make_plan
-from recache_compile.program import Kind, Value
+from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.plan import Plan, StepPlan, make_plan
+from recache_compile.ir.program import Kind, Value
+from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
-from recache_compile.runtimes.graphs import Graphs
-from recache_compile.runtimes.seen import Seen
-from recache_compile.runtimes.tables import Tables
+from recache_compile.runtimes.dispatcher_tables import Tables
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class State:
     start: int
     coefficients: tuple[Tensor, ...]
     tables: Tables | None
-    fixed: Mapping[str, Seen]
+    fixed: Mapping[str, TensorSnapshot]
     graphs: Graphs | None
     history: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
     last_step: int | None = None
@@ -189,8 +189,12 @@ class Dispatcher:
         """Number of the variant that was compiled for the values of these tensors."""
         for number, variant in enumerate(variants):
             state = self._states.get((branch, key, number))
-            fixed = {name: Seen.now(value) for name, value in variant.fixed.items()} if state is None else state.fixed
-            if all(value.still_is(tensors[name]) for name, value in fixed.items()):
+            fixed = (
+                {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
+                if state is None
+                else state.fixed
+            )
+            if all(value.still_equals(tensors[name]) for name, value in fixed.items()):
                 return number
         raise MismatchError(
             f"the values of {', '.join(map(repr, variants[0].fixed))} are not those compiled, and the model's code decides"
@@ -210,7 +214,7 @@ class Dispatcher:
         """A state for generations that begin with a step."""
         plan = self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
-        fixed = {name: Seen.now(value) for name, value in variant.fixed.items()}
+        fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
         return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed, graphs)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
@@ -221,7 +225,7 @@ class Dispatcher:
         if not start:
             return self.plan
         rest = self.plan.schedule.starting_at(start)
-        return make_plan(rest, self._forecaster, len(self.plan.steps[0].row), start)
+        return make_plan(rest, self._forecaster, len(self.plan.steps[0].pattern), start)
 
     def _coefficients(self, plan: Plan) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)

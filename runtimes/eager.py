@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from recache_compile.program import Program
+from recache_compile.ir.program import Program
 from recache_compile.runtimes.base import Engine, Runtime
 
 

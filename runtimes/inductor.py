@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recache_compile.capture.export import export_module, quiet
 from recache_compile.errors import RuntimeUnavailableError
-from recache_compile.export import export_module, quiet
+from recache_compile.ir.program import Program
 from recache_compile.passes.base import Pass, run_passes, with_values
 from recache_compile.passes.lay_out_attention import LayOutAttention
 from recache_compile.passes.split_bias import SplitBias
 from recache_compile.passes.write_out_gelu import WriteOutGelu
-from recache_compile.program import Program
 from recache_compile.runtimes.base import Engine, Runtime, example_inputs, free_sizes
 
 CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
@@ -62,7 +62,7 @@ class Inductor(Runtime):
         """One package a program."""
         return (f"engines/{variant}/{program}.pt2",)
 
-    def key(self, device: torch.device) -> Mapping[str, str]:
+    def build_requirements(self, device: torch.device) -> Mapping[str, str]:
         """The torch version, and the processor or GPU architecture."""
         if device.type == "cuda":
             machine = "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
-from recache_compile.program import Program
+from recache_compile.ir.program import Program
+from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes.base import Engine, Runtime, new_outputs
-from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

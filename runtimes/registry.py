@@ -91,7 +91,7 @@ def runtime_on(runtime: str, device: torch.device, explain: Callable[[str], None
         RuntimeUnavailableError: it does not.
     """
     chosen = get_runtime(runtime, explain)
-    if chosen.place(device).type != device.type:
+    if chosen.engine_device(device).type != device.type:
         raise RuntimeUnavailableError(
             f"runtime {chosen.name}: its engines do not run on {device}; choose inductor, onnxruntime or eager"
         )

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
-from recache_compile.files import writing
-from recache_compile.program import MIN_ROWS, Program
-from recache_compile.runtimes.base import EXAMPLE_ROWS, Absent, Engine, Runtime
-from recache_compile.runtimes.onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
-from recache_compile.runtimes.tensorrt_engine import TensorRTEngine
+from recache_compile.ir.program import MIN_ROWS, Program
+from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
+from recache_compile.runtimes._tensorrt_engine import TensorRTEngine
+from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, UnavailableEngine
+from recache_compile.support.files import writing
 
 MAX_ROWS = 1000
 """Rows that a prologue can make in one call: the longest loop."""
 
 
-class Library(Runtime, abc.ABC):
+class TensorRTBase(Runtime, abc.ABC):
     """What the two libraries have in common; both are runtimes."""
 
     name: str
@@ -41,11 +41,11 @@ class Library(Runtime, abc.ABC):
         """The engine, and the ONNX model that it was built from."""
         return f"engines/{variant}/{program}.engine", onnx_file(variant, program)
 
-    def place(self, device: torch.device) -> torch.device:
+    def engine_device(self, device: torch.device) -> torch.device:
         """On a GPU, wherever the model was captured."""
         return device if device.type == "cuda" else torch.device("cuda")
 
-    def here(self, device: torch.device) -> Mapping[str, str]:
+    def machine_facts(self, device: torch.device) -> Mapping[str, str]:
         """The library's version and the device's compute capability."""
         return {self.name: self.trt().__version__, "gpu": capability(device)}
 
@@ -72,7 +72,7 @@ class Library(Runtime, abc.ABC):
     ) -> Engine:
         """An engine on a GPU; elsewhere one that can only be saved."""
         if device.type != "cuda":
-            return Absent(
+            return UnavailableEngine(
                 f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the artifact"
                 " and load it there"
             )
@@ -148,7 +148,7 @@ class Library(Runtime, abc.ABC):
         yield Kept()
 
     @abc.abstractmethod
-    def key(self, device: torch.device) -> Mapping[str, str]:
+    def build_requirements(self, device: torch.device) -> Mapping[str, str]:
         """The library's version and the GPUs' compute capabilities."""
 
     @abc.abstractmethod
@@ -191,7 +191,7 @@ class Library(Runtime, abc.ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRT(Library):
+class TensorRT(TensorRTBase):
     """TensorRT, which builds for the GPU that it is on; None leaves its own default.
 
     Args:
@@ -211,20 +211,20 @@ class TensorRT(Library):
     version_compatible: bool = False
     hardware_compatible: bool = False
 
-    def key(self, device: torch.device) -> Mapping[str, str]:
-        """See `Library`."""
+    def build_requirements(self, device: torch.device) -> Mapping[str, str]:
+        """See `TensorRTBase`."""
         gpu = "sm80+" if self.hardware_compatible else capability(device)
         return {self.name: self.trt().__version__ + "+" * self.version_compatible, "gpu": gpu}
 
     def check_options(self) -> None:
-        """See `Library`."""
+        """See `TensorRTBase`."""
         if not torch.cuda.is_available():
             raise RuntimeUnavailableError(
                 f"runtime {self.name}: builds on a GPU and finds none; choose runtime tensorrt_rtx, which needs none"
             )
 
     def configure(self, config: Any) -> None:
-        """See `Library`."""
+        """See `TensorRTBase`."""
         trt = self.trt()
         if self.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -232,7 +232,7 @@ class TensorRT(Library):
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
     def context_config(self, engine: Any) -> Any:
-        """See `Library`."""
+        """See `TensorRTBase`."""
         return self.trt().ExecutionContextAllocationStrategy.USER_MANAGED
 
     @contextlib.contextmanager
@@ -258,7 +258,7 @@ class TensorRT(Library):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRTForRTX(Library):
+class TensorRTForRTX(TensorRTBase):
     """TensorRT for RTX, which builds without a GPU; None leaves its own default.
 
     Args:
@@ -273,13 +273,13 @@ class TensorRTForRTX(Library):
     optimization_level: int | None = None
     tf32: bool = False
 
-    def key(self, device: torch.device) -> Mapping[str, str]:
-        """See `Library`."""
+    def build_requirements(self, device: torch.device) -> Mapping[str, str]:
+        """See `TensorRTBase`."""
         gpus = self._wanted() or (capability(device),)
         return {self.name: self.trt().__version__, "gpu": " or ".join(gpus)}
 
     def check_options(self) -> None:
-        """See `Library`."""
+        """See `TensorRTBase`."""
         if isinstance(self.targets, str):
             raise RuntimeUnavailableError(
                 f"runtime {self.name}: targets {self.targets!r}: expected several, as ('sm89',)"
@@ -291,7 +291,7 @@ class TensorRTForRTX(Library):
                 )
 
     def configure(self, config: Any) -> None:
-        """See `Library`."""
+        """See `TensorRTBase`."""
         trt = self.trt()
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else nothing can be captured in a CUDA graph
         wanted = [target.upper() for target in self._wanted()] or ["CURRENT"]
@@ -300,7 +300,7 @@ class TensorRTForRTX(Library):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), at)
 
     def context_config(self, engine: Any) -> Any:
-        """See `Library`; contexts share the kernels that they compile, and choose them once."""
+        """See `TensorRTBase`; contexts share the kernels that they compile, and choose them once."""
         trt = self.trt()
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel
 
 import recache_compile as rc
-from recache_compile.loading import load_pipeline
+from recache_compile.pipelines.load import load_pipeline
 
 NUM_STEPS = 12
 RUNTIMES = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inductor", "onnxruntime"))]
@@ -28,7 +28,7 @@ EVALUATION = (
 """An evaluation that takes seconds; `--out` is missing."""
 
 TOGETHER = (
-    ("test_compiler", "test_artifact", "test_compiled", "test_bundle", "test_onnx"),
+    ("test_build", "test_store", "test_compiled", "test_bundle", "test_onnx_program"),
     ("test_session", "test_report"),
     ("test_real_pipelines", "test_real_schedulers"),
 )
@@ -156,7 +156,7 @@ def shapes() -> Any:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a trained policy, and of its study; do not write to it."""
-    from recache_compile.cli import main
+    from recache_compile.cli.app import main
 
     folder = tmp_path_factory.mktemp("trained") / "policy"
     result = CliRunner().invoke(main, [*TRAINING, "--out", str(folder)])
@@ -167,7 +167,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation; do not write to it."""
-    from recache_compile.cli import main
+    from recache_compile.cli.app import main
 
     folder = tmp_path_factory.mktemp("evaluated") / "evaluation"
     result = CliRunner().invoke(main, [*EVALUATION, "--out", str(folder)])

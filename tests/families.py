@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import recache_compile as rc
-from recache_compile.recording import denoisers_of
+from recache_compile.pipelines.record import denoisers_of
 from recache_compile.runtimes.base import Engine
 from tests.tiny_pipelines import PIPELINES, TinyPipeline, draw, stack
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.cli import main
-from recache_compile.loading import load_pipeline
+from recache_compile.cli.app import main
+from recache_compile.pipelines.load import load_pipeline
 from recache_compile.policies import registry as policies
 from recache_compile.runtimes import registry as runtimes
 from tests.families import DIFFERENT, EXACT, STEPS, TINY, compile_tiny, error, plain

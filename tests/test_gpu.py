@@ -8,8 +8,8 @@ import torch
 import recache_compile as rc
 from recache_compile.errors import DispatchError
 from recache_compile.runtimes.tensorrt import capability
+from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps, tiny_flux
-from tests.test_compiler import relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -82,7 +82,7 @@ def test_what_stands_above_the_rooms_exists() -> None:
 
 def test_nothing_imports_the_command_line() -> None:
     files = [file for folder in (*ROOMS, "recache_compile") for file in (ROOT / folder).rglob("*.py")]
-    assert not [file for file in files if sees(file, "recache_compile.cli")]
+    assert not [file for file in files if sees(file, "recache_compile.cli.app")]
 
 
 def test_public_names() -> None:

@@ -19,8 +19,8 @@ import torch
 from recache_compile.bench.subjects import SUBJECTS, Ours, Subject
 from recache_compile.bench.workload import Request, make_workload
 from recache_compile.errors import ModelError, RecacheError, reason_of
-from recache_compile.measure import seconds
-from recache_compile.schedule import Schedule
+from recache_compile.evaluation.measure import seconds
+from recache_compile.ir.schedule import Schedule
 
 LONE_CALLS = 5
 """Calls of a lone engine in each round."""

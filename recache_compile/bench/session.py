@@ -10,8 +10,8 @@ from recache_compile.bench.process import Process
 from recache_compile.bench.subjects import OURS, UNCACHED
 from recache_compile.bench.workload import Request
 from recache_compile.errors import ModelError
-from recache_compile.machine import machine, versions
-from recache_compile.schedule import Schedule
+from recache_compile.ir.schedule import Schedule
+from recache_compile.support.machine import machine, versions
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import recache_compile as rc
 from recache_compile.bench.workload import Request, Workload, peers_schedule
-from recache_compile.compiled import Compiled
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
-from recache_compile.program import MIN_ROWS
-from recache_compile.schedule import Schedule
+from recache_compile.ir.program import MIN_ROWS
+from recache_compile.ir.schedule import Schedule
 
 
 class Subject(Protocol):

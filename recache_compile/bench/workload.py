@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.artifact import check, look
+from recache_compile.artifact.manifest import MANIFEST
+from recache_compile.artifact.specs import find_spec_file, read_spec, transformer_class
+from recache_compile.artifact.store import check, look
 from recache_compile.errors import ModelError
-from recache_compile.manifest import MANIFEST
-from recache_compile.program import Role
-from recache_compile.schedule import Schedule
-from recache_compile.specs import find_spec_file, read_spec, transformer_class
+from recache_compile.ir.program import Role
+from recache_compile.ir.schedule import Schedule
 
 WARMUPS = (1, 2, 3)
 """Numbers of first steps that peers are allowed to recompute one after another."""
@@ -148,8 +148,8 @@ def _of_spec(request: Request, file: Path) -> Workload:
 
 
 def _of_pipeline(request: Request) -> Workload:
-    from recache_compile.loading import load_pipeline
-    from recache_compile.recording import record_examples
+    from recache_compile.pipelines.load import load_pipeline
+    from recache_compile.pipelines.record import record_examples
 
     pipeline: Any = load_pipeline(request.model, getattr(torch, request.dtype), torch.device(request.device))
     example = record_examples(pipeline, request.num_steps, request.call)[0]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recache_compile.compiled import Compiled
-from recache_compile.evaluation.easel import Values
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.metrics import METRICS
 from recache_compile.evaluation.profile import Profile
 from recache_compile.evaluation.result import Line
+from recache_compile.evaluation.runner import Values
 from recache_compile.evaluation.setting import Setting
 from recache_compile.evaluation.statistics import (
     Estimate,
@@ -20,7 +20,7 @@ from recache_compile.evaluation.statistics import (
     relative_loss_of_sets,
     verdict,
 )
-from recache_compile.schedule import Schedule
+from recache_compile.ir.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

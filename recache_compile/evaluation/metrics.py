@@ -12,10 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from recache_compile.errors import ModelError, RuntimeUnavailableError
-from recache_compile.measure import signal_to_noise
+from recache_compile.evaluation.distances import (
+    SHAPES,
+    Distance,
+    get_distance,
+    get_reward,
+    require_judge,
+    shapes_features,
+)
+from recache_compile.evaluation.measure import signal_to_noise
+from recache_compile.evaluation.pretrained import load_inception, load_vbench
 from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
-from recache_compile.pretrained import load_inception, load_vbench
-from recache_compile.quality import SHAPES, Distance, get_distance, get_reward, require_judge, shapes_features
 
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """Results and the uncached results of the same noise, both (batch, 3, H, W) or (batch, frames, 3, H, W) in [0, 1], and

@@ -11,16 +11,16 @@ import torch
 from torch import fx
 
 from recache_compile.api import compile
-from recache_compile.compiled import Compiled
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RecacheError, reason_of
+from recache_compile.evaluation.measure import seconds
 from recache_compile.evaluation.setting import Setting
-from recache_compile.machine import machine, versions
-from recache_compile.measure import seconds
-from recache_compile.program import Kind
-from recache_compile.recording import prompted
+from recache_compile.ir.program import Kind
+from recache_compile.pipelines.accelerate import CompiledTransformer
+from recache_compile.pipelines.record import prompted
 from recache_compile.runtimes.dispatcher import Dispatcher
-from recache_compile.runtimes.watch import Watch
-from recache_compile.stand_in import CompiledTransformer
+from recache_compile.runtimes.dispatcher_observer import Watch
+from recache_compile.support.machine import machine, versions
 
 PROFILE = "profile.json"
 

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from recache_compile.api import compile_options
-from recache_compile.artifact import check
-from recache_compile.compiler import make_schedules
-from recache_compile.devices import usable_device
+from recache_compile.artifact.manifest import is_artifact
+from recache_compile.artifact.store import check
+from recache_compile.compiler.build import make_schedules
 from recache_compile.errors import ModelError
+from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.metrics import judge_of, pictures_in, usual_metrics
 from recache_compile.evaluation.setting import Setting
-from recache_compile.forecasters import Reuse
-from recache_compile.loading import absolute
-from recache_compile.manifest import is_artifact
+from recache_compile.ir.forecasters import Reuse
+from recache_compile.ir.schedule import check_budgets
+from recache_compile.pipelines.load import absolute
+from recache_compile.pipelines.prompts import captions_of
 from recache_compile.policies.base import Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
-from recache_compile.prompts import captions_of
-from recache_compile.quality import SHAPES
 from recache_compile.runtimes.registry import runtime_on
-from recache_compile.schedule import check_budgets
+from recache_compile.support.devices import usable_device
 
 USUAL: dict[str, Any] = {
     "num_steps": 50, "forecaster": "taylor", "order": 1, "granularity": "stack", "runtime": "auto", "dtype": "float32",

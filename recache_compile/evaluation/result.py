@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recache_compile.compiled import Compiled
+from recache_compile.artifact.inspect import facts_of
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.statistics import TARGET_REDUCTION, Estimate, Verdict
-from recache_compile.inspection import facts_of
-from recache_compile.records import read_record, write_record
+from recache_compile.support.records import read_record, write_record
 
 RESULT = "result.json"
 

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 
 from recache_compile.api import compile
-from recache_compile.artifact import load, load_own
-from recache_compile.calibration import load_calibration, save_calibration, together
-from recache_compile.choosing import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
-from recache_compile.compiled import Compiled
-from recache_compile.compiler import make_schedules
-from recache_compile.evaluation.easel import Easel, Values, missing_of, read_values
+from recache_compile.artifact.store import load, load_own
+from recache_compile.compiler.build import make_schedules
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.estimates import Reference, estimates, features_in
 from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
 from recache_compile.evaluation.profile import PROFILE, Profile, call_of, measure_redundancy, measure_times
 from recache_compile.evaluation.request import BUDGETS, POLICIES, Request
 from recache_compile.evaluation.result import Result, facts_about, write_result
+from recache_compile.evaluation.runner import SampleRunner, Values, missing_of, read_values
 from recache_compile.evaluation.setting import EVALUATION, FIRST_OF_REFERENCE, Setting, begin, check_begun
-from recache_compile.files import check_place, output_errors
-from recache_compile.loading import load_pipeline
-from recache_compile.machine import machine, versions
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.load import load_pipeline
+from recache_compile.pipelines.prompts import captions_for
+from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.policies.base import Calibration, Problem
+from recache_compile.policies.calibration import load_calibration, merge_calibrations, save_calibration
 from recache_compile.policies.registry import CALIBRATED, get_policy
-from recache_compile.prompts import captions_for
-from recache_compile.quality import SHAPES
-from recache_compile.records import read_record, write_record
-from recache_compile.rollout import Batch, Rollouts
-from recache_compile.schedule import Schedule
-from recache_compile.workers import Crew, import_ray
+from recache_compile.search.default_policy import CALIBRATIONS, FIRST_SEED, default_policy, policy_name
+from recache_compile.search.ray_pool import RayPool, import_ray
+from recache_compile.support.files import check_place, output_errors
+from recache_compile.support.machine import machine, versions
+from recache_compile.support.records import read_record, write_record
 
 SHARED = {each.name for each in fields(Setting)} & {each.name for each in fields(Result)}
 """What a result repeats of its setting."""
@@ -78,7 +78,9 @@ def evaluate(
     rescheduled = compiled.reschedule(by_budget | {setting.num_steps: Schedule.every(setting.num_steps)})
     times = _profile(setting, folder, pipeline, rescheduled, request.repeats, report)
     setattr(pipeline, setting.component, None)  # the engines have the weights
-    judged, reference = _judged(request, setting, folder, lambda: Easel(folder, pipeline, compiled), report, count)
+    judged, reference = _judged(
+        request, setting, folder, lambda: SampleRunner(folder, pipeline, compiled), report, count
+    )
     report("estimating")
     uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
     result = Result(
@@ -159,7 +161,7 @@ def _calibration(setting: Setting, folder: Path, pipeline: Any, compiled: Compil
             Batch(captions[first : first + size], tuple(range(FIRST_SEED + first, FIRST_SEED + first + size)))
             for first in range(0, len(captions) - size + 1, size)
         ]
-        save_calibration(together([rollouts.calibrate(batch) for batch in batches]), file)
+        save_calibration(merge_calibrations([rollouts.calibrate(batch) for batch in batches]), file)
     return load_calibration(file)
 
 
@@ -184,7 +186,7 @@ def _judged(
     request: Request,
     setting: Setting,
     folder: Path,
-    easel: Callable[[], Easel],
+    runner: Callable[[], SampleRunner],
     report: Report,
     count: Callable[[int, int], None],
 ) -> tuple[list[Values], Reference | None]:
@@ -197,7 +199,7 @@ def _judged(
     report("drawing and judging")
     count(0, len(left))
     with _one_thread():
-        for done, _ in enumerate(_run(request, folder, easel, left), start=1):
+        for done, _ in enumerate(_run(request, folder, runner, left), start=1):
             count(done, len(left))
     judged: list[Values] = [read_values(folder, number) for number in numbers]
     if not by_sets:
@@ -212,15 +214,15 @@ def _judged(
     return judged, Reference("uncached samples of other noise", features, False)
 
 
-def _run(request: Request, folder: Path, easel: Callable[[], Easel], numbers: Sequence[int]) -> Iterator[int]:
+def _run(request: Request, folder: Path, runner: Callable[[], SampleRunner], numbers: Sequence[int]) -> Iterator[int]:
     """Draw and judge batches, here or on workers."""
     if not numbers:
         return
     if not request.workers:
-        yield from easel().run(numbers)
+        yield from runner().run(numbers)
         return
-    with Crew(folder, request.workers, request.ray_address, Easel) as crew:
-        yield from crew.work((number,) for number in numbers)
+    with RayPool(folder, request.workers, request.ray_address, SampleRunner) as pool:
+        yield from pool.work((number,) for number in numbers)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from recache_compile.evaluation.metrics import METRICS
-from recache_compile.records import check_folder, read_record, write_record
-from recache_compile.rollout import Batch
-from recache_compile.schedule import Schedule
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.rollout import Batch
+from recache_compile.support.records import check_folder, read_record, write_record
 
 EVALUATION = "evaluation.json"
 FIRST_OF_REFERENCE = 1_000_000

@@ -5,11 +5,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from recache_compile.artifact.inspect import with_unit
 from recache_compile.evaluation.result import Line, Result
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
-from recache_compile.files import writing
-from recache_compile.inspection import with_unit
 from recache_compile.report.contents import GAIN, Contents, heat_scale, read_contents
+from recache_compile.support.files import writing
 
 PIXELS = 128
 """Pictures up to this size are shown with visible pixels, as they are."""

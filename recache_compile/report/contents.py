@@ -15,14 +15,14 @@ from torch import Tensor
 
 from recache_compile.bench.page import Bench, read_bench
 from recache_compile.errors import ArtifactError
-from recache_compile.evaluation.easel import PICTURES, Values, read_values
 from recache_compile.evaluation.metrics import METRICS, Metric
 from recache_compile.evaluation.profile import PROFILE, Profile
 from recache_compile.evaluation.result import Line, Result, read_result
+from recache_compile.evaluation.runner import PICTURES, Values, read_values
 from recache_compile.evaluation.setting import Setting, read_setting
-from recache_compile.records import read_record
+from recache_compile.ir.schedule import Schedule
 from recache_compile.report.figures import pareto
-from recache_compile.schedule import Schedule
+from recache_compile.support.records import read_record
 
 SMALL = 256
 """Pixels up to which pictures are kept without loss."""

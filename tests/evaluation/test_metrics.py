@@ -14,8 +14,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from recache_compile import pretrained
 from recache_compile.errors import ModelError, RuntimeUnavailableError
+from recache_compile.evaluation import pretrained
 from recache_compile.evaluation.metrics import (
     METRICS,
     SCENES,

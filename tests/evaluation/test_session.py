@@ -13,20 +13,20 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.evaluation import session
-from recache_compile.evaluation.easel import KEPT, PICTURES, read_values
 from recache_compile.evaluation.metrics import features_of_scenes, judge_of
 from recache_compile.evaluation.request import Request
 from recache_compile.evaluation.result import Result, read_result
+from recache_compile.evaluation.runner import KEPT, PICTURES, read_values
 from recache_compile.evaluation.session import evaluate
 from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, read_setting
 from recache_compile.evaluation.statistics import frechet
-from recache_compile.loading import load_pipeline
-from recache_compile.prompts import captions_of
-from recache_compile.rollout import Rollouts
-from recache_compile.schedule import Schedule
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.load import load_pipeline
+from recache_compile.pipelines.prompts import captions_of
+from recache_compile.pipelines.rollout import Rollouts
+from tests.cli.test_app import check_refused, run
 from tests.conftest import EVALUATION
 from tests.families import TINY
-from tests.test_cli import check_refused, run
 
 STEPS, SAMPLES, BATCH = 8, 8, 4
 

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Program
+from recache_compile.ir.serialize import program_from_json, program_to_json
 from recache_compile.passes.base import Pass, call, copy_module, run_passes, with_values
-from recache_compile.program import Program
-from recache_compile.serialize import program_from_json, program_to_json
 from tests.passes.tiny import Attention, Plain, aten, captured, example, show
 from tests.passes.tiny import call as run
 

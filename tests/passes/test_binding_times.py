@@ -3,9 +3,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from recache_compile.ir.program import Binding, Kind, Value
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import is_random
-from recache_compile.program import Binding, Kind, Value
 from tests.passes.tiny import Attention, Formula, aten, captured
 
 NOTHING, TIMESTEP, CONDITIONING, LATENTS = Binding.NOTHING, Binding.TIMESTEP, Binding.CONDITIONING, Binding.LATENTS

@@ -3,9 +3,9 @@ import torch
 from torch import Tensor, nn
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Program
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites, block_of
-from recache_compile.program import Granularity, Program
 from tests.passes.tiny import WIDTH, Attention, Block, Formula, Heads, Plain, call, captured, example, show
 
 

@@ -8,19 +8,21 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Kind, Program, SitePattern, Value
 from recache_compile.passes.base import PassResult, run_passes
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.hoist import ALIGNMENT, Entry, Hoist, boundary, layout, padded
 from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
-from recache_compile.program import Granularity, Kind, Program, Row, Value
 from tests.passes.tiny import Attention, Formula, Forward, Plain, annotated, aten, call, example, show
 
 INPUTS = example(Attention())
 
 
-def specialised(module: torch.nn.Module, row: Row = (0,), granularity: Granularity = Granularity.OUTPUT) -> Program:
+def specialised(
+    module: torch.nn.Module, row: SitePattern = (0,), granularity: Granularity = Granularity.OUTPUT
+) -> Program:
     return run_passes(annotated(module, granularity), (Specialise(row),))
 
 
@@ -328,7 +330,7 @@ def test_the_largest_rows_stay_in_the_step_where_a_row_is_too_large(
     step = Hoist(row_bytes)(program).program
     (row,) = [node for node in step.module.graph.nodes if node.name == "row_float32"]
     assert [entry.node for entry in row.meta["layout"]] == rows
-    assert {node.name for node in step.module.graph.nodes if "stays" in node.meta} == set(staying)
+    assert {node.name for node in step.module.graph.nodes if "kept_in_step" in node.meta} == set(staying)
     assert_same(program, step)
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Program
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.ops import CACHE_POINT
-from recache_compile.program import Granularity, Program
 from tests.passes.tiny import Attention, Formula, Heads, Plain, annotated, call, captured, example, show
 
 

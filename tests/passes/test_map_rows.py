@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from recache_compile.export import export_module
+from recache_compile.capture.export import export_module
 from recache_compile.passes.map_rows import use_free_row_rules
 from tests.passes.tiny import aten, show_graph
 

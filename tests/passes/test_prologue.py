@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Kind, Program, Value, makes_one_row
 from recache_compile.passes.hoist import Entry
 from recache_compile.passes.prologue import build_prologue
-from recache_compile.program import Granularity, Kind, Program, Value, makes_one_row
 from tests.passes.tiny import (
     WIDTH,
     Attention,

@@ -3,10 +3,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from recache_compile.ir.program import Program
 from recache_compile.passes.base import PassResult
 from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify, merge_equal_calls, remove_identities
-from recache_compile.program import Program
 from tests.passes.tiny import Attention, Formula, Forward, Plain, aten, call, captured, example, show, show_graph
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Kind, Program, SitePattern, Value
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.specialise import Specialise
-from recache_compile.program import Granularity, Kind, Program, Row, Value
 from tests.passes.tiny import (
     TOKENS,
     WIDTH,
@@ -34,7 +34,7 @@ def history(program: Program, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def specialised(module: nn.Module, row: Row, granularity: Granularity = Granularity.STACK) -> Program:
+def specialised(module: nn.Module, row: SitePattern, granularity: Granularity = Granularity.STACK) -> Program:
     return Specialise(row)(annotated(module, granularity)).program
 
 
@@ -142,12 +142,12 @@ def test_cached_step_at_output_granularity_runs_no_model_at_all() -> None:
         ),
     ],
 )
-def test_three_sites_follow_their_entry_of_the_row(row: Row, inputs: list[str], outputs: list[str]) -> None:
+def test_three_sites_follow_their_entry_of_the_row(row: SitePattern, inputs: list[str], outputs: list[str]) -> None:
     assert names(specialised(Heads(3), row)) == (inputs, outputs)
 
 
 @pytest.mark.parametrize("row", [(0, 2), (2, 0), (1, 2)])
-def test_mixed_rows_compute_each_site_by_its_own_rule(row: Row) -> None:
+def test_mixed_rows_compute_each_site_by_its_own_rule(row: SitePattern) -> None:
     module = Heads(2)
     program = specialised(module, row)
     inputs, held, weights = example(module), history(program), torch.tensor([1.5, -0.5])
@@ -242,7 +242,7 @@ def test_the_given_program_stays_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("row", [(), (0,), (0, 0, 0, 0)])
-def test_a_row_of_another_length_is_refused(row: Row) -> None:
+def test_a_row_of_another_length_is_refused(row: SitePattern) -> None:
     message = rf"pass specialise on capture: the row has {len(row)} entries, the graph 3 cache sites"
     with pytest.raises(PassError, match=message):
         Specialise(row)(annotated(Heads(3)))
@@ -279,7 +279,7 @@ class Added(nn.Module):
         return self.block.linear(hidden * scale)
 
 
-def residual(module: nn.Module, row: Row, inputs: dict[str, Tensor] | None = None) -> Program:
+def residual(module: nn.Module, row: SitePattern, inputs: dict[str, Tensor] | None = None) -> Program:
     """A step program that caches what every block adds."""
     return Specialise(row)(annotated(module, Granularity.BLOCK, inputs)).program
 
@@ -338,7 +338,7 @@ def test_recompute_with_bases_is_exact() -> None:
 
 
 @pytest.mark.parametrize("row", [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 0), (2, 0, 1), (1, 2, 0)])
-def test_rows_with_bases_follow_the_stream_block_by_block(row: Row) -> None:
+def test_rows_with_bases_follow_the_stream_block_by_block(row: SitePattern) -> None:
     """What a block reads and adds to is what the step made before it, computed or forecast."""
     module = Plain(3)
     program = residual(module, row)

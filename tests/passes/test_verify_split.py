@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.program import Granularity, Program
 from recache_compile.passes.base import copy_module, run_passes
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import independent_matmuls, tied_weights, verify_split
-from recache_compile.program import Granularity, Program
 from tests.passes.tiny import Attention, Formula, Forward, Heads, Split, annotated, split
 
 

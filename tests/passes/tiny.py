@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from recache_compile.capture import Captured, capture
+from recache_compile.capture.capture import Captured, capture
+from recache_compile.ir.program import Granularity, Kind, Program, SitePattern, Value, pattern_name, table_name
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import FindCacheSites
 from recache_compile.passes.hoist import Hoist
@@ -14,7 +15,6 @@ from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
-from recache_compile.program import Granularity, Kind, Program, Row, Value, row_name, table_name
 
 aten = torch.ops.aten
 
@@ -162,14 +162,14 @@ class Split:
 
 def split(
     module: nn.Module,
-    rows: Sequence[Row] = ((0,),),
+    rows: Sequence[SitePattern] = ((0,),),
     granularity: Granularity = Granularity.STACK,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Split:
     """Cut a module in two; `rows` must read different tables."""
     whole = annotated(module, granularity, inputs)
     steps = {
-        table_name(row): run_passes(whole, (Specialise(row), Hoist(), Simplify())).renamed(row_name(row))
+        table_name(row): run_passes(whole, (Specialise(row), Hoist(), Simplify())).renamed(pattern_name(row))
         for row in rows
     }
     return Split(whole, build_prologue(whole, steps), steps)

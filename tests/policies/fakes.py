@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Calibration
-from recache_compile.schedule import Schedule
 
 
 @dataclass

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.annealing import Annealing
 from recache_compile.policies.base import Problem
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 
 @dataclass

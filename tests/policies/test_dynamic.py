@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Fitted, Forecaster, Newton, Reuse, Taylor
+from recache_compile.ir.forecasters import Fitted, Forecaster, Newton, Reuse, Taylor
 from recache_compile.policies.base import Calibration, Policy, Problem
 from recache_compile.policies.dynamic import DynamicProgram, Minimax
 

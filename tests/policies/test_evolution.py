@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recache_compile.errors import RuntimeUnavailableError, ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
 from recache_compile.policies.evolution import NearestBudget, Nsga2
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 
 pytest.importorskip("pymoo")
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Forecaster, Newton, Reuse, Taylor
+from recache_compile.ir.forecasters import Forecaster, Newton, Reuse, Taylor
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.moves import relocations
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import calibration_of, trajectories
 
 

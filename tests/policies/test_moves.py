@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.moves import descend, random_schedule, relocations
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import mask_of, pairwise, separable
 
 CASES = st.integers(1, 9).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total)))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.moves import random_schedule
 from recache_compile.policies.race import race
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import FakeObjective, mask_of, separable
 
 EVERY = [Schedule((0, *rest), 8) for rest in combinations(range(1, 8), 3)]

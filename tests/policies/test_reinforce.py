@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem, Progress
 from recache_compile.policies.moves import random_schedule
 from recache_compile.policies.plackett_luce import ordered_log_probability, sample, set_log_probability
@@ -17,7 +18,6 @@ from recache_compile.policies.recache import Logits, most_likely
 from recache_compile.policies.registry import get_policy
 from recache_compile.policies.reinforce import Likelihood, Reinforce, fit, leave_one_out, new_logits
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import FakeObjective, away_from, mask_of, separable
 from tests.policies.fakes import pairwise as neighbours
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recache_compile.errors import ScheduleError
-from recache_compile.forecasters import Taylor
+from recache_compile.ir.forecasters import Taylor
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies import search
 from recache_compile.policies.base import Calibration, Policy, Problem, Progress
 from recache_compile.policies.dynamic import DynamicProgram, Minimax
@@ -19,7 +20,6 @@ from recache_compile.policies.reinforce import Reinforce, fit, new_logits
 from recache_compile.policies.search import Climb, Search, best_of, is_better
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import FakeObjective, away_from, calibration_of, separable, trajectories
 from tests.policies.fakes import pairwise as neighbours
 

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recache_compile.forecasters import Fitted, Forecaster, HiCache, Newton, Reuse, Taylor
+from recache_compile.ir.forecasters import Fitted, Forecaster, HiCache, Newton, Reuse, Taylor
+from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.moves import random_schedule
 from recache_compile.policies.surrogate import Surrogate
-from recache_compile.schedule import Schedule
 from tests.policies.fakes import calibration_of, trajectories
 
 TOTAL = 13

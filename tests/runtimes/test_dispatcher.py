@@ -7,9 +7,9 @@ import torch
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError, MismatchError
+from tests.compiler.test_build import LATENTS, counted, relative_error
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps
 from tests.reference import CachedReference
-from tests.test_compiler import LATENTS, counted, relative_error
 
 
 def generation(run: Any, inputs: dict[str, torch.Tensor], branch: str = "") -> list[torch.Tensor]:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
+from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps
-from tests.test_compiler import relative_error
 
 pytestmark = pytest.mark.slow
 

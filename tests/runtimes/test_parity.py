@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.loading import load_pipeline
-from recache_compile.program import Role
-from recache_compile.recording import prompted, record_examples
+from recache_compile.ir.program import Role
+from recache_compile.pipelines.load import load_pipeline
+from recache_compile.pipelines.record import prompted, record_examples
 from recache_compile.runtimes.tensorrt import TensorRTForRTX
 from tests.conftest import PROMPT
 from tests.zoo.base import Draw
@@ -87,7 +87,7 @@ def test_onnxruntime_gives_the_same_generation(made: Made, onnx_bundle: Path) ->
 
 def test_inductor_gives_the_same_generation(made: Made) -> None:
     if "Flux" in made.folder.parent.name:
-        pytest.skip("tests/test_compiler.py compares it with the model itself")
+        pytest.skip("tests/compiler/test_build.py compares it with the model itself")
     results = generation(rc.rebuild(made.folder, "inductor"), made.steps)
     assert max(map(distance, results, made.expected)) <= TOLERANCE
 

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import recache_compile as rc
-from recache_compile.cli import main
+from recache_compile.cli.app import main
 from recache_compile.errors import ArtifactError, DispatchError, RuntimeUnavailableError
-from recache_compile.runtimes.base import fits
+from recache_compile.runtimes.base import is_compatible
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.runtimes.tensorrt import TensorRT, TensorRTForRTX
 from tests.conftest import doubled_inputs
@@ -112,13 +112,13 @@ def test_options_that_make_no_sense_are_refused(runtime: Any, message: str) -> N
 
 
 def test_targets_are_taken_in_any_case_and_once() -> None:
-    key = TensorRTForRTX(targets=("SM89", " sm89", "sm120")).key(torch.device("cpu"))
+    key = TensorRTForRTX(targets=("SM89", " sm89", "sm120")).build_requirements(torch.device("cpu"))
     assert key == {"tensorrt_rtx": trt.__version__, "gpu": "sm89 or sm120"}
 
 
 @without_gpu
 def test_without_targets_all_from_ampere_on_are_built_for() -> None:
-    gpus = TensorRTForRTX().key(torch.device("cpu"))["gpu"].split(" or ")
+    gpus = TensorRTForRTX().build_requirements(torch.device("cpu"))["gpu"].split(" or ")
     assert {"sm80", "sm86", "sm89", "sm120"} <= set(gpus)
     assert "sm75" not in gpus
 
@@ -202,7 +202,7 @@ def test_the_main_command_leaves_a_bundle_where_nothing_can_be_compared(tmp_path
     ],
 )
 def test_engines_fit_what_their_key_names(wanted: str, found: str, fit: bool) -> None:
-    assert fits({"what": wanted}, {"what": found}) is fit
+    assert is_compatible({"what": wanted}, {"what": found}) is fit
 
 
 @pytest.mark.gpu

@@ -10,9 +10,9 @@ import torch
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError, RuntimeUnavailableError
-from recache_compile.program import Program
-from recache_compile.runtimes.tensorrt_engine import ALIGNMENT, TensorRTEngine
-from tests.test_compiler import relative_error
+from recache_compile.ir.program import Program
+from recache_compile.runtimes._tensorrt_engine import ALIGNMENT, TensorRTEngine
+from tests.compiler.test_build import relative_error
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def test_each_stream_has_one_context(made: Any, stream: SimpleNamespace) -> None
 
 def test_an_engine_apart_has_contexts_of_its_own(made: Any) -> None:
     engine, library, _, inputs = made
-    assert torch.equal(engine(inputs)[0], engine.apart()(inputs)[0])
+    assert torch.equal(engine(inputs)[0], engine.concurrent()(inputs)[0])
     assert len(library.contexts) == 2
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import recache_compile as rc
-from recache_compile import compiler
-from recache_compile.capture import Captured, capture
-from recache_compile.compiled import Compiled
-from recache_compile.program import Kind, Role
+from recache_compile.capture.capture import Captured, capture
+from recache_compile.compiler import build as compiler
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.ir.program import Kind, Role
 from tests.reference import CachedReference, changed_latents
 from tests.zoo.base import Case, Draw
 

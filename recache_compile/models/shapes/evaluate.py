@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recache_compile.loading import EMBEDDED, load_pipeline
 from recache_compile.models.shapes.classifier import SceneClassifier
 from recache_compile.models.shapes.scenes import ATTRIBUTES, Scene, render, sample_scene
+from recache_compile.pipelines.load import EMBEDDED, load_pipeline
 
 HELD_OUT_SEED = 2**40
 """Far from training's seeds, which are step numbers."""

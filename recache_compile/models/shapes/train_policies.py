@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 
 from recache_compile.policies.search import Search
-from recache_compile.training import Effort, study_of, train
-from recache_compile.training_view import showing, table_of
+from recache_compile.search.progress import show_training, table_of
+from recache_compile.search.train import Effort, study_of, train
 
 BUDGETS = (5, 7, 9, 10, 13, 15)
 FORECASTERS = (("taylor", 1), ("hicache", 2))
@@ -31,7 +31,7 @@ def main(output: Path, workers: int) -> None:
     trainer = Search()
     for name, order in FORECASTERS:
         study = study_of("shapes", NUM_STEPS, name, order, "stack", "features", "caption")
-        with showing(console, trainer, len(BUDGETS)) as shown:
+        with show_training(console, trainer, len(BUDGETS)) as shown:
             trained = train(
                 study, BUDGETS, output / f"{name}-{order}", trainer, Effort(TRAINING, workers=workers), *shown
             )

@@ -1,0 +1,1 @@
+"""Folders that hold engines: written, read, checked, rebuilt, looked at."""

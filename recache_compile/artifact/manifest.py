@@ -1,0 +1,160 @@
+"""The manifest of an artifact: its facts, and the hash of every other file."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recache_compile.capture.capture import Signature
+from recache_compile.compiler.compiled import Description
+from recache_compile.errors import ArtifactError
+from recache_compile.ir.plan import StepPlan
+
+FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanFacts(_Facts):
+    """What each step of a budget runs."""
+
+    recompute_steps: tuple[int, ...]
+    steps: tuple[StepPlan, ...]
+
+
+class VariantFacts(_Facts):
+    """One set of input shapes."""
+
+    inputs: tuple[dict[str, Any], ...]
+    constants: tuple[tuple[str, str], ...]
+    programs: tuple[str, ...]
+    macs: int
+
+
+class Manifest(_Facts):
+    """What an artifact is.
+
+    Args:
+        engines_for: library versions and hardware that its engines fit; empty: any.
+        device: what its engines run on.
+        files: hash of every other file, by its place in the folder.
+        digest: hash of all that the manifest says.
+    """
+
+    format_version: Literal[3]
+    recache_version: str
+    engines_for: dict[str, str]
+    device: str
+    description: Description
+    signature: Signature
+    plans: dict[int, PlanFacts]
+    variants: tuple[VariantFacts, ...]
+    files: dict[str, str]
+    digest: str
+
+
+class _Version(BaseModel):
+    format_version: int
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write it with its digest."""
+    facts = json.loads(manifest.model_dump_json())
+    (folder / MANIFEST).write_text(signed(facts), encoding="utf-8")
+
+
+def signed(facts: Mapping[str, Any]) -> str:
+    """The text of a manifest, with its digest."""
+    text = json.dumps({**facts, "digest": ""}, indent=1)
+    head, _, tail = text.rpartition('""')
+    return f'{head}"{_digest(text)}"{tail}'
+
+
+def _digest(text: str) -> str:
+    """Hash of a manifest's text, in which its own digest is empty."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or its format is not this version's.
+    """
+    file = folder / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(f"{folder}: no artifact (there is no {MANIFEST}); make one with recache-compile") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error})") from None
+    try:
+        version = _Version.model_validate_json(text).format_version
+        if version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{folder}: format {version}, this version reads up to {FORMAT_VERSION}; upgrade recache-compile"
+            )
+        if version < FORMAT_VERSION:
+            raise ArtifactError(f"{folder}: format {version}, of an older version of recache-compile; compile again")
+        manifest = Manifest.model_validate_json(text)
+        if file.is_symlink() or manifest.digest != _digest(text.replace(manifest.digest, "", 1)):
+            raise ArtifactError(f"{file}: damaged (its digest differs); compile again")
+        return manifest
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{file}: damaged at {where}: {first['msg']}; compile again") from None
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an artifact's files, whole or not, and nothing else."""
+    try:
+        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *facts["files"]} if "recache_version" in facts else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return files_in(folder) <= listed
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of all that is not a folder, relative to `folder`."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+
+
+def check_files(folder: Path, manifest: Manifest, needed: set[str], spared: set[str]) -> None:
+    """Raise `ArtifactError` unless every file of the manifest is there and unchanged, and there is no other.
+
+    Args:
+        folder: of the artifact.
+        manifest: of the artifact.
+        needed: files that the manifest has to list.
+        spared: files that need not be whole.
+    """
+    present = files_in(folder) - {MANIFEST}
+    if unlisted := sorted(needed - set(manifest.files)):
+        raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if name in spared:
+            continue
+        if name not in present:
+            raise ArtifactError(f"{folder}: {name} is missing from the artifact; compile again")
+        if file.is_symlink():
+            raise ArtifactError(f"{file}: is a link, artifacts hold plain files; compile again")
+        if hash_of(file) != expected:
+            raise ArtifactError(f"{file}: damaged (its hash differs from the manifest's); compile again")
+    if extra := sorted(present - set(manifest.files)):
+        raise ArtifactError(f"{folder / extra[0]}: not part of the artifact; remove it or compile again")
+
+
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()

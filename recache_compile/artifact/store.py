@@ -1,0 +1,377 @@
+"""Artifacts: a folder with a manifest, programs, engines, plans and weights.
+
+manifest.json          facts and the hash of every other file
+weights.safetensors    every weight, once, and the known timesteps
+programs/V/NAME.json   the programs of variant V
+engines/V/NAME.pt2     their engines, for runtimes that have files; NAME.V.onnx beside the weights that they name
+"""
+
+import contextlib
+import math
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recache_compile._version import __version__
+from recache_compile.artifact.manifest import (
+    FORMAT_VERSION,
+    WEIGHTS,
+    Manifest,
+    PlanFacts,
+    VariantFacts,
+    check_files,
+    hash_of,
+    is_artifact,
+    read_manifest,
+    write_manifest,
+)
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.errors import ArtifactError, RuntimeUnavailableError
+from recache_compile.ir.plan import Plan
+from recache_compile.ir.program import Program
+from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.serialize import program_from_json, program_to_json, read_value, value_to_json, weights_named
+from recache_compile.runtimes._cuda_graphs import check_graphs
+from recache_compile.runtimes._offload import Offloaded, at_home
+from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, Variant, is_compatible, requirement_texts
+from recache_compile.runtimes.registry import get_runtime, known_runtime
+from recache_compile.support.devices import numbered, parsed_device
+from recache_compile.support.files import check_place, output_errors
+
+MakeEngine = Callable[[int, Program, Mapping[str, Tensor], set[str]], Engine]
+
+
+def save(compiled: Compiled, folder: Path) -> None:
+    """Write an artifact beside its place and move it there in one step."""
+    check_writable(folder)
+    with replacing(folder) as partial:
+        _write(compiled, partial)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `ArtifactError` unless an artifact can be written at `folder`; nothing is left behind."""
+    with output_errors(folder, "folder"):
+        if folder.exists():
+            if not folder.is_dir():
+                raise ArtifactError(f"output {folder}: is a file; name a folder")
+            if Path.cwd().resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"output {folder}: is the working folder or holds it; name another folder")
+            if any(folder.iterdir()) and not is_artifact(folder):
+                raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
+        check_place(folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` once the block has succeeded.
+
+    A process that is killed leaves the old folder in its place; killed between the two
+    renames, it leaves it beside, named `.FOLDER.*.old`.
+    """
+    folder = folder.resolve()
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        partial.chmod(0o755)
+        yield partial
+        old = partial.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"output {folder}: cannot be written ({error})") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    offload_prologue: bool = False,
+    cuda_graphs: bool | None = None,
+) -> Compiled:
+    """Load an artifact; nothing in it is unpickled, and every file is checked first.
+
+    Args:
+        folder: what `Compiled.save` wrote.
+        device: must be of the kind that the engines are for; by default that one.
+        offload_prologue: keep the weights that only the prologue reads in the host's memory;
+            they are on the device while it runs, once per generation.
+        cuda_graphs: replay CUDA graphs instead of calling engines; by default as compiled.
+
+    Raises:
+        ArtifactError: the folder is no artifact, is damaged, is from a newer version, or
+            its engines do not fit this machine.
+    """
+    folder = Path(folder)
+
+    def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
+        files = [folder / file for file in runtime.files(number, program.name)]
+        if not (offload_prologue and program.name == "prologue"):
+            return runtime.load(program, files, weights, place)
+        own = {name: weights[name] for name in program.weights}
+        return Offloaded(lambda present: runtime.load(program, files, present, place), own, away & set(own), place)
+
+    manifest = check(folder)
+    with _naming_artifact(folder):
+        runtime = get_runtime(manifest.description.runtime, building=False)
+        place = numbered(torch.device(manifest.device) if device is None else parsed_device(device))
+        check_fit(manifest, runtime, place, folder)
+        if cuda_graphs:
+            check_graphs(runtime, place)
+        compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+        if read_manifest(folder).digest != manifest.digest:
+            raise ArtifactError("was replaced while it was read; load it again")
+        if cuda_graphs is None:
+            return compiled
+        return replace(compiled, description=replace(compiled.description, cuda_graphs=cuda_graphs))
+
+
+def load_own(folder: Path, device: str | None = None) -> Compiled:
+    """`load` engines that whoever asks for them compiles again where they are missing.
+
+    Raises:
+        ArtifactError: as `load`, with that remedy.
+    """
+    try:
+        return load(folder, device)
+    except ArtifactError as error:
+        reason = str(error).removesuffix("; compile again")
+        raise ArtifactError(f"{reason}; remove {folder}, they are then compiled again") from error
+
+
+def look(folder: str | Path) -> Compiled:
+    """An artifact on the CPU without engines, on any machine: for those who only look at it.
+
+    Raises:
+        ArtifactError: the folder is no artifact, or is damaged.
+    """
+    folder = Path(folder)
+    manifest = check(folder)
+    with _naming_artifact(folder):
+        return restore(
+            folder, manifest, torch.device("cpu"), lambda *_: UnavailableEngine("the artifact was only looked at")
+        )
+
+
+def check(folder: Path, engines: bool = True) -> Manifest:
+    """The manifest of an artifact whose files are all whole, and no others are there.
+
+    Args:
+        folder: of the artifact.
+        engines: False: their files may be damaged or missing.
+    """
+    manifest = read_manifest(folder)
+    runtime = known_runtime(manifest.description.runtime)
+    each = [(number, name) for number, facts in enumerate(manifest.variants) for name in facts.programs]
+    built = {file for number, name in each for file in runtime.files(number, name)}
+    needed = {WEIGHTS, *(_program_file(number, name) for number, name in each), *built}
+    check_files(folder, manifest, needed, set() if engines else built)
+    return manifest
+
+
+def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder: Path) -> None:
+    """Raise `ArtifactError` unless the engines run on this device; the message names the command that rebuilds them."""
+    command = f"recache-compile rebuild {shlex.quote(str(folder))}"
+    built_for = ", ".join([manifest.device, *requirement_texts(manifest.engines_for)])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        if manifest.device == "cpu":
+            raise ArtifactError(f"its engines are for {built_for}, and there is no CUDA GPU here; leave the device out")
+        raise ArtifactError(
+            f"its engines are for {built_for}, and there is no CUDA GPU here; load it where there is one, or run {command}"
+            " --runtime auto --output OTHER"
+        )
+    if device.type != torch.device(manifest.device).type:
+        other = "" if runtime.engine_device(device).type == device.type else " --runtime auto"
+        raise ArtifactError(
+            f"its engines are for {built_for}, not for {device}; run {command}{other} --device {device}"
+        )
+    if not is_compatible(manifest.engines_for, here := runtime.machine_facts(device)):
+        raise ArtifactError(
+            f"its engines are for {built_for}, this is {', '.join(requirement_texts(here))}; run {command}"
+        )
+
+
+@contextlib.contextmanager
+def _naming_artifact(folder: Path) -> Iterator[None]:
+    """Errors that say which artifact they are about."""
+    try:
+        yield
+    except RuntimeUnavailableError:
+        raise
+    except ArtifactError as error:
+        raise ArtifactError(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}") from error
+    except Exception as error:  # whatever a manifest that makes no sense provokes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ArtifactError(f"{folder}: cannot be loaded ({reason[0]}); compile again") from error
+
+
+def restore(
+    folder: Path, manifest: Manifest, device: torch.device, engine: MakeEngine, offloaded: str | None = None
+) -> Compiled:
+    """All that an artifact holds, from files that are known to be whole.
+
+    Args:
+        folder: of the artifact.
+        manifest: of the artifact.
+        device: where its weights go.
+        engine: makes one, of a variant's number, a program, the weights, and which of them
+            are not on the device.
+        offloaded: name of the program whose own weights stay in the host's memory.
+    """
+    texts = {
+        (number, name): (folder / _program_file(number, name)).read_text(encoding="utf-8")
+        for number, facts in enumerate(manifest.variants)
+        for name in facts.programs
+    }
+    away: set[str] = set()
+    if offloaded:
+        reads = [(name == offloaded, weights_named(text)) for (_, name), text in texts.items()]
+        others = set[str]().union(*(names for is_it, names in reads if not is_it))
+        away = set[str]().union(*(names for is_it, names in reads if is_it)) - others
+    tensors = _read_tensors(folder / WEIGHTS, device, away)
+    weights = _under("weights/", tensors)
+    variants = []
+    for number, facts in enumerate(manifest.variants):
+        programs = {
+            name: _program(text, weights, device, folder / _program_file(number, name))
+            for (at, name), text in texts.items()
+            if at == number
+        }
+        variants.append(
+            Variant(
+                inputs=tuple(read_value(entry) for entry in facts.inputs),
+                constants=facts.constants,
+                fixed=_under(f"fixed/{number}/", tensors),
+                device=device,
+                programs=programs,
+                engines={name: engine(number, program, weights, away) for name, program in programs.items()},
+                timesteps=_under(f"timesteps/{number}/", tensors),
+                macs=facts.macs,
+            )
+        )
+    description = manifest.description
+    plans = {
+        budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
+        for budget, plan in manifest.plans.items()
+    }
+    check_plans(plans, variants)
+    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder, manifest.engines_for)
+
+
+def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
+    """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
+    tensors = load_file(file)
+    stay = {f"weights/{name}" for name in away}
+    return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, which is removed."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
+    """Raise unless every plan keeps its budget and finds its programs and its history."""
+    if not variants or not plans:
+        raise ArtifactError("the manifest names no variant or no plan; compile again")
+    for budget, plan in plans.items():
+        written: set[int] = set()
+        if plan.schedule.budget != budget or len(plan.steps) != plan.schedule.num_steps:
+            raise ArtifactError(f"the plan of budget {budget} is not one; compile again")
+        for number, step in enumerate(plan.steps):
+            written |= set() if step.slot is None else {step.slot}
+            sound = (
+                (step.slot is not None) == (number in plan.schedule.recompute_steps)
+                and len(step.coefficients) == max(step.pattern)
+                and all(map(math.isfinite, step.coefficients))
+                and written >= set(range(max(step.pattern)))
+                and all(step.program in variant.programs for variant in variants)
+            )
+            if not sound:
+                raise ArtifactError(f"the plan of budget {budget} makes no sense at step {number}; compile again")
+
+
+def _write(compiled: Compiled, folder: Path) -> None:
+    runtime = known_runtime(compiled.description.runtime)
+    engines: list[list[Path]] = []
+    for number, variant in enumerate(compiled.variants):
+        for name, program in variant.programs.items():
+            file = folder / _program_file(number, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(program_to_json(program), encoding="utf-8")
+            places = runtime.files(number, name)
+            for place in places:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(compiled.folder / place, folder / place)
+            engines.append([folder / place for place in places])
+    tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
+    for number, variant in enumerate(compiled.variants):
+        tensors |= {f"timesteps/{number}/{name}": value for name, value in variant.timesteps.items()}
+        tensors |= {f"fixed/{number}/{name}": value for name, value in variant.fixed.items()}
+    save_file(_without_shared_memory(tensors), folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # the package writes for the owner alone
+    for files in engines:
+        runtime.link(files, folder / WEIGHTS, "weights/")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        recache_version=__version__,
+        engines_for=dict(compiled.engines_for),
+        device=runtime.engine_device(compiled.variants[0].device).type,
+        description=compiled.description,
+        signature=compiled.signature,
+        plans={
+            budget: PlanFacts(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
+            for budget, plan in compiled.plans.items()
+        },
+        variants=tuple(
+            VariantFacts(
+                inputs=tuple(map(value_to_json, variant.inputs)),
+                constants=variant.constants,
+                programs=tuple(variant.programs),
+                macs=variant.macs,
+            )
+            for variant in compiled.variants
+        ),
+        files={str(file.relative_to(folder)): hash_of(file) for file in sorted(folder.rglob("*")) if file.is_file()},
+        digest="",
+    )
+    write_manifest(manifest, folder)
+
+
+def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors asks for."""
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
+        seen.add(place)
+    return stored
+
+
+def _program(text: str, weights: dict[str, Tensor], device: torch.device, file: Path) -> Program:
+    try:
+        return program_from_json(text, weights, device)
+    except ArtifactError as error:
+        raise ArtifactError(f"{file}: {error}") from error
+
+
+def _program_file(number: int, name: str) -> str:
+    return f"programs/{number}/{name}.json"

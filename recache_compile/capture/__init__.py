@@ -1,0 +1,1 @@
+"""The door to `torch.export`: a module becomes a program whose inputs have roles."""

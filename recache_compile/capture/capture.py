@@ -1,0 +1,185 @@
+"""Capture: a module and example inputs become a program whose inputs have roles."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from recache_compile.capture.export import flatten, named_leaves, writes
+from recache_compile.capture.trace import trace_module
+from recache_compile.errors import CaptureError
+from recache_compile.ir.program import Kind, Program, Role, Value
+
+ROLE_NAMES = {
+    Role.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
+    Role.TIMESTEP: ("timestep", "timesteps", "t", "time", "sigma", "sigmas"),
+}
+
+
+CONSTANT_PREFIX = "constant_"
+"""Begins the names of tensors that the model's code made, which are no weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """How the model is called, whatever the shapes.
+
+    Args:
+        parameters: names of the parameters of the module's `forward`, in order.
+        defaults: default of every parameter that has one, as text.
+        result: `torch.utils._pytree` specification of the result, as JSON.
+        tensors: which leaves of the result are tensors; the others are None.
+    """
+
+    parameters: tuple[str, ...]
+    defaults: tuple[tuple[str, str], ...]
+    result: str
+    tensors: tuple[bool, ...]
+
+    def constants(self, arguments: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, str]:
+        """What is no tensor in a call, as text, defaults filled in.
+
+        Args:
+            arguments: of the call.
+            leaves: of the arguments, by dotted name.
+        """
+        given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        given |= {
+            name: repr(value)
+            for name, value in arguments.items()
+            if isinstance(value, (list, tuple, dict)) and not value
+        }
+        top = {name.partition(".")[0] for name in (*leaves, *given)}
+        filled = {name: default for name, default in self.defaults if name not in top} | given
+        filled.pop("return_dict", None)
+        return filled
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What `capture` made.
+
+    Args:
+        program: the graph.
+        signature: how the model is called.
+        constants: the inputs that are no tensors, given or by default, which the graph has
+            taken in; as text.
+        fixed: the tensor inputs that it has taken in.
+        containers: dotted names of the module lists, whose members are the repeated blocks.
+    """
+
+    program: Program
+    signature: Signature
+    constants: tuple[tuple[str, str], ...]
+    fixed: Mapping[str, Tensor]
+    containers: tuple[str, ...]
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Mapping[str, Any],
+    roles: Mapping[str, Role | str] | None = None,
+    label: str = "0",
+) -> Captured:
+    """Export a module at the shapes of its example inputs.
+
+    Args:
+        module: any module; it is called with keyword arguments and `return_dict=False`
+            where it has that parameter.
+        example_inputs: arguments of one call.  Tensors may be nested in lists and dicts;
+            their names are then dotted ("kwargs.scale").  Everything else is a constant.
+        roles: overrides the role of inputs by name.
+        label: tells the constants of several captures of one module apart.
+
+    Raises:
+        CaptureError: the module cannot be exported, an input is no parameter of it, a role
+            names no input, there is no latents input, or a result is no tensor.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    arguments = dict(example_inputs)
+    variadic = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = sorted(set(arguments) - set(parameters))
+    if unknown and not variadic:
+        raise CaptureError(
+            f"capture of {type(module).__name__}: it has no input {unknown}; it takes {list(parameters)}"
+        )
+    if "return_dict" in parameters:
+        arguments["return_dict"] = False
+    leaves = named_leaves(arguments)
+    assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
+    trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Role.CONDITIONING])
+    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    try:
+        graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
+        tensors = _describe(graph_module.graph, leaves, assigned, trace.constants)
+    except CaptureError as error:
+        raise CaptureError(f"capture of {type(module).__name__}: {error}") from None
+    graph_module.recompile()
+    signature = Signature(
+        parameters=tuple(parameters),
+        defaults=tuple(
+            (name, repr(each.default)) for name, each in parameters.items() if each.default is not each.empty
+        ),
+        result=pytree.treespec_dumps(trace.exported.call_spec.out_spec),
+        tensors=tensors,
+    )
+    return Captured(
+        program=Program("capture", graph_module, ("capture",)),
+        signature=signature,
+        constants=tuple(signature.constants(arguments, leaves).items()),
+        fixed={name: value.detach().clone() for name, value in trace.constants.items()},
+        containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
+    )
+
+
+def _describe(
+    graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role], fixed: Mapping[str, Tensor]
+) -> tuple[bool, ...]:
+    """Put the facts about inputs and results on their nodes; drop inputs that are constants.
+
+    Returns:
+        Which leaves of the result are tensors.
+    """
+    if any(map(writes, graph.nodes)):
+        raise CaptureError("the model writes to its inputs or to its own buffers when it is called")
+    for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
+        if isinstance(leaf, Tensor) and name not in fixed:
+            node.meta["value"] = Value(name, Kind(roles[name]), tuple(leaf.shape), leaf.dtype)
+        elif node.users:
+            raise CaptureError(f"the graph reads the constant {name!r} at run time")
+        else:
+            graph.erase_node(node)
+    output = graph.output_node()
+    given: Any = output.args[0]
+    results: list[Value] = []
+    for number, result in enumerate(given):
+        fake = getattr(result, "meta", {}).get("val")
+        if isinstance(fake, Tensor):
+            results.append(Value(f"prediction_{len(results)}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
+        elif result is not None:
+            raise CaptureError(f"result {number} is neither a tensor nor None, but {result!r}")
+    output.meta["values"] = tuple(results)
+    output.args = ([result for result in given if result is not None],)
+    return tuple(result is not None for result in given)
+
+
+def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Role | str]) -> dict[str, Role]:
+    unknown = sorted(set(overrides) - set(names))
+    if unknown:
+        raise CaptureError(f"roles: {unknown} are no tensor inputs; these are: {', '.join(names)}")
+    roles = {
+        name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING) for name in names
+    }
+    for name, role in overrides.items():
+        try:
+            roles[name] = Role(role)
+        except ValueError:
+            raise CaptureError(f"roles: {role!r} for {name!r} is no role; choose one of {', '.join(Role)}") from None
+    if Role.LATENTS not in roles.values():
+        raise CaptureError(
+            f"roles: no latents among {', '.join(names) or 'no inputs'}; name one with roles={{'INPUT': 'latents'}}"
+        )
+    return roles

@@ -1,0 +1,223 @@
+"""Trace a module with `torch.export`, and cure what only stops export because inputs are unknown.
+
+A model whose Python code reads the values of inputs, to decide by them or to make sizes of
+them, cannot be exported for all values.  Where these inputs belong to the conditioning they
+are taken as constants instead: partial evaluation with a known input.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from recache_compile.capture.export import dotted_name, export_module, named_leaves
+from recache_compile.capture.higher_order import ordinary_attention
+from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
+from recache_compile.errors import CaptureError
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An exported module, and the input tensors that were taken as constants, by name."""
+
+    exported: torch.export.ExportedProgram
+    constants: Mapping[str, Tensor]
+
+
+def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Collection[str]) -> Trace:
+    """Export a module; inputs that its code reads become constants where export needs that.
+
+    The module runs once before, so that what it fills lazily (rotary tables, for example)
+    holds tensors afterwards, and no tracers.
+
+    Args:
+        module: called with `arguments` as keywords.
+        arguments: tensors may be nested in them; they are not changed.
+        variable: names of the inputs that change from step to step, which cannot be constants.
+
+    Raises:
+        CaptureError: it cannot be exported.
+    """
+    tensors = {name: leaf for name, leaf in named_leaves(arguments).items() if isinstance(leaf, Tensor)}
+    # Parts that are compiled already would hide what they do.
+    with _evaluating(module), torch.compiler.set_stance("force_eager"):
+        given = _copied(arguments)
+        attributes = _attributes(given)
+        try:
+            read = inputs_read(lambda: module(**given), tensors)
+        except Exception as error:
+            raise CaptureError(
+                f"capture of {type(module).__name__}: it cannot be called with this example: {type(error).__name__}:"
+                f" {_first_line(error)}"
+            ) from error
+        if _attributes(given) != attributes:
+            raise CaptureError(
+                f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program cannot;"
+                " compile the calls that only read it"
+            )
+        # torch.export raises whatever the model's code provokes.
+        with contextlib.suppress(Exception), ordinary_attention():
+            return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
+        constants = {name: tensors[name] for name in sorted(read - set(variable))}
+        try:
+            with _bound(module, constants), ordinary_attention(), KnownValues():
+                return Trace(_fixed_sizes(export_module(module, (), _without(arguments, constants))), constants)
+        except Exception as error:
+            raise CaptureError(_explain(module, error, read & set(variable))) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:
+    message = f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}: {_first_line(error)}"
+    if read:
+        message += (
+            f" (the model's code decides by values computed from {', '.join(sorted(read))}, which change from step to"
+            " step; only a change of that code would cure it)"
+        )
+    return message
+
+
+def _fixed_sizes(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Refuse a graph with sizes that depend on the values of inputs."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        if any(map(_is_unknown, sizes)):
+            raise ValueError(f"the size or value of {node.name} depends on the values of inputs")
+    return exported
+
+
+def _is_unknown(size: Any) -> bool:
+    if isinstance(size, torch.SymInt):
+        return size.node.maybe_as_int() is None
+    return isinstance(size, (torch.SymFloat, torch.SymBool))
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every submodule gets its own mode back."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+@contextlib.contextmanager
+def _bound(module: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the module's `forward` fill constants in for itself."""
+    own, forward = vars(module).get("forward"), module.forward
+
+    def call(**arguments: Any) -> Any:
+        return forward(**_replaced(arguments, lambda name, leaf: constants.get(name, leaf)))
+
+    module.forward = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _attributes(arguments: Mapping[str, Any]) -> list[int]:
+    """What the objects among the arguments hold, by identity.  (Containers are left out: a copy is given.)"""
+    leaves = pytree.tree_leaves(dict(arguments), is_leaf=lambda value: hasattr(value, "__dict__"))
+    objects = [leaf for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor)]
+    return [id(leaf) for each in objects for leaf in pytree.tree_leaves(each)]
+
+
+def _without(arguments: Mapping[str, Any], constants: Mapping[str, Tensor]) -> dict[str, Any]:
+    return _replaced(arguments, lambda name, leaf: None if name in constants else leaf)
+
+
+def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """New containers with the same leaves: some models add to the lists and dicts they are given."""
+    return _replaced(arguments, lambda name, leaf: leaf)
+
+
+def _replaced(arguments: Mapping[str, Any], leaf: Callable[[str, Any], Any]) -> dict[str, Any]:
+    return pytree.tree_map_with_path(  # type: ignore[no-any-return]
+        lambda path, value: leaf(dotted_name(path), value), dict(arguments)
+    )
+
+
+def inputs_read(call: Callable[[], Any], tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Run a model once and name the input tensors whose values its code reads.
+
+    Args:
+        call: runs the model on these very tensors.
+        tensors: the inputs by name.
+    """
+    with _Dependence(tensors) as dependence, _PythonReads(dependence), torch.no_grad():
+        call()
+    return frozenset(dependence.read)
+
+
+class _Dependence(TorchDispatchMode):
+    """Follows every value back to the inputs that it was computed from."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.read: set[str] = set()
+        self._sources = WeakTensorKeyDictionary()
+        for name, tensor in tensors.items():
+            self._add(tensor, frozenset({name}))
+
+    def sources(self, value: Any) -> frozenset[str]:
+        """The inputs that the tensors in `value` were computed from."""
+        found: frozenset[str] = frozenset()
+        for leaf in _tensors(value):
+            found |= self._sources.get(leaf, frozenset())
+            if leaf._base is not None:  # written through another view
+                found |= self._sources.get(leaf._base, frozenset())
+        return found
+
+    def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
+        self._sources[tensor] = names | self._sources.get(tensor, frozenset())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tags, schema = getattr(func, "tags", ()), getattr(func, "_schema", None)  # higher-order operators have none
+        names = self.sources((args, kwargs))
+        if READS & set(tags):
+            is_index = func.overloadpacket is torch.ops.aten.index
+            masks = [index for index in args[1] if index is not None and is_mask(index)] if is_index else []
+            self.read |= self.sources(masks) if is_index else names
+        result = func(*args, **kwargs)
+        for leaf in _tensors(result) if names else ():
+            self._add(leaf, names)
+            if leaf._base is not None and schema is not None and schema.is_mutable:
+                self._add(leaf._base, names)
+        return result
+
+
+class _PythonReads(TorchFunctionMode):
+    """Sees the conversions to Python values that never become an operator."""
+
+    def __init__(self, dependence: _Dependence) -> None:
+        super().__init__()
+        self._dependence = dependence
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TO_PYTHON:
+            self._dependence.read |= self._dependence.sources(args[:1])
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

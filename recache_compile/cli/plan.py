@@ -1,0 +1,59 @@
+"""`recache-compile plan`: what compiling would cost and save."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from recache_compile.cli.console import PAGE, showing_stages
+from recache_compile.cli.parameters import JsonObject, Numbers
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Denoising steps T.  [default: the usual number of a known model, else 50]"
+)
+@click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
+@click.option("--order", default=1, show_default=True, help="The forecaster's order.")
+@click.option("--policy", default="uniform", show_default=True, help="As for compile.")
+@click.option("--granularity", default="stack", show_default=True, help="output, stack, block or module.")
+@click.option("--residual/--absolute", default=None, help="As for compile.")
+@click.option("--hoist/--no-hoist", default=True, show_default=True, help="As for compile.")
+@click.option("--call", type=JsonObject(), default="{}", help="Further arguments of the pipeline.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def plan_command(
+    model: str,
+    budgets: tuple[int, ...],
+    steps: int | None,
+    forecaster: str,
+    order: int,
+    policy: str,
+    granularity: str,
+    residual: bool | None,
+    hoist: bool,
+    call: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Show what compiling MODEL would cost and save, without its weights.
+
+    MODEL is the name of a known model (such as flux.1-dev), a JSON file that describes one,
+    or whatever compile takes.
+    """
+    with showing_stages() as report:
+        report("loading libraries")
+        from recache_compile.api import compile_options
+        from recache_compile.artifact.weightless import find_weightless, plan_model, print_plan
+
+        report(f"building {model}")
+        abstract = find_weightless(model, 50 if steps is None else steps, call)
+        steps = abstract.num_steps if steps is None else steps
+        chosen = "uniform" if policy == "auto" else policy  # schedules of one budget cost the same
+        options = compile_options(budgets, steps, forecaster, order, chosen, granularity, hoist, residual)
+        facts = plan_model(abstract, options, report)
+    if as_json:
+        click.echo(json.dumps(asdict(facts)))
+    else:
+        print_plan(facts, PAGE)

@@ -1,0 +1,1 @@
+"""From a model to engines, and from engines to what runs a budget."""

@@ -1,0 +1,97 @@
+"""Exact costs, known before anything runs: multiply-accumulates, parameters, bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from recache_compile.ir.plan import Plan
+from recache_compile.ir.program import MIN_ROWS, Kind, Program, makes_one_row, table_name
+
+_COUNTED: WeakKeyDictionary[fx.GraphModule, dict[tuple[tuple[int, ...], ...], int]] = WeakKeyDictionary()
+"""Multiply-accumulates of a graph by the shapes of its inputs; passes never change a graph that they are given."""
+
+
+def count_macs(program: Program, device: torch.device, rows: Mapping[str, int] | None = None) -> int:
+    """Multiply-accumulates of one call, counted by PyTorch's `FlopCounterMode` on fake tensors.
+
+    Args:
+        program: any program.
+        device: where its weights are.
+        rows: for the prologue, the number of rows of each table.
+    """
+    shapes = []
+    for value in program.inputs:
+        free = max((rows or {}).get(value.name.rpartition("@")[2], 0), MIN_ROWS)
+        shapes.append(tuple(free if size is None else size for size in value.shape))
+    known = _COUNTED.setdefault(program.module, {})
+    if tuple(shapes) not in known:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            inputs = [
+                torch.empty(shape, dtype=value.dtype, device=device)
+                for value, shape in zip(program.inputs, shapes, strict=True)
+            ]
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                program.module(*inputs)
+        known[tuple(shapes)] = int(counter.get_total_flops()) // 2
+    return known[tuple(shapes)]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one generation costs under a plan.
+
+    Args:
+        macs: multiply-accumulates of the whole generation, with timesteps known ahead.
+        full_macs: those of the uncached, unhoisted model.
+        step_macs: per step.
+        prologue_macs: of the prologue, its rows included.
+        history_bytes: features held by one guidance branch.
+        table_bytes: prologue outputs held by one guidance branch.
+    """
+
+    macs: int
+    full_macs: int
+    step_macs: tuple[int, ...]
+    prologue_macs: int
+    history_bytes: int
+    table_bytes: int
+
+    @property
+    def macs_reduction(self) -> float:
+        """How many times fewer multiply-accumulates than the uncached model."""
+        return self.full_macs / self.macs
+
+
+def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, capture_macs: int) -> Cost:
+    """The cost of a plan that runs these programs.
+
+    Args:
+        plan: what each step runs.
+        programs: by name, "prologue" among them where something was hoisted.
+        device: where their weights are.
+        capture_macs: multiply-accumulates of one call of the captured model.
+    """
+    each = {name: count_macs(program, device) for name, program in programs.items() if name != "prologue"}
+    rows: dict[str, int] = {}
+    slots: dict[tuple[int | None, int | None], int] = {}
+    for step in plan.steps:
+        rows[table_name(step.pattern)] = rows.get(table_name(step.pattern), 0) + 1
+        for value in programs[step.program].outputs:
+            if value.kind is Kind.FEATURE:
+                slots[value.site, step.slot] = value.nbytes
+    prologue = programs.get("prologue")
+    tables = prologue_macs = 0
+    if prologue is not None:
+        for value in prologue.outputs:
+            tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if len(value.shape) > 1 else 1)
+        calls = len(plan.steps) if makes_one_row(prologue) else 1
+        prologue_macs = calls * count_macs(prologue, device, rows)
+    steps = tuple(each[step.program] for step in plan.steps)
+    full = capture_macs * len(plan.steps)
+    return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)

@@ -1,0 +1,286 @@
+"""Take a transformer's place in a `diffusers` pipeline."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recache_compile.capture.export import named_leaves
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.errors import DispatchError, MismatchError, ModelError
+from recache_compile.ir.program import Role
+from recache_compile.pipelines.branches import Branches
+from recache_compile.runtimes.dispatcher import Dispatcher
+
+Fallback = Literal["eager"]
+
+
+def accelerate(
+    pipeline: Any,
+    compiled: Compiled | Mapping[str, Compiled],
+    budget: int | None = None,
+    fallback: Fallback | None = None,
+) -> Any:
+    """Let a pipeline run on compiled engines, in place.
+
+    Afterwards `pipeline(...)` works as before; `pipeline(..., budget=10)` changes the budget
+    for one call.  The pipeline's own transformer may be None: its weights are not needed.
+
+    Args:
+        pipeline: a `diffusers` pipeline.
+        compiled: what `compile` or `load` returned for its transformer; a mapping from
+            component to that where it has several ("transformer", "transformer_2").
+        budget: number of recompute steps; by default the smallest compiled one.
+        fallback: "eager" runs the original transformer, with a warning, where a call is not
+            of a kind that was compiled; by default that is an error.
+
+    Raises:
+        DispatchError: the budget was not compiled.
+        ModelError: the pipeline has no such component, or there is nothing to fall back to.
+    """
+    parts = {compiled.description.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
+    if fallback not in (None, "eager"):
+        raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
+    stand_ins = {}
+    for name, each in parts.items():
+        if not hasattr(pipeline, name):
+            raise ModelError(f"{type(pipeline).__name__}: has no component {name} whose place could be taken")
+        original = getattr(pipeline, name)
+        if isinstance(original, CompiledTransformer):
+            original = original.original
+        if fallback and original is None:
+            raise ModelError(
+                f"fallback 'eager' needs the original weights, but the pipeline has no {name} of its own any more; put"
+                f" the original back (pipeline.{name} = ...) or accelerate with the fallback at once"
+            )
+        chosen = min(each.plans) if budget is None else budget
+        stand_ins[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
+    for name, stand_in in stand_ins.items():
+        setattr(pipeline, name, stand_in)
+    _accept_budget(pipeline)
+    return pipeline
+
+
+def _accept_budget(pipeline: Any) -> None:
+    """Give the pipeline's call a `budget`, and let its transformers know where a generation begins."""
+    base = getattr(type(pipeline), "_recache_base", type(pipeline))
+
+    @functools.wraps(base.__call__)
+    def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
+        stand_ins = [each for each in self.components.values() if isinstance(each, CompiledTransformer)]
+        if budget is not None and not stand_ins:
+            raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
+        with contextlib.ExitStack() as stack:
+            for each in stand_ins:
+                stack.enter_context(each.generation(self, budget))
+            return base.__call__(self, *args, **kwargs)
+
+    pipeline.__class__ = type(
+        base.__name__, (base,), {"__call__": call, "_recache_base": base, "__module__": base.__module__}
+    )
+
+
+class CompiledTransformer(nn.Module):
+    """Takes a transformer's place in a pipeline: same call, same configuration, compiled engines.
+
+    The step is what the pipeline tells through `cache_context`, else what its scheduler
+    says, else the place of the timestep in the scheduler's table; calls are never counted.
+    The guidance branch is what the pipeline tells, else it is known by its conditioning.
+    The first step of a generation is recomputed, wherever in the schedule it is.
+
+    Args:
+        compiled: the engines.
+        pipeline: the pipeline, for its scheduler.
+        budget: number of recompute steps; may be set later.
+        original: runs what was not compiled; None: that is an error.
+        dispatcher: runs this budget, instead of a new one.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        pipeline: Any,
+        budget: int,
+        original: nn.Module | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self._compiled = compiled
+        self._pipeline = pipeline
+        self._dispatchers: dict[int, Dispatcher] = {} if dispatcher is None else {budget: dispatcher}
+        self._branch: str | None = None
+        self._branches = Branches()
+        self._told: int | None = None
+        self._last: int | None = None
+        self._warned = False  # in this generation
+        self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
+        self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
+        self.budget = budget
+
+    @property
+    def original(self) -> nn.Module | None:
+        """What calls fall back to."""
+        return self._original[0]
+
+    @property
+    def budget(self) -> int:
+        """Number of recompute steps per generation."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: int) -> None:
+        if budget not in self._dispatchers:
+            self._dispatchers[budget] = self._compiled.dispatcher(budget)
+        self._budget = budget
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the transformer that was compiled."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._compiled.description.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the latents."""
+        this = self._compiled.variants[0]
+        return next(value.dtype for value in this.inputs if value.name == this.names(Role.LATENTS)[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines run."""
+        return self._compiled.variants[0].device
+
+    def __getattr__(self, name: str) -> Any:
+        """Entries of the configuration, as the models of `diffusers` give them out."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "_compiled" and name in self._compiled.description.config:
+                return self._compiled.description.config[name]
+            raise AttributeError(
+                f"the compiled transformer has no {name!r}: it has its engines and its configuration; ask the original"
+            ) from None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
+        """Move and cast what calls fall back to; engines stay where and what they are."""
+        if self.original is not None:
+            self.original._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
+        """One with a state of its own, on the same engines and weights."""
+        pipeline = memo.get(id(self._pipeline), self._pipeline)
+        return CompiledTransformer(self._compiled, pipeline, self._budget, self.original)
+
+    @contextlib.contextmanager
+    def generation(self, pipeline: Any, budget: int | None = None) -> Iterator[None]:
+        """One call of a pipeline, under a budget of its own if it is given one.
+
+        Its first step is whatever comes first.
+        """
+        before = self._pipeline, self._budget
+        self.budget = before[1] if budget is None else budget
+        self._pipeline, self._last, self._warned = pipeline, None, False
+        try:
+            yield
+        finally:
+            self._dispatchers[self._budget].reset(start=None)  # history is not kept for a generation that is over
+            self._pipeline, self._budget = before
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, step_index: int | None = None, **facts: Any) -> Iterator[None]:
+        """Name the guidance branch (and, in newer pipelines, the step) of the calls inside."""
+        before = self._branch, self._told
+        self._branch, self._told = name, step_index
+        try:
+            yield
+        finally:
+            self._branch, self._told = before
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """One model call; arguments as the original's.
+
+        Raises:
+            MismatchError: the call is of a kind that was not compiled, and there is no fallback.
+        """
+        inputs = dict(zip(self._compiled.signature.parameters, args, strict=False)) | kwargs
+        try:
+            result = self._run(inputs)
+        except MismatchError as error:
+            if self.original is None:
+                raise
+            if not self._warned:
+                warnings.warn(f"running the original transformer: {error}", stacklevel=2)
+            self._warned = True
+            return self.original(*args, return_dict=return_dict, **kwargs)
+        if not return_dict:
+            return result
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
+
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
+        dispatcher, leaves = self._dispatchers[self._budget], named_leaves(inputs)
+        step = self._step(leaves)
+        if self._last is None or step < self._last:
+            dispatcher.reset(start=None)
+            self._branches = Branches()
+        self._last = step
+        branch = self._branch
+        if branch is None:
+            this = self._compiled.variants[0]
+            branch = self._branches.find(step, leaves, {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)})
+        return dispatcher(step=step, branch=branch, **inputs)
+
+    def _step(self, leaves: Mapping[str, Any]) -> int:
+        scheduler = self._pipeline.scheduler
+        steps, compiled = len(scheduler.timesteps), self._compiled.description.num_steps
+        if steps != compiled:
+            raise MismatchError(
+                f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
+            )
+        if self._told is not None:
+            return self._told
+        if not hasattr(scheduler, "step_index"):
+            return self._step_of_timestep(leaves)
+        if scheduler.step_index is not None:
+            return int(scheduler.step_index)
+        begin = getattr(scheduler, "begin_index", None)
+        return min(self._places(leaves), default=0) if begin is None else int(begin)
+
+    def _step_of_timestep(self, leaves: Mapping[str, Any]) -> int:
+        """Look the timestep up, for schedulers that do not tell their step."""
+        found = self._places(leaves)
+        if len(found) != 1:
+            raise DispatchError(
+                f"{type(self._pipeline.scheduler).__name__} does not tell its step, and the timestep is"
+                f" {'at several places' if found else 'not'} in its table; use another scheduler"
+            )
+        return found.pop()
+
+    def _places(self, leaves: Mapping[str, Any]) -> set[int]:
+        """Where in the scheduler's table the timestep is."""
+        table = self._pipeline.scheduler.timesteps
+        given = [leaves.get(name) for name in self._compiled.variants[0].names(Role.TIMESTEP)]
+        return {
+            int(at)
+            for tensor in given
+            if isinstance(tensor, Tensor)
+            for at in (table == tensor.flatten()[0].to(table.device)).nonzero()
+        }
+
+
+def _remedy(scheduler: Any, compiled: int) -> str:
+    """What to do where the number of steps is not the compiled one."""
+    steps, asked = len(scheduler.timesteps), getattr(scheduler, "num_inference_steps", None)
+    if asked in (None, steps):
+        return f"pass num_inference_steps={compiled}, or compile with num_steps={steps}"
+    return (
+        f"{type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
+        f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
+    )

@@ -1,0 +1,56 @@
+"""Tell the guidance branches of a generation apart where the pipeline does not name them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
+
+
+@dataclass(slots=True)
+class Branches:
+    """Knows the guidance branches of a generation by their conditioning.
+
+    Each of them is called once a step.  Conditioning that none of them had is a new branch,
+    whose first step is recomputed; the same tensors with other values are the same branch.
+    """
+
+    seen: list[dict[str, TensorSnapshot]] = field(default_factory=list)
+    step: int | None = None
+    called: set[int] = field(default_factory=set)
+
+    def find(self, step: int, leaves: Mapping[str, Any], changing: Collection[str]) -> str:
+        """Name of the branch that a call belongs to.
+
+        Args:
+            step: of the call.
+            leaves: its arguments.
+            changing: names of those that are other tensors in every step.
+        """
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and name not in changing}
+        if step != self.step:
+            self.step, self.called = step, set()
+        free = [number for number in range(len(self.seen)) if number not in self.called]
+        # those of the very same tensors first: on a GPU, comparing values would stall the loop
+        free.sort(key=lambda number: not _are(self.seen[number], tensors))
+        number = next((each for each in free if _still_are(self.seen[each], tensors)), None)
+        if number is None:
+            changed = (each for each in free if _are(self.seen[each], tensors))  # written to in place
+            number = next(changed, len(self.seen))
+            self.seen[number : number + 1] = [{name: TensorSnapshot.of(tensor) for name, tensor in tensors.items()}]
+        self.called.add(number)
+        return str(number)
+
+
+def _are(seen: Mapping[str, TensorSnapshot], tensors: Mapping[str, Tensor]) -> bool:
+    return all(name in seen and seen[name].tensor is tensor for name, tensor in tensors.items())
+
+
+def _still_are(seen: Mapping[str, TensorSnapshot], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the tensors that were seen, or others with their values."""
+    kinds = {name: (each.values.shape, each.values.dtype) for name, each in seen.items()}
+    return kinds == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} and all(
+        each.still_equals(tensors[name]) for name, each in seen.items()
+    )

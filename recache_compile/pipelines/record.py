@@ -1,0 +1,212 @@
+"""Watch how a `diffusers` pipeline calls its transformer, without running the transformer."""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from recache_compile.capture.capture import ROLE_NAMES
+from recache_compile.capture.export import named_leaves
+from recache_compile.compiler.build import Example
+from recache_compile.errors import ModelError
+from recache_compile.ir.program import Role
+
+DENOISER = "transformer"
+"""Name of a pipeline's denoiser; a second one is called `transformer_2`."""
+
+
+def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's transformers by the name of their component."""
+    names = [name for name in getattr(pipeline, "components", {}) if name.startswith(DENOISER)] or [DENOISER]
+    found = {name: getattr(pipeline, name, None) for name in names}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def denoiser_of(pipeline: Any, component: str) -> nn.Module:
+    """One of the pipeline's transformers.
+
+    Raises:
+        ModelError: it has none of that name, or one that is compiled already or offloaded.
+    """
+    found = denoisers_of(pipeline)
+    if component not in found:
+        there = f"; it has {', '.join(found)}" if found else ""
+        raise ModelError(f"{type(pipeline).__name__}: has no {component} to compile{there}")
+    module, who = found[component], f"{type(pipeline).__name__}: its {component}"
+    if not any(parameter.numel() for parameter in module.parameters()):
+        raise ModelError(f"{who} has no weights; give it back the one it was made of")
+    if hasattr(module, "_hf_hook"):
+        raise ModelError(f"{who} is offloaded, which cannot be traced; call remove_all_hooks() before compiling")
+    return module
+
+
+def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], component: str = DENOISER) -> list[Example]:
+    """Run a pipeline with stand-ins for its transformers and keep what one of them was called with.
+
+    A transformer itself runs once for each kind of call, to learn the shape of its result;
+    afterwards its stand-in answers with zeros.
+
+    Args:
+        pipeline: a `diffusers` pipeline.
+        num_steps: length T of the denoising loop.
+        call: arguments of the pipeline.
+        component: the transformer that is watched.
+
+    Returns:
+        One example for each distinct kind of call.  It knows the timesteps of all steps, if
+        this transformer was called in all of them, and the role of inputs that change from
+        step to step.
+
+    Raises:
+        ModelError: the pipeline cannot be called so, or never called the transformer.
+    """
+    denoiser_of(pipeline, component)
+    arguments = _accepted(pipeline, {"num_inference_steps": num_steps, "output_type": "latent"}) | dict(call)
+    if not any(name.startswith(("prompt", "class_labels")) for name in call):
+        arguments |= _accepted(pipeline, {"prompt": ""})
+    try:
+        with contextlib.ExitStack() as stack:
+            stand_ins = {
+                name: stack.enter_context(_standing_in(module)) for name, module in denoisers_of(pipeline).items()
+            }
+            stack.enter_context(_silent_progress(pipeline))
+            stack.enter_context(torch.random.fork_rng())
+            pipeline(**arguments)
+    except Exception as error:  # whatever the pipeline's own checks raise
+        raise ModelError(
+            f"{type(pipeline).__name__}: recording a call with {sorted(arguments)} failed: {error}"
+        ) from error
+    if not stand_ins[component].calls:
+        raise ModelError(f"{type(pipeline).__name__}: never called its {component}")
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for inputs in stand_ins[component].calls:
+        groups.setdefault(_kind(inputs), []).append(inputs)
+    return [_example(group, num_steps) for group in groups.values()]
+
+
+@dataclass(slots=True)
+class _StandIn:
+    """Takes the place of a module's `forward`."""
+
+    forward: Any
+    device: torch.device
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[Any, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = bind(inspect.signature(self.forward), args, kwargs)
+        kind = _kind(inputs)
+        if kind not in self.answers:
+            self.answers[kind] = self._zeros(args, kwargs)
+        self.calls.append(inputs)
+        return self.answers[kind]
+
+    def _zeros(self, args: Any, kwargs: Any) -> Any:
+        """A result of the right shape, where the arguments are; the module may be on the meta device."""
+        device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if self.device.type == "meta":
+            args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        result = self.forward(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device), result)
+
+
+@contextlib.contextmanager
+def _standing_in(module: nn.Module) -> Iterator[_StandIn]:
+    stand_in = _StandIn(module.forward, next(module.parameters()).device)
+    own = vars(module).get("forward")  # offloading puts one there
+    module.forward = stand_in  # type: ignore[method-assign, assignment]
+    try:
+        yield stand_in
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def prompted(pipeline: Any, prompt: str | list[str], call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:
+    """Arguments of a pipeline call with the prompt filled in, where the pipeline takes one and none is given."""
+    arguments = dict(call)
+    if not any(name.startswith("prompt") for name in call):
+        several = [prompt] * batch if isinstance(prompt, str) and batch > 1 else prompt
+        arguments |= _accepted(pipeline, {"prompt": several})
+    return arguments
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those for `**kwargs` beside the others."""
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+def _kind(inputs: Mapping[str, Any]) -> Any:
+    """What calls have in common that one set of engines serves."""
+    return tuple(
+        (name, leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
+        for name, leaf in named_leaves(inputs).items()
+    )
+
+
+def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
+    """What calls of one kind say about steps."""
+    firsts = _first_calls(calls, num_steps)
+    steps = [named_leaves(inputs) for inputs in firsts]
+    tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
+    columns = {name: [leaves[name] for leaves in steps] for name in tensors}
+    known = {name for names in ROLE_NAMES.values() for name in names}
+    roles = {
+        name: Role.TIMESTEP if tensor.dim() < 2 else Role.LATENTS
+        for name, tensor in tensors.items()
+        if name not in known and not all(torch.equal(tensor, other) for other in columns[name])
+    }
+    timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Role.TIMESTEP]
+    if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
+        timely = []
+    second = next((at for at, inputs in enumerate(calls) if len(firsts) > 1 and inputs is firsts[1]), 1)
+    return Example(calls[0], {name: torch.stack(columns[name]) for name in timely}, roles, tuple(calls[1:second]))
+
+
+def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """The first call of every step: a step begins where the timestep changes.
+
+    Where no input is known to be a timestep, all steps must have equally many calls.
+    """
+    timesteps = [
+        {name: leaf for name, leaf in named_leaves(inputs).items() if _usual_role(name) is Role.TIMESTEP}
+        for inputs in calls
+    ]
+    if not timesteps[0]:
+        per_step, rest = divmod(len(calls), num_steps)
+        return [] if rest else calls[::per_step]
+    begins = (
+        any(not torch.equal(before[name], now[name]) for name in now) for before, now in itertools.pairwise(timesteps)
+    )
+    return [calls[0], *itertools.compress(calls[1:], begins)]
+
+
+def _usual_role(name: str) -> Role:
+    return next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING)
+
+
+def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that the pipeline's call has a parameter for."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+@contextlib.contextmanager
+def _silent_progress(pipeline: Any) -> Iterator[None]:
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**{**before, "disable": before.get("disable", False)})

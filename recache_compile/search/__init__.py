@@ -1,0 +1,1 @@
+"""Schedules found on the true loss."""

@@ -1,0 +1,1 @@
+"""Files, records, devices: what every folder may use."""

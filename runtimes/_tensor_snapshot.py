@@ -1,0 +1,38 @@
+"""Notice that a tensor has changed since it was last read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class TensorSnapshot:
+    """A tensor as it was when it was last read."""
+
+    tensor: Tensor
+    version: int | None
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSnapshot":
+        """Remember a tensor with its present values."""
+        return cls(tensor, _version(tensor), tensor.clone())
+
+    def still_equals(self, tensor: Tensor) -> bool:
+        """Whether `tensor` has the remembered values.
+
+        On the CPU they are compared.  On a GPU that would stall the loop, so a tensor that is
+        the same object in the same version is taken to be unchanged.
+        """
+        same = tensor is self.tensor and self.version is not None and self.version == _version(tensor)
+        if same and tensor.device.type != "cpu":
+            return True
+        if not torch.equal(tensor, self.values):
+            return False
+        self.tensor, self.version = tensor, _version(tensor)
+        return True
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

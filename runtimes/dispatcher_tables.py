@@ -1,0 +1,166 @@
+"""The prologue's tables of one generation: filled when needed, never stale."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from recache_compile.errors import DispatchError
+from recache_compile.ir.plan import Plan
+from recache_compile.ir.program import MIN_ROWS, Kind, Value, makes_one_row, table_name
+from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
+from recache_compile.runtimes.base import Revision, Variant
+
+
+class Tables:
+    """Prologue outputs for one guidance branch at one shape.
+
+    The prologue runs when conditioning is first seen and when its values change, for all
+    steps whose timestep is known: from compilation, or learned from the calls themselves.
+    A step with an unknown or different timestep gets its row from a run of its own.
+
+    Args:
+        variant: programs and engines; "prologue" is among them.
+        plan: which step reads which table; its first step is `start`.
+        start: the step that generations begin with; rows are counted from it.
+        revision: of the weights; when it moves on, everything is computed anew.
+        every: compute the rows of all tables for all steps, read or not, so that they serve
+            every plan and their rounding does not depend on it.
+    """
+
+    def __init__(
+        self, variant: Variant, plan: Plan, start: int = 0, revision: Revision | None = None, every: bool = False
+    ) -> None:
+        self._variant = variant
+        self._revision = revision or Revision()
+        self._computed_at: int | None = None
+        self._weights = tuple(variant.programs["prologue"].weights.values())
+        self._versions = 0
+        tables = {value.name.partition(".")[0] for value in variant.programs["prologue"].outputs}
+        self._every = tuple(sorted(tables)) if every else ()
+        self.follow(plan)
+        names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
+        self._timesteps: dict[str, list[Tensor | None]] = {
+            name: list(variant.timesteps[name][start:]) if name in variant.timesteps else [None] * len(plan.steps)
+            for name in names
+        }
+        self._conditioning: dict[str, TensorSnapshot] = {}
+        self._fixed: dict[str, Tensor] = {}
+        self._rows: dict[tuple[int, str, str], Tensor] = {}
+        self._differs: Tensor | None = None
+
+    def follow(self, plan: Plan) -> None:
+        """Serve another plan with the same first step; rows that are there already stay."""
+        self._tables = [table_name(step.pattern) for step in plan.steps]
+        self._reads = [
+            tuple(value for value in self._variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
+            for step in plan.steps
+        ]
+
+    def read(self, value: Value, step: int) -> Tensor:
+        """What a step program reads as its packed input `value`."""
+        if value.kind is Kind.FIXED:
+            return self._fixed[f"{self._tables[step]}.{value.name}"]
+        return self._rows[step, self._tables[step], value.name]
+
+    def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Make sure that what `step` reads belongs to these conditioning and timestep tensors."""
+        steps: Sequence[int] = range(len(self._tables))
+        stale = self._conditioning_changed(tensors) or self._computed_at != self._revision.number
+        self._computed_at = self._revision.number
+        if stale:
+            self._rows.clear()
+        if not self._timesteps_match(step, tensors) and not stale:
+            steps = [step]
+            for key in [key for key in self._rows if key[0] == step]:
+                del self._rows[key]
+        elif not stale and self._has_rows(step):
+            return
+        try:
+            self._run(steps, tensors)
+        except BaseException:  # nothing half-filled is ever read
+            self._rows.clear()
+            self._conditioning.clear()
+            raise
+
+    def _has_rows(self, step: int) -> bool:
+        """Whether all that a step reads is there."""
+        return all((step, self._tables[step], value.name) in self._rows for value in self._reads[step])
+
+    def restart(self) -> None:
+        """Forget what an interrupted generation left to be checked, and rows of weights that were written to since."""
+        self._differs = None
+        versions = sum(weight._version for weight in self._weights if not weight.is_inference())
+        if versions != self._versions:
+            self._versions, self._computed_at = versions, None
+
+    def finish(self) -> None:
+        """Raise if timesteps that were compared on the device turned out to differ."""
+        differs, self._differs = self._differs, None
+        if differs is not None and bool(differs):
+            self._timesteps = {name: [None] * len(steps) for name, steps in self._timesteps.items()}
+            self._rows.clear()
+            raise DispatchError(
+                "the timesteps of this generation are not those it was compiled for, so its result is wrong;"
+                " run it again: the new timesteps are then learned on the way"
+            )
+
+    def _conditioning_changed(self, tensors: Mapping[str, Tensor]) -> bool:
+        changed = False
+        for value in self._variant.inputs:
+            if value.kind is not Kind.CONDITIONING:
+                continue
+            tensor, seen = tensors[value.name], self._conditioning.get(value.name)
+            if seen is None or not seen.still_equals(tensor):
+                self._conditioning[value.name] = TensorSnapshot.of(tensor)
+                changed = True
+        return changed
+
+    def _timesteps_match(self, step: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Compare with the known timetable, and learn where there is none.
+
+        On a GPU the comparison is gathered there and read after the last step, so that the
+        loop never waits for it.
+        """
+        match = True
+        for name, known in self._timesteps.items():
+            expected, given = known[step], tensors[name]
+            if expected is not None and given.device.type != "cpu":
+                differs = (expected != given).any()
+                self._differs = differs if self._differs is None else self._differs | differs
+            elif expected is None or not torch.equal(expected, given):
+                known[step] = given.clone()
+                match = False
+        return match
+
+    def _run(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Fill the rows of those steps whose timesteps are known."""
+        known = [step for step in steps if all(column[step] is not None for column in self._timesteps.values())]
+        one_by_one = makes_one_row(self._variant.programs["prologue"])
+        for group in [[step] for step in known] if one_by_one else [known]:
+            self._fill(group, tensors, 1 if one_by_one else MIN_ROWS)
+
+    def _fill(self, steps: Sequence[int], tensors: Mapping[str, Tensor], min_rows: int) -> None:
+        """One call of the prologue."""
+        program = self._variant.programs["prologue"]
+        readers: dict[str, list[int]] = {}
+        for step in steps:
+            for table in self._every or (self._tables[step],):
+                readers.setdefault(table, []).append(step)
+        arguments = []
+        for value in program.inputs:
+            if value.kind is Kind.TIMESTEP:
+                name, _, table = value.name.rpartition("@")
+                column = self._timesteps[name]
+                stack = [tensor for step in readers.get(table, steps[:1]) if (tensor := column[step]) is not None]
+                arguments.append(torch.stack([*stack, *stack[:1] * (min_rows - len(stack))]))
+            else:
+                arguments.append(tensors[value.name].contiguous())
+        results = self._variant.engines["prologue"](arguments)
+        for value, result in zip(program.outputs, results, strict=True):
+            table, _, name = value.name.partition(".")
+            if len(value.shape) == 1:
+                self._fixed[value.name] = result
+                continue
+            for step, row in zip(readers.get(table, ()), result, strict=False):
+                self._rows[step, table, name] = row

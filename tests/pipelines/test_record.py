@@ -1,0 +1,123 @@
+"""Recording how a pipeline calls its transformer."""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recache_compile as rc
+from recache_compile.errors import ModelError
+from recache_compile.ir.program import Role
+from recache_compile.pipelines.record import denoisers_of, record_examples
+from tests.conftest import PROMPT
+from tests.families import TINY
+
+STEPS = 8
+
+
+def test_a_recording_knows_shapes_and_timesteps(shapes: Any) -> None:
+    (example,) = record_examples(shapes, STEPS, {"prompt": PROMPT, "guidance_scale": 3.0})
+    assert example.inputs["hidden_states"].shape == (1, 64, 48)
+    assert torch.allclose(example.timesteps["timestep"][:, 0] * 1000, shapes.scheduler.timesteps)
+    assert "forward" not in vars(shapes.transformer)
+
+
+def test_a_recording_that_fails_restores_the_transformer(shapes: Any) -> None:
+    with pytest.raises(ModelError, match="recording a call"):
+        record_examples(shapes, STEPS, {"prompt": "a purple elephant"})
+    assert "forward" not in vars(shapes.transformer)
+
+
+def test_a_pipeline_without_transformer_is_refused() -> None:
+    with pytest.raises(ModelError, match="no transformer to compile"):
+        rc.compile(object())
+
+
+def test_a_step_may_have_several_calls() -> None:
+    tiny = TINY["wan-2.1"]
+    pipeline = tiny.make()
+    (example,) = record_examples(pipeline, STEPS, tiny.call(0))
+    assert torch.equal(example.timesteps["timestep"][:, 0], pipeline.scheduler.timesteps)
+
+
+def test_a_part_of_the_loop_has_no_timetable() -> None:
+    tiny = TINY["wan-2.2"]
+    pipeline = tiny.make()
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert int((pipeline.scheduler.timesteps >= 875).sum()) == STEPS // 2  # so each transformer is called STEPS times
+    for component in denoisers_of(pipeline):
+        (example,) = record_examples(pipeline, STEPS, tiny.call(0), component)
+        assert example.timesteps == {}
+
+
+def test_every_kind_of_call_is_an_example() -> None:
+    tiny = TINY["sd3"]
+    call = tiny.call(0) | {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.6}
+    both, skipping = record_examples(tiny.make(), STEPS, call)
+    assert both.inputs["hidden_states"].shape[0] == 2
+    assert len(both.timesteps["timestep"]) == STEPS
+    assert skipping.inputs["hidden_states"].shape[0] == 1
+    assert skipping.inputs["skip_layers"] == [1]
+    assert skipping.timesteps == {}
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states: Tensor, control: Tensor, prompt: Tensor, **when: Tensor) -> tuple[Tensor]:
+        return (self.scale * hidden_states,)
+
+
+class Loop:
+    """A pipeline with two calls in each step, from `start` on; `clock` is its name for the timestep."""
+
+    def __init__(self, clock: str, start: int = 0) -> None:
+        self.transformer, self.clock, self.start = Denoiser(), clock, start
+        self.components = {"transformer": self.transformer}
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        pass
+
+    def __call__(self, num_inference_steps: int) -> None:
+        for step in range(self.start, num_inference_steps):
+            for branch in (0.0, 1.0):
+                self.transformer(
+                    hidden_states=torch.zeros(1, 4),
+                    control=torch.full((1, 4), float(step)),
+                    prompt=torch.full((1, 2), branch),
+                    **{self.clock: torch.tensor([float(step)])},
+                )
+
+
+@pytest.mark.parametrize("clock", ["timestep", "progress"])
+def test_inputs_that_change_from_step_to_step_get_a_role(clock: str) -> None:
+    (example,) = record_examples(Loop(clock), STEPS, {})
+    own_name = {} if clock == "timestep" else {clock: Role.TIMESTEP}
+    assert example.roles == {"control": Role.LATENTS, **own_name}
+    assert torch.equal(example.timesteps[clock], torch.arange(float(STEPS))[:, None])
+
+
+@pytest.mark.parametrize("start", range(1, STEPS))
+def test_inputs_get_a_role_in_a_part_of_the_loop(start: int) -> None:
+    (example,) = record_examples(Loop("timestep", start), STEPS, {})
+    assert example.timesteps == {}
+    assert example.roles == ({} if start == STEPS - 1 else {"control": Role.LATENTS})
+
+
+def test_a_transformer_without_weights_is_refused() -> None:
+    pipeline = SimpleNamespace(transformer=nn.Identity())
+    with pytest.raises(ModelError, match="its transformer has no weights"):
+        record_examples(pipeline, STEPS, {})
+
+
+def test_a_forward_that_someone_else_has_replaced_is_put_back() -> None:
+    pipeline = Loop("timestep")
+    hooked = functools.partial(Denoiser.forward, pipeline.transformer)
+    pipeline.transformer.forward = hooked  # type: ignore[method-assign]
+    record_examples(pipeline, STEPS, {})
+    assert vars(pipeline.transformer)["forward"] is hooked

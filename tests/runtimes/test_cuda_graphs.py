@@ -1,0 +1,141 @@
+"""CUDA graphs, with a recorder that needs no GPU: it calls the engine again on the recorded tensors."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import recache_compile as rc
+from recache_compile.errors import DispatchError, RuntimeUnavailableError
+from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.runtimes.dispatcher import Dispatcher
+from tests.compiler.test_build import relative_error
+from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, tiny_flux
+
+
+def recorder(call: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    """What a CUDA graph does: the same call on the same memory, results into the same memory."""
+    outputs = [result.clone() for result in call()]
+
+    def replay() -> None:
+        for place, result in zip(outputs, call(), strict=True):
+            place.copy_(result)
+
+    return replay, outputs
+
+
+class Counting:
+    """Counts what is recorded."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, call: Any) -> Any:
+        self.recorded += 1
+        return recorder(call)
+
+
+def graphed(compiled: rc.Compiled, budget: int, capture: Any = recorder) -> Dispatcher:
+    return Dispatcher(
+        compiled.plans[budget],
+        compiled.forecaster,
+        compiled.variants,
+        compiled.signature,
+        compiled.revision,
+        lambda variant: Graphs(variant, capture),
+    )
+
+
+def generation(run: Dispatcher, seed: int, branch: str = "") -> list[Tensor]:
+    return [run(step=step, branch=branch, **loop_inputs(step, flux_inputs(seed)))[0] for step in range(NUM_STEPS)]
+
+
+@pytest.mark.parametrize("budget", [3, NUM_STEPS])
+def test_replays_give_the_bits_of_calls(eager: rc.Compiled, budget: int) -> None:
+    run = graphed(eager, budget)
+    for seed in (0, 1):  # the second generation replays all
+        assert all(map(torch.equal, generation(run, seed), generation(eager.dispatcher(budget), seed)))
+
+
+def test_results_are_not_overwritten_by_later_steps(eager: rc.Compiled) -> None:
+    run = graphed(eager, 3)
+    results = [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(3)]
+    copies = [result.clone() for result in results]
+    generation(run, 1)
+    assert all(map(torch.equal, results, copies))
+
+
+def test_branches_have_graphs_of_their_own(eager: rc.Compiled) -> None:
+    run, alone = graphed(eager, 3), eager.dispatcher(3)
+    for step in range(NUM_STEPS):
+        for seed, branch in ((0, "cond"), (1, "uncond")):
+            inputs = loop_inputs(step, flux_inputs(seed))
+            ours, theirs = (each(step=step, branch=branch, **inputs)[0] for each in (run, alone))
+            assert torch.equal(ours, theirs)
+
+
+def test_every_program_is_recorded_once(eager: rc.Compiled) -> None:
+    capture = Counting()
+    run = graphed(eager, 3, capture)
+    for seed in range(3):
+        generation(run, seed)
+        run.reset()
+    assert capture.recorded == len({step.program for step in eager.plans[3].steps}) == 3
+
+
+def test_a_generation_that_was_broken_off_leaves_nothing(eager: rc.Compiled) -> None:
+    run = graphed(eager, 3)
+    for step in range(7):
+        run(step=step, **loop_inputs(step, flux_inputs(1)))
+    run.reset()
+    assert all(map(torch.equal, generation(run, 0), generation(eager.dispatcher(3), 0)))
+
+
+def test_new_weights_are_seen() -> None:
+    compiled, other = compile_flux(tiny_flux()), tiny_flux(1)
+    run = graphed(compiled, 3)
+    generation(run, 0)
+    compiled.refit(other.state_dict())
+    expected = generation(compile_flux(other).dispatcher(3), 0)
+    assert max(map(relative_error, generation(run, 0), expected)) <= 1e-6
+
+
+def test_what_cannot_be_recorded_names_the_program_and_the_remedy(eager: rc.Compiled) -> None:
+    def refuse(call: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(DispatchError, match=r"recompute: cannot be part of a CUDA graph .*cuda_graphs=False"):
+        graphed(eager, 3, refuse)(step=0, **flux_inputs())
+
+
+def test_engines_on_the_cpu_have_no_graphs(flux: torch.nn.Module) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="CUDA graphs: cannot be made of engines of runtime eager on cpu"):
+        compile_flux(flux, cuda_graphs=True)
+
+
+def test_artifacts_on_the_cpu_have_no_graphs(eager_artifact: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"leave them out \(cuda_graphs=False, --no-cuda-graphs\)"):
+        rc.load(eager_artifact, cuda_graphs=True)
+
+
+def test_generations_from_other_starts_share_the_graphs(eager: rc.Compiled) -> None:
+    capture = Counting()
+    run, plain = graphed(eager, 3, capture), eager.dispatcher(3)
+    for start in (0, 5, 0, 5):
+        for each in (run, plain):
+            each.reset(start)
+        for step in range(start, NUM_STEPS):
+            inputs = loop_inputs(step, flux_inputs(start))
+            assert torch.equal(run(step=step, **inputs)[0], plain(step=step, **inputs)[0])
+    assert capture.recorded == 3
+
+
+def test_modes_of_the_caller_may_change(eager: rc.Compiled) -> None:
+    run = graphed(eager, 3)
+    expected = generation(eager.dispatcher(3), 0)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            assert all(map(torch.equal, generation(run, 0), expected))

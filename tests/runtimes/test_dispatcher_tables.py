@@ -1,0 +1,101 @@
+"""The prologue's tables where its operators allow any number of rows, and where a call makes one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import recache_compile as rc
+from recache_compile.ir.program import makes_one_row
+from tests.compiler.test_build import counted
+
+STEPS = 5
+
+
+class Mapped(nn.Module):
+    """A product with the timestep can be mapped over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.time = nn.Linear(1, 4)
+        self.kernel = nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return self.linear(sample) * self.embed(timestep) + context.exp()
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        return self.time(timestep.sin()[:, None])
+
+
+class OneRow(Mapped):
+    """A convolution cannot be mapped over a free number of rows."""
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        return functional.conv1d(super().embed(timestep)[:, None], self.kernel, padding=1)[:, 0]
+
+
+def inputs(step: int, **changes: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+    sample = torch.randn(1, 4, generator=generator)
+    return {"sample": sample, "timestep": torch.full((1,), 1 - 0.1 * step), "context": torch.ones(4)} | changes
+
+
+def compiled(model: nn.Module, known: bool) -> rc.Compiled:
+    table = {"timestep": torch.stack([inputs(step)["timestep"] for step in range(STEPS)])} if known else None
+    options = {"num_steps": STEPS, "granularity": "output", "runtime": "eager", "timesteps": table}
+    return rc.compile(model, inputs(0), (2, STEPS), **options)
+
+
+def check(model: nn.Module, run: Any, start: int = 0, **changes: Any) -> None:
+    """One generation at full budget, step by step against the model."""
+    run.reset(start=start)
+    for step in range(start, STEPS):
+        given = inputs(step, **changes)
+        torch.testing.assert_close(run(step=step, **given), model(**given))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("kind", "calls_a_generation"), [(Mapped, 1), (OneRow, STEPS)])
+def test_rows_are_made_once_and_again_when_the_conditioning_changes(
+    kind: type[Mapped], calls_a_generation: int, known: bool
+) -> None:
+    model = kind()
+    this, calls = counted(compiled(model, known))
+    assert makes_one_row(this.variants[0].programs["prologue"]) is (kind is OneRow)
+    run = this.dispatcher(budget=STEPS)
+    check(model, run)
+    assert calls["prologue"] == (calls_a_generation if known else STEPS)  # unknown timesteps come one by one
+    check(model, run)
+    assert calls.pop("prologue") == (calls_a_generation if known else STEPS)
+    check(model, run, context=torch.zeros(4))
+    assert calls["prologue"] == calls_a_generation
+
+
+@pytest.mark.parametrize("kind", [Mapped, OneRow])
+def test_a_timestep_that_differs_gets_a_row_of_its_own(kind: type[Mapped]) -> None:
+    model = kind()
+    this, calls = counted(compiled(model, known=True))
+    run = this.dispatcher(budget=STEPS)
+    check(model, run)
+    before = calls["prologue"]
+    check(model, run, timestep=torch.full((1,), 0.6))  # the timestep of step 4
+    assert calls["prologue"] - before == STEPS - 1
+
+
+@pytest.mark.parametrize("kind", [Mapped, OneRow])
+def test_a_start_in_the_middle_makes_the_rows_from_there(kind: type[Mapped]) -> None:
+    model = kind()
+    this, calls = counted(compiled(model, known=True))
+    check(model, this.dispatcher(budget=STEPS), start=2)
+    assert calls["prologue"] == (STEPS - 2 if kind is OneRow else 1)
+
+
+def test_one_row_at_a_time_costs_what_all_rows_cost() -> None:
+    """The embedding of a step is one product of 4; the convolution's 12 come on top."""
+    mapped, one_row = (compiled(kind(), known=True).cost(STEPS) for kind in (Mapped, OneRow))
+    assert mapped.prologue_macs == STEPS * 4
+    assert one_row.prologue_macs == STEPS * (4 + 12)
+    assert one_row.table_bytes == mapped.table_bytes
