@@ -40,7 +40,8 @@ from recache_compile.policies.surrogate import Surrogate
 from recache_compile.policies.thresholds import MagCache, TeaCache
 from recache_compile.policies.uniform import Uniform
 from recache_compile.search.objective import Losses
-from recache_compile.search.study import FIRST_HELD_OUT, Study, StudyRunner
+from recache_compile.search.runner import StudyRunner
+from recache_compile.search.study import FIRST_HELD_OUT, Study
 from recache_compile.search.train import Effort, open_study, study_of
 
 BATCH = 16

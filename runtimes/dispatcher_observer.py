@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from recache_compile.capture.capture import Signature
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.plan import make_plan
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.signature import Signature
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
 

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.capture import Signature
 from recache_compile.errors import DispatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.signature import Signature
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher, State
 from recache_compile.runtimes.dispatcher_tables import Tables

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from recache_compile.capture.capture import Signature
 from recache_compile.compiler.compiled import Description
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
+from recache_compile.ir.signature import Signature
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"

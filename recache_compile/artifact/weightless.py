@@ -27,7 +27,8 @@ from recache_compile.artifact.specs import (
     transformer_class,
 )
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.compiler.build import Options, annotate, cache_points, specialise
+from recache_compile.compiler.build import Options
+from recache_compile.compiler.split import annotate, cache_points, specialise
 from recache_compile.errors import ModelError, PassError
 from recache_compile.ir.cost import cost_of, count_macs
 from recache_compile.ir.plan import make_plan
@@ -134,8 +135,8 @@ def plan_model(
     captured = capture(abstract.module, abstract.inputs, options.roles)
     report("finding cache sites")
     sites = tuple(_site_facts(captured, options, granularity) for granularity in Granularity)
-    annotated = annotate(captured, options)
-    programs = specialise(annotated, options, report)
+    annotated = annotate(captured, options.config)
+    programs = specialise(annotated, options.config)
     report("counting")
     macs = count_macs(captured.program, META)
     num_sites = len(cache_points(annotated))
@@ -163,7 +164,7 @@ def plan_model(
 
 def _site_facts(captured: Captured, options: Options, granularity: Granularity) -> SiteFacts:
     try:
-        points = cache_points(annotate(captured, replace(options, granularity=granularity, residual=None)))
+        points = cache_points(annotate(captured, replace(options.config, granularity=granularity, residual=None)))
     except PassError as error:
         return SiteFacts(granularity.value, 0, 0, {}, str(error))
     size = sum(point.meta["val"].nbytes for point in points)

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.export import flatten, named_leaves, writes
+from recache_compile.capture.export import flatten, writes
 from recache_compile.capture.trace import trace_module
 from recache_compile.errors import CaptureError
 from recache_compile.ir.program import Kind, Program, Role, Value
+from recache_compile.ir.signature import Signature, named_leaves
 
 ROLE_NAMES = {
     Role.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
@@ -21,41 +22,6 @@ ROLE_NAMES = {
 
 CONSTANT_PREFIX = "constant_"
 """Begins the names of tensors that the model's code made, which are no weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """How the model is called, whatever the shapes.
-
-    Args:
-        parameters: names of the parameters of the module's `forward`, in order.
-        defaults: default of every parameter that has one, as text.
-        result: `torch.utils._pytree` specification of the result, as JSON.
-        tensors: which leaves of the result are tensors; the others are None.
-    """
-
-    parameters: tuple[str, ...]
-    defaults: tuple[tuple[str, str], ...]
-    result: str
-    tensors: tuple[bool, ...]
-
-    def constants(self, arguments: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, str]:
-        """What is no tensor in a call, as text, defaults filled in.
-
-        Args:
-            arguments: of the call.
-            leaves: of the arguments, by dotted name.
-        """
-        given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
-        given |= {
-            name: repr(value)
-            for name, value in arguments.items()
-            if isinstance(value, (list, tuple, dict)) and not value
-        }
-        top = {name.partition(".")[0] for name in (*leaves, *given)}
-        filled = {name: default for name, default in self.defaults if name not in top} | given
-        filled.pop("return_dict", None)
-        return filled
 
 
 @dataclass(frozen=True, slots=True)

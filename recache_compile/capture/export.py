@@ -4,10 +4,8 @@ import contextlib
 import copy
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from typing import Any
 
 import torch
@@ -33,9 +31,6 @@ _RESHAPES = {
     aten.reshape_as: aten.reshape.default,
     aten.expand_as: aten.expand.default,
 }
-
-_PLAIN = (Tensor, int, float, str, type(None))
-"""Types of arguments that hold nothing."""
 
 
 def export_module(
@@ -155,50 +150,6 @@ def _equal(tensor: Tensor, others: Mapping[str, Tensor]) -> str | None:
         if (other.dtype, other.device) == (tensor.dtype, tensor.device) and not tensor.is_meta and other.equal(tensor):
             return name
     return None
-
-
-def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of nested arguments by dotted name, in `torch.export`'s order."""
-    if all(isinstance(value, _PLAIN) for value in arguments.values()):
-        return dict(arguments)
-    open_objects(arguments)
-    flat, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return {dotted_name(path): leaf for path, leaf in flat}
-
-
-def open_objects(arguments: Mapping[str, Any]) -> None:
-    """Let `torch.utils._pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
-    pending: list[Any] = [dict(arguments)]
-    while pending:
-        for leaf in pytree.tree_leaves(pending.pop()):
-            if hasattr(leaf, "__dict__") and not isinstance(leaf, (*_PLAIN, nn.Module, Enum)) and not callable(leaf):
-                if type(leaf) not in pytree.SUPPORTED_NODES:
-                    _register(type(leaf))
-                pending.append(leaf)
-
-
-def _register(cls: type) -> None:
-    """Flatten the instances of a class into their attributes, by name."""
-
-    def flatten_attributes(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
-        names = tuple(sorted(vars(instance)))
-        return [vars(instance)[name] for name in names], names
-
-    def flatten_with_keys(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
-        values, names = flatten_attributes(instance)
-        return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], names
-
-    def unflatten(values: Any, names: Any) -> Any:
-        instance: Any = object.__new__(cls)
-        vars(instance).update(zip(names, values, strict=True))
-        return instance
-
-    pytree.register_pytree_node(cls, flatten_attributes, unflatten, flatten_with_keys_fn=flatten_with_keys)
-
-
-def dotted_name(path: Any) -> str:
-    """Name of a leaf ("x.0", "kwargs.scale") from its path."""
-    return ".".join(re.sub(r"[\[\]'\"]", "", str(key)).strip(".") for key in path)
 
 
 @contextlib.contextmanager

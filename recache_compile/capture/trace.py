@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recache_compile.capture.export import dotted_name, export_module, named_leaves
+from recache_compile.capture.export import export_module
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
 from recache_compile.errors import CaptureError
+from recache_compile.ir.signature import dotted_name, named_leaves
 
 
 @dataclass(frozen=True, slots=True)

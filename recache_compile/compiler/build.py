@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from recache_compile.capture.adapters import fused_adapters
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.capture.export import named_leaves
 from recache_compile.compiler.compiled import Compiled, Description
+from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
+from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError, ScheduleError
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.forecasters import Forecaster
@@ -22,28 +23,14 @@ from recache_compile.ir.program import (
     Kind,
     Program,
     Role,
-    SitePattern,
     dtype_name,
-    pattern_name,
-    table_name,
 )
 from recache_compile.ir.schedule import Schedule, check_budgets
-from recache_compile.passes.base import run_passes
-from recache_compile.passes.find_cache_sites import FindCacheSites
-from recache_compile.passes.hoist import Hoist
-from recache_compile.passes.insert_cache_points import InsertCachePoints
-from recache_compile.passes.ops import CACHE_POINT
-from recache_compile.passes.prologue import build_prologue
-from recache_compile.passes.simplify import Simplify
-from recache_compile.passes.specialise import Specialise
-from recache_compile.passes.verify_split import verify_split
+from recache_compile.ir.signature import named_leaves
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.runtimes.base import Engine, Runtime, Variant, lower
 
 Report = Callable[[str], None]
-
-MIN_TABLE_BYTES = 64 << 20
-"""Tables of this size are always worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +63,13 @@ class Options:
     roles: Mapping[str, Role | str]
 
     @property
+    def config(self) -> CompileConfig:
+        """What engines are built for."""
+        budgets = [schedule.budget for schedule in self.schedules.values()]
+        held = min(self.forecaster.order + 1, max((each for each in budgets if each < self.num_steps), default=1))
+        return CompileConfig(self.num_steps, held, self.granularity, self.residual, self.hoist)
+
+    @property
     def num_steps(self) -> int:
         """Length T of the denoising loop."""
         return next(iter(self.schedules.values())).num_steps
@@ -99,7 +93,7 @@ def compile_module(
         ]
         names = tuple(module.state_dict())
     check_same_call(captured for _, captured in captures)
-    annotated = [annotate(captured, options) for _, captured in captures]
+    annotated = [annotate(captured, options.config) for _, captured in captures]
     sites = check_same_sites(annotated)
     report(describe_sites(annotated[0]))
     weights: dict[str, Tensor] = {}
@@ -112,7 +106,7 @@ def compile_module(
     for number, ((example, captured), program) in enumerate(zip(captures, annotated, strict=True)):
         device = device_of(example.inputs)
         timesteps = check_timesteps(example.timesteps, captured.program, options, device)
-        programs = specialise(program, options, report)
+        programs = specialise(program, options.config)
         weights |= {name: weight for each in programs.values() for name, weight in each.weights.items()}
         variants.append(
             Variant(
@@ -216,24 +210,6 @@ def device_of(inputs: Mapping[str, Any]) -> torch.device:
     return next(leaf.device for leaf in named_leaves(inputs).values() if isinstance(leaf, Tensor))
 
 
-def annotate(captured: Captured, options: Options) -> Program:
-    """The captured program with its cache points."""
-    find = FindCacheSites(options.granularity, captured.containers, options.residual)
-    return run_passes(captured.program, (find, InsertCachePoints(), Simplify()))
-
-
-def cache_points(annotated: Program) -> list[fx.Node]:
-    """The cache points of a program."""
-    return annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT)
-
-
-def describe_sites(annotated: Program) -> str:
-    """How many sites there are and what an anchor takes, for people."""
-    points = cache_points(annotated)
-    size = sum(point.meta["val"].nbytes for point in points)
-    return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
-
-
 def make_schedules(policy: Policy, budgets: Iterable[int], problem: Problem) -> dict[int, Schedule]:
     """One schedule a budget, each checked to cost exactly what was asked.
 
@@ -247,41 +223,3 @@ def make_schedules(policy: Policy, budgets: Iterable[int], problem: Problem) -> 
             raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {problem.num_steps} steps")
         schedules[budget] = schedule
     return schedules
-
-
-def patterns_of(options: Options, num_sites: int) -> list[SitePattern]:
-    """Recompute, and a forecast from every number of anchors that a schedule of these budgets can hold.
-
-    Whatever steps are chosen later, and wherever a generation starts, its rows are among these.
-    """
-    budgets = [schedule.budget for schedule in options.schedules.values()]
-    cached = [budget for budget in budgets if budget < options.num_steps]
-    anchors = min(options.forecaster.order + 1, max(cached, default=0))
-    return [(anchor,) * num_sites for anchor in range(anchors + 1)]
-
-
-def row_limit(annotated: Program, num_steps: int) -> int:
-    """Bytes that the prologue may keep for each step, so that its tables stay small beside the weights."""
-    weights = sum(weight.nbytes for weight in annotated.weights.values())
-    return max(MIN_TABLE_BYTES, weights // 4) // num_steps
-
-
-def specialise(annotated: Program, options: Options, report: Report) -> dict[str, Program]:
-    """One program for each row, and the prologue that they share."""
-    hoist = options.hoist
-    rows = patterns_of(options, len(cache_points(annotated)))
-    limit = row_limit(annotated, options.num_steps)
-    programs: dict[str, Program] = {}
-    tables: dict[str, list[Program]] = {}
-    for row in rows:
-        report(f"specialising {pattern_name(row)}")
-        passes = (Specialise(row), Hoist(limit), Simplify()) if hoist else (Specialise(row), Simplify())
-        programs[pattern_name(row)] = run_passes(annotated, passes).renamed(pattern_name(row))
-        tables.setdefault(table_name(row), []).append(programs[pattern_name(row)])
-    reads = {value.kind for program in programs.values() for value in program.inputs}
-    if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
-        return programs
-    report("building the prologue")
-    prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})
-    verify_split(annotated, prologue, tables)
-    return {"prologue": prologue, **programs}

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.capture.capture import Signature
 from recache_compile.errors import DispatchError, ModelError
 from recache_compile.ir.cost import Cost, cost_of
 from recache_compile.ir.forecasters import Forecaster, get_forecaster
 from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.signature import Signature
 from recache_compile.runtimes._cuda_graphs import Graphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher

@@ -16,8 +16,8 @@ from recache_compile.errors import RecacheError, reason_of
 from recache_compile.evaluation.measure import seconds
 from recache_compile.evaluation.setting import Setting
 from recache_compile.ir.program import Kind
-from recache_compile.pipelines.accelerate import CompiledTransformer
 from recache_compile.pipelines.record import prompted
+from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Watch
 from recache_compile.support.machine import machine, versions

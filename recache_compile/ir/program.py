@@ -1,7 +1,7 @@
 """Programs: FX graphs whose inputs and outputs are described by facts, not by convention."""
 
 from dataclasses import dataclass, replace
-from enum import Enum, Flag, StrEnum, auto
+from enum import Flag, StrEnum, auto
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Binding(Flag):
     LATENTS = auto()
 
 
-class Granularity(Enum):
+class Granularity(StrEnum):
     """Where cache sites are placed."""
 
     OUTPUT = "output"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.capture import ROLE_NAMES
-from recache_compile.capture.export import named_leaves
 from recache_compile.compiler.build import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
+from recache_compile.ir.signature import named_leaves
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; a second one is called `transformer_2`."""

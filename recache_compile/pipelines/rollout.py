@@ -12,8 +12,8 @@ from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError, RecacheError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.schedule import Schedule
-from recache_compile.pipelines.accelerate import CompiledTransformer
 from recache_compile.pipelines.record import prompted
+from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.policies.base import Calibration
 from recache_compile.policies.calibration import calibrate, step_sizes
 

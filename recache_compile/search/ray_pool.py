@@ -18,7 +18,8 @@ import torch
 
 from recache_compile.errors import ArtifactError, RecacheError, RuntimeUnavailableError
 from recache_compile.search.objective import TaskLosses
-from recache_compile.search.study import StudyRunner, Task
+from recache_compile.search.runner import StudyRunner
+from recache_compile.search.study import Task
 
 CHUNKS_PER_WORKER = 4
 """So many there are at least, so that no worker is the last one for long."""

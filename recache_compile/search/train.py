@@ -25,14 +25,8 @@ from recache_compile.runtimes.registry import runtime_on
 from recache_compile.search.charts import draw_schedules, draw_training
 from recache_compile.search.objective import Losses, Runner
 from recache_compile.search.ray_pool import RayRunner, import_ray
-from recache_compile.search.study import (
-    Study,
-    StudyRunner,
-    compile_engines,
-    held_out_batches,
-    is_begun,
-    judging_batches,
-)
+from recache_compile.search.runner import StudyRunner, compile_engines
+from recache_compile.search.study import Study, held_out_batches, is_begun, judging_batches
 from recache_compile.support.files import check_place, output_errors
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.capture.export import named_leaves
 from recache_compile.errors import CaptureError
 from recache_compile.ir.program import Kind, Role
+from recache_compile.ir.signature import named_leaves
 from tests.conftest import flux_inputs
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from recache_compile.capture.export import export_module, flatten, named_leaves
+from recache_compile.capture.export import export_module, flatten
 from recache_compile.ir.program import get_attribute
+from recache_compile.ir.signature import named_leaves
 
 aten = torch.ops.aten
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,8 @@ from recache_compile.artifact.store import load
 from recache_compile.evaluation import pretrained
 from recache_compile.pipelines.rollout import Rollouts
 from recache_compile.search.objective import TaskLosses
-from recache_compile.search.study import StudyRunner, Task, held_out_batches, judging_batches, read_study
+from recache_compile.search.runner import StudyRunner
+from recache_compile.search.study import Task, held_out_batches, judging_batches, read_study
 from tests.cli.test_app import check_refused, run
 from tests.conftest import PROMPT, TRAINING
 

@@ -12,9 +12,9 @@ import torch
 import recache_compile as rc
 from recache_compile.errors import DispatchError
 from recache_compile.evaluation.measure import psnr
-from recache_compile.pipelines.accelerate import CompiledTransformer
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.record import record_examples
+from recache_compile.pipelines.transformer import CompiledTransformer
 from tests.conftest import PROMPT
 
 STEPS = 8

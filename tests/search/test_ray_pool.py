@@ -17,7 +17,8 @@ from recache_compile.ir.schedule import Schedule
 from recache_compile.search import ray_pool as workers
 from recache_compile.search.objective import Losses, TaskLosses
 from recache_compile.search.ray_pool import RayRunner, chunks, gpu_share
-from recache_compile.search.study import Study, StudyRunner, Task, compile_engines, write_study
+from recache_compile.search.runner import StudyRunner, compile_engines
+from recache_compile.search.study import Study, Task, write_study
 
 STUDY = Study(
     model="shapes",

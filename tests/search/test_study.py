@@ -20,11 +20,10 @@ from recache_compile.evaluation.distances import get_distance, get_reward
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.search.objective import Losses
+from recache_compile.search.runner import StudyRunner, compile_engines
 from recache_compile.search.study import (
     FIRST_HELD_OUT,
     Study,
-    StudyRunner,
-    compile_engines,
     held_out_batches,
     is_begun,
     judging_batches,

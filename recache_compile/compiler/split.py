@@ -1,0 +1,76 @@
+"""From a captured program to its parts: cache points, one program for each site pattern, and the prologue."""
+
+import logging
+
+from torch import fx
+
+from recache_compile.capture.capture import Captured
+from recache_compile.config import CompileConfig
+from recache_compile.ir.program import Kind, Program, SitePattern, pattern_name, table_name
+from recache_compile.passes.base import run_passes
+from recache_compile.passes.find_cache_sites import FindCacheSites
+from recache_compile.passes.hoist import Hoist
+from recache_compile.passes.insert_cache_points import InsertCachePoints
+from recache_compile.passes.ops import CACHE_POINT
+from recache_compile.passes.prologue import build_prologue
+from recache_compile.passes.simplify import Simplify
+from recache_compile.passes.specialise import Specialise
+from recache_compile.passes.verify_split import verify_split
+
+log = logging.getLogger(__name__)
+
+MIN_TABLE_BYTES = 64 << 20
+"""Tables of this size are always worth it."""
+
+
+def annotate(captured: Captured, config: CompileConfig) -> Program:
+    """The captured program with its cache points."""
+    find = FindCacheSites(config.granularity, captured.containers, config.residual)
+    return run_passes(captured.program, (find, InsertCachePoints(), Simplify()))
+
+
+def cache_points(annotated: Program) -> list[fx.Node]:
+    """The cache points of a program."""
+    return annotated.module.graph.find_nodes(op="call_function", target=CACHE_POINT)
+
+
+def describe_sites(annotated: Program) -> str:
+    """How many sites there are and what an anchor takes, for people."""
+    points = cache_points(annotated)
+    size = sum(point.meta["val"].nbytes for point in points)
+    return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
+
+
+def patterns_of(config: CompileConfig, num_sites: int) -> list[SitePattern]:
+    """Recompute, and a forecast from every number of anchors that a plan can hold.
+
+    Whatever steps are chosen later, and wherever a generation starts, its patterns are among these.
+    """
+    most = min(config.anchors, config.num_steps - 1)
+    return [(anchors,) * num_sites for anchors in range(most + 1)]
+
+
+def row_limit(annotated: Program, num_steps: int) -> int:
+    """Bytes that the prologue may keep for each step, so that its tables stay small beside the weights."""
+    weights = sum(weight.nbytes for weight in annotated.weights.values())
+    return max(MIN_TABLE_BYTES, weights // 4) // num_steps
+
+
+def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
+    """One program for each row, and the prologue that they share."""
+    rows = patterns_of(config, len(cache_points(annotated)))
+    limit = row_limit(annotated, config.num_steps)
+    programs: dict[str, Program] = {}
+    tables: dict[str, list[Program]] = {}
+    for row in rows:
+        log.info("specialising %s", pattern_name(row))
+        passes = (Specialise(row), Hoist(limit), Simplify()) if config.hoist else (Specialise(row), Simplify())
+        programs[pattern_name(row)] = run_passes(annotated, passes).renamed(pattern_name(row))
+        tables.setdefault(table_name(row), []).append(programs[pattern_name(row)])
+    reads = {value.kind for program in programs.values() for value in program.inputs}
+    if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
+        return programs
+    log.info("building the prologue")
+    prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})
+    verify_split(annotated, prologue, tables)
+    return {"prologue": prologue, **programs}

@@ -1,0 +1,92 @@
+"""How a model is called, whatever the shapes, and how its arguments are named."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_PLAIN = (Tensor, int, float, str, type(None))
+"""Types of arguments that hold nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """How the model is called, whatever the shapes.
+
+    Args:
+        parameters: names of the parameters of the module's `forward`, in order.
+        defaults: default of every parameter that has one, as text.
+        result: `torch.utils._pytree` specification of the result, as JSON.
+        tensors: which leaves of the result are tensors; the others are None.
+    """
+
+    parameters: tuple[str, ...]
+    defaults: tuple[tuple[str, str], ...]
+    result: str
+    tensors: tuple[bool, ...]
+
+    def constants(self, arguments: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, str]:
+        """What is no tensor in a call, as text, defaults filled in.
+
+        Args:
+            arguments: of the call.
+            leaves: of the arguments, by dotted name.
+        """
+        given = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+        given |= {
+            name: repr(value)
+            for name, value in arguments.items()
+            if isinstance(value, (list, tuple, dict)) and not value
+        }
+        top = {name.partition(".")[0] for name in (*leaves, *given)}
+        filled = {name: default for name, default in self.defaults if name not in top} | given
+        filled.pop("return_dict", None)
+        return filled
+
+
+def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of nested arguments by dotted name, in `torch.export`'s order."""
+    if all(isinstance(value, _PLAIN) for value in arguments.values()):
+        return dict(arguments)
+    open_objects(arguments)
+    flat, _ = pytree.tree_flatten_with_path(dict(arguments))
+    return {dotted_name(path): leaf for path, leaf in flat}
+
+
+def open_objects(arguments: Mapping[str, Any]) -> None:
+    """Let `torch.utils._pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
+    pending: list[Any] = [dict(arguments)]
+    while pending:
+        for leaf in pytree.tree_leaves(pending.pop()):
+            if hasattr(leaf, "__dict__") and not isinstance(leaf, (*_PLAIN, nn.Module, Enum)) and not callable(leaf):
+                if type(leaf) not in pytree.SUPPORTED_NODES:
+                    _register(type(leaf))
+                pending.append(leaf)
+
+
+def _register(cls: type) -> None:
+    """Flatten the instances of a class into their attributes, by name."""
+
+    def flatten_attributes(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
+        names = tuple(sorted(vars(instance)))
+        return [vars(instance)[name] for name in names], names
+
+    def flatten_with_keys(instance: Any) -> tuple[list[Any], tuple[str, ...]]:
+        values, names = flatten_attributes(instance)
+        return [(pytree.GetAttrKey(name), value) for name, value in zip(names, values, strict=True)], names
+
+    def unflatten(values: Any, names: Any) -> Any:
+        instance: Any = object.__new__(cls)
+        vars(instance).update(zip(names, values, strict=True))
+        return instance
+
+    pytree.register_pytree_node(cls, flatten_attributes, unflatten, flatten_with_keys_fn=flatten_with_keys)
+
+
+def dotted_name(path: Any) -> str:
+    """Name of a leaf ("x.0", "kwargs.scale") from its path."""
+    return ".".join(re.sub(r"[\[\]'\"]", "", str(key)).strip(".") for key in path)
