@@ -1,6 +1,6 @@
 """What a policy is: a rule from a problem and a budget to a schedule."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
@@ -9,7 +9,7 @@ import numpy as np
 
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.forecasters import Forecaster
-from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.schedule import Schedule, check_budgets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,3 +168,18 @@ def check_options(policy: str, least: Mapping[str, float], options: object) -> N
         value = getattr(options, name)
         if not smallest <= value < inf:
             raise ScheduleError(f"policy {policy}: {name} {value}: expected {smallest} or more")
+
+
+def make_schedules(policy: Policy, budgets: Iterable[int], problem: Problem) -> dict[int, Schedule]:
+    """One schedule a budget, each checked to cost exactly what was asked.
+
+    Raises:
+        ScheduleError: a budget is not usable, or the policy broke its promise.
+    """
+    schedules = {}
+    for budget in check_budgets(budgets, problem.num_steps):
+        schedule = policy.schedule(problem, budget)
+        if schedule.budget != budget or schedule.num_steps != problem.num_steps:
+            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {problem.num_steps} steps")
+        schedules[budget] = schedule
+    return schedules

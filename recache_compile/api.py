@@ -1,61 +1,60 @@
 """The public functions: compile a module or pipeline."""
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from recache_compile.compiler.build import Example, Options, compile_module, device_of, make_schedules
-from recache_compile.compiler.compiled import Compiled, Description
-from recache_compile.errors import DispatchError, ModelError, ScheduleError
-from recache_compile.ir.forecasters import get_forecaster, uncalibrated
-from recache_compile.ir.program import Granularity, Role
-from recache_compile.policies.base import Policy, Problem
-from recache_compile.policies.registry import CALIBRATED, get_policy
-from recache_compile.policies.uniform import Uniform
-from recache_compile.runtimes._cuda_graphs import check_graphs
+from recache_compile.artifact.inspect import Facts as ArtifactFacts
+from recache_compile.artifact.inspect import facts_of
+from recache_compile.artifact.store import look
+from recache_compile.artifact.weightless import PlanFacts, plan_weightless
+from recache_compile.compiler.build import build_engines
+from recache_compile.compiler.compiled import Compiled, Engines
+from recache_compile.compiler.examples import given_examples
+from recache_compile.config import CompileConfig
+from recache_compile.errors import ModelError
+from recache_compile.ir.forecasters import anchors_of, check_forecaster
+from recache_compile.pipelines.engines import engines_of_pipeline
+from recache_compile.pipelines.record import denoiser_of
+from recache_compile.pipelines.weightless import find_weightless
 from recache_compile.runtimes.base import Runtime
 from recache_compile.runtimes.registry import get_runtime
-from recache_compile.search.default_policy import (
-    CALIBRATIONS,
-    calibrate_pipeline,
-    default_policy,
-    needs_calibration,
-    policy_name,
-    reschedule_calibrated,
-)
+from recache_compile.search.default_policy import CALIBRATIONS, AnyPolicy, choose_policy, plan_pipeline
+
+Calls = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def compile(
     model: Any,
-    example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    example_inputs: Calls | None = None,
+    *,
     budgets: Sequence[int] = (5, 10, 15),
     num_steps: int = 50,
     forecaster: str = "taylor",
     order: int = 1,
-    policy: str | Mapping[int, Sequence[int]] | Policy = "uniform",
+    policy: AnyPolicy = "auto",
     granularity: str = "stack",
     runtime: str | Runtime = "auto",
-    *,
-    roles: Mapping[str, Role | str] | None = None,
+    roles: Mapping[str, str] | None = None,
     timesteps: Mapping[str, Tensor] | None = None,
     hoist: bool = True,
     residual: bool | None = None,
-    call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    call: Calls | None = None,
     component: str = "transformer",
     calibrate: Sequence[Mapping[str, Any]] = (),
     cuda_graphs: bool = False,
-    report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
+
+    Progress is told to the logger `recache_compile` at level INFO.
 
     Args:
         model: a module, or a `diffusers` pipeline, whose transformer is then compiled.
         example_inputs: arguments of one model call, or of several that differ in shape.
-            None for a pipeline: it is run once with a recording stand-in, which also tells
+            None for a pipeline: it is run once while its calls are recorded, which also tells
             the timesteps.
         budgets: numbers of recompute steps k.
         num_steps: length T of the denoising loop.
@@ -71,7 +70,7 @@ def compile(
         runtime: "eager", "inductor", "onnxruntime", "tensorrt", "tensorrt_rtx", or "auto": the
             first that can be used of inductor, onnxruntime and eager.  A `TensorRT` tells how
             engines are built.
-        roles: role of inputs by name, where their names do not tell.
+        roles: "latents", "timestep" or "conditioning" of inputs by name, where their names do not tell.
         timesteps: per timestep input of the first example, its value at every step
             (num_steps, *shape).  Without them, the first generation learns them.
         hoist: move latents-independent work out of the steps.
@@ -84,132 +83,105 @@ def compile(
             forecaster needs it; by default four times the first `call`, with other noise.
         cuda_graphs: replay CUDA graphs instead of calling engines, with eager, inductor and
             TensorRT on a GPU.
-        report: told the name of each stage as it begins.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
-    may_stay_uniform = policy == "auto" and forecaster != "fitted"
-    if policy == "auto":
-        can_look = not isinstance(model, nn.Module) and example_inputs is None
-        name = type(model).__name__
-        trained = default_policy(name, forecaster, order, num_steps, granularity, budgets)
-        policy = trained if can_look else "uniform"
-    chosen = get_policy(policy, num_steps)
-    options = compile_options(budgets, num_steps, forecaster, order, chosen, granularity, hoist, residual, roles)
-    looks = needs_calibration(chosen, forecaster, num_steps)
-    if looks and (isinstance(model, nn.Module) or example_inputs is not None):
-        raise ScheduleError(
-            f"policy {policy}, forecaster {forecaster}: they need a few full generations; compile a pipeline without"
-            " example_inputs, or choose others, such as uniform and taylor"
-        )
-    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
-    module, examples = _examples(model, example_inputs, timesteps or {}, num_steps, call, component)
-    if cuda_graphs:
-        check_graphs(backend, device_of(examples[0].inputs))
-    description = Description(
-        model=type(module).__name__,
-        model_class=f"{type(module).__module__}.{type(module).__qualname__}",
-        config=json.loads(json.dumps(dict(getattr(module, "config", {})), default=str)),
+    check_forecaster(forecaster, order)
+    calls = [call or {}] if call is None or isinstance(call, Mapping) else list(call)
+    config = CompileConfig(
         num_steps=num_steps,
-        forecaster=options.forecaster.name,
-        order=options.forecaster.order,
-        policy=policy_name(policy),
-        granularity=granularity,
+        anchors=anchors_of(forecaster, order),
+        granularity=granularity,  # type: ignore[arg-type]  # made a `Granularity` there
         residual=residual,
-        runtime=backend.name,
         hoist=hoist,
         component=component,
+        call=_recorded(calls[0]),
+        roles=dict(roles or {}),
         cuda_graphs=cuda_graphs,
     )
-    compiled = compile_module(module, examples, options, backend, description, report)
-    if not looks:
-        return compiled
-    first = call[0] if isinstance(call, Sequence) else call or {}
-    calls = calibrate or [first] * CALIBRATIONS
-    return _calibrated(compiled, model, calls, chosen, forecaster, may_stay_uniform, report)
+    is_pipeline = not isinstance(model, nn.Module)
+    looked_at = type(model).__name__ if is_pipeline and example_inputs is None else None
+    choice = choose_policy(policy, budgets, forecaster, order, config, looked_at)
+    if not choice.needs_calibration:
+        choice.answer()  # refused before anything takes long
+    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
+    engines = _engines(model, example_inputs, timesteps or {}, calls, config, backend)
+    return plan_pipeline(engines, choice, model, calibrate or [calls[0]] * CALIBRATIONS)
 
 
-def _calibrated(
-    compiled: Compiled,
-    pipeline: Any,
+def _engines(
+    model: Any,
+    example_inputs: Calls | None,
+    timesteps: Mapping[str, Tensor],
     calls: Sequence[Mapping[str, Any]],
-    policy: Policy,
-    forecaster: str,
-    may_stay_uniform: bool,
-    report: Callable[[str], None],
-) -> Compiled:
-    """The same engines under schedules that a few full generations tell."""
-    try:
-        calibration = calibrate_pipeline(pipeline, compiled.on_this_device(), calls, report)
-    except (DispatchError, ModelError) as error:
-        if not may_stay_uniform:
-            raise
-        warnings.warn(f"schedules stay uniform, because the pipeline cannot be calibrated: {error}", stacklevel=3)
-        return replace(compiled, description=replace(compiled.description, policy="uniform"))
-    return reschedule_calibrated(compiled, calibration, policy, forecaster, report)
+    config: CompileConfig,
+    runtime: Runtime,
+) -> Engines:
+    """Engines of a module, or of a pipeline's transformer."""
+    if example_inputs is None:
+        if isinstance(model, nn.Module):
+            raise ModelError(f"{type(model).__name__}: a module needs example_inputs, the arguments of one call")
+        return engines_of_pipeline(model, config, calls, runtime)
+    module = model if isinstance(model, nn.Module) else denoiser_of(model, config.component)
+    return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
 
 
-def compile_options(
-    budgets: Sequence[int],
-    num_steps: int,
-    forecaster: str,
-    order: int,
-    policy: str | Mapping[int, Sequence[int]] | Policy,
-    granularity: str,
-    hoist: bool,
+def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact keeps of a pipeline call: plain values beside the prompt."""
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in call.items() if isinstance(value, plain) and not name.startswith("prompt")}
+
+
+def plan(
+    model: str,
+    *,
+    budgets: Sequence[int] = (5, 10, 15),
+    num_steps: int | None = None,
+    forecaster: str = "taylor",
+    order: int = 1,
+    policy: AnyPolicy = "auto",
+    granularity: str = "stack",
     residual: bool | None = None,
-    roles: Mapping[str, Role | str] | None = None,
-) -> Options:
-    """The choices of `compile`, checked before anything is loaded; arguments as there.
+    hoist: bool = True,
+    call: Mapping[str, Any] | None = None,
+) -> PlanFacts:
+    """What compiling a model would cost and save, without its weights.
 
-    What a calibration will tell is filled in for now: uniform schedules, and `taylor` for
-    `fitted`, whose programs are the same.
+    Args:
+        model: name of a known model (such as "flux.1-dev"), a JSON file that describes one, or
+            what `recache-compile` compiles: an embedded model, a folder or a Hub id.
+        num_steps: length T of the denoising loop; None: the usual number of a known model, else 50.
+        policy: as of `compile`; "auto" is uniform, as schedules of one budget cost the same.
+        call: arguments of the pipeline.
+
+    Others as those of `compile`.
 
     Raises:
-        ScheduleError: naming the choice that cannot be used.
+        RecacheError: there is no such model, or it cannot be captured or split.
     """
-    chosen = get_policy(policy, num_steps)
-    filler = get_forecaster(uncalibrated(forecaster), order)
-    for_now = Uniform() if isinstance(chosen, CALIBRATED) else chosen
-    return Options(
-        schedules=make_schedules(for_now, budgets, Problem(num_steps, filler)),
-        forecaster=filler,
-        granularity=_granularity(granularity),
+    check_forecaster(forecaster, order)
+    known = find_weightless(model, 50 if num_steps is None else num_steps, call or {})
+    config = CompileConfig(
+        num_steps=known.num_steps if num_steps is None else num_steps,
+        anchors=anchors_of(forecaster, order),
+        granularity=granularity,  # type: ignore[arg-type]  # made a `Granularity` there
         residual=residual,
         hoist=hoist,
-        roles=roles or {},
+        call=dict(call or {}),
     )
+    choice = choose_policy(policy, budgets, forecaster, order, config, None)
+    return plan_weightless(known, config, *choice.answer())
 
 
-def _granularity(name: str) -> Granularity:
-    try:
-        return Granularity(name)
-    except ValueError:
-        known = ", ".join(granularity.value for granularity in Granularity)
-        raise ScheduleError(f"granularity {name!r} is unknown; choose {known}") from None
+def inspect(compiled: Compiled | str | Path) -> ArtifactFacts:
+    """What a compiled model, or an artifact on any machine, holds: programs, cache sites, schedules, costs.
 
+    Args:
+        compiled: what `compile` or `load` returned, or an artifact's folder, which is read
+            without its engines.
 
-def _examples(
-    model: Any,
-    example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
-    timesteps: Mapping[str, Tensor],
-    num_steps: int,
-    call: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
-    component: str,
-) -> tuple[nn.Module, list[Example]]:
-    if not isinstance(model, nn.Module):
-        from recache_compile.pipelines.record import denoiser_of, record_examples
-
-        module = denoiser_of(model, component)
-        if example_inputs is None:
-            calls = [call or {}] if call is None or isinstance(call, Mapping) else call
-            return module, [each for one in calls for each in record_examples(model, num_steps, one, component)]
-    else:
-        module = model
-    if example_inputs is None:
-        raise ModelError(f"{type(module).__name__}: a module needs example_inputs, the arguments of one call")
-    each = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
-    if not each:
-        raise ModelError(f"{type(module).__name__}: example_inputs is empty; give the arguments of at least one call")
-    return module, [Example(inputs, timesteps if number == 0 else {}, {}) for number, inputs in enumerate(each)]
+    Raises:
+        ArtifactError: the folder is no artifact, or is damaged.
+    """
+    return facts_of(compiled if isinstance(compiled, Compiled) else look(compiled))

@@ -1,7 +1,7 @@
 """The choices of a compilation, in one record that everything else holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recache_compile.errors import ScheduleError
@@ -25,6 +25,7 @@ class CompileConfig:
         component: which of a pipeline's transformers is compiled ("transformer_2").
         call: arguments of the pipeline, beside the prompt, that engines are built for; the
             first where there are several.
+        roles: "latents", "timestep" or "conditioning" of inputs by name, where their names do not tell.
         cuda_graphs: replay CUDA graphs instead of calling engines.
 
     Raises:
@@ -41,6 +42,7 @@ class CompileConfig:
     device: str = "cpu"
     component: str = "transformer"
     call: Mapping[str, Any] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -52,3 +54,12 @@ class CompileConfig:
             known = ", ".join(Granularity)
             raise ScheduleError(f"granularity {self.granularity!r} is unknown; choose {known}")
         object.__setattr__(self, "granularity", Granularity(self.granularity))
+
+    def resolved(self, runtime: str, dtype: str, device: str) -> "CompileConfig":
+        """The same with what a compilation found."""
+        return replace(self, runtime=runtime, dtype=dtype, device=device)
+
+
+def changed(config: CompileConfig, **wishes: Any) -> CompileConfig:
+    """The same with those choices that are not None."""
+    return replace(config, **{name: wish for name, wish in wishes.items() if wish is not None})

@@ -58,7 +58,10 @@ class Facts:
     """All that `inspect` shows; shapes, programs and sites are those of the first variant."""
 
     description: Description
-    engines_for: Mapping[str, str]
+    requirements: Mapping[str, str]
+    forecaster: str
+    order: int
+    policy: str
     parameters: int
     hoisted_parameters: int
     capture_macs: int
@@ -74,7 +77,10 @@ def facts_of(compiled: Compiled) -> Facts:
     prologue = variant.programs.get("prologue")
     return Facts(
         description=compiled.description,
-        engines_for=compiled.engines_for,
+        requirements=compiled.engines.requirements,
+        forecaster=compiled.forecaster.name,
+        order=compiled.forecaster.order,
+        policy=compiled.policy,
         parameters=sum(weight.numel() for weight in compiled.weights.values()),
         hoisted_parameters=prologue.num_parameters if prologue else 0,
         capture_macs=variant.macs,
@@ -118,12 +124,12 @@ def budget_facts(budget: int, plan: Plan, cost: Cost) -> BudgetFacts:
 
 def print_facts(facts: Facts, console: Console) -> None:
     """Tables for people."""
-    about = facts.description
+    about, config = facts.description, facts.description.config
     console.print(
-        f"{about.model} ({about.model_class}), {about.num_steps} steps, {about.forecaster} order {about.order},"
-        f" policy {about.policy}, {about.granularity} sites, {about.dtype}, {about.runtime}"
-        f"{' with CUDA graphs' if about.cuda_graphs else ''} for"
-        f" {', '.join(requirement_texts(facts.engines_for)) or 'any machine'}\n"
+        f"{about.model} ({about.model_class}), {config.num_steps} steps, {facts.forecaster} order {facts.order},"
+        f" policy {facts.policy}, {config.granularity} sites, {config.dtype}, {config.runtime}"
+        f"{' with CUDA graphs' if config.cuda_graphs else ''} for"
+        f" {', '.join(requirement_texts(facts.requirements)) or 'any machine'}\n"
         f"{facts.parameters:,} parameters, {facts.hoisted_parameters / max(facts.parameters, 1):.1%} of them hoisted;"
         f" {with_unit(facts.capture_macs)} MACs a call",
         highlight=False,

@@ -13,7 +13,7 @@ from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
 from recache_compile.ir.signature import Signature
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -22,14 +22,22 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PlanFacts(_Facts):
+class ForecasterFacts(_Facts):
+    """What fills the cached steps; `gram` is what `fitted` was fitted to (T, T), empty for the others."""
+
+    name: str
+    order: int
+    gram: tuple[tuple[float, ...], ...] = ()
+
+
+class StoredPlan(_Facts):
     """What each step of a budget runs."""
 
     recompute_steps: tuple[int, ...]
     steps: tuple[StepPlan, ...]
 
 
-class VariantFacts(_Facts):
+class StoredVariant(_Facts):
     """One set of input shapes."""
 
     inputs: tuple[dict[str, Any], ...]
@@ -42,20 +50,23 @@ class Manifest(_Facts):
     """What an artifact is.
 
     Args:
-        engines_for: library versions and hardware that its engines fit; empty: any.
+        requirements: library versions and hardware that its engines fit; empty: any.
         device: what its engines run on.
+        policy: where the schedules came from.
         files: hash of every other file, by its place in the folder.
         digest: hash of all that the manifest says.
     """
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     recache_version: str
-    engines_for: dict[str, str]
+    requirements: dict[str, str]
     device: str
     description: Description
     signature: Signature
-    plans: dict[int, PlanFacts]
-    variants: tuple[VariantFacts, ...]
+    forecaster: ForecasterFacts
+    policy: str
+    plans: dict[int, StoredPlan]
+    variants: tuple[StoredVariant, ...]
     files: dict[str, str]
     digest: str
 

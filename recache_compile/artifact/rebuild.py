@@ -1,7 +1,8 @@
 """New engines for an artifact, from the programs inside: for this machine, another GPU or another runtime."""
 
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.artifact.manifest import Manifest
-from recache_compile.artifact.store import check, restore
+from recache_compile.artifact.store import check, restore, with_config
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.ir.program import Program
@@ -18,12 +19,13 @@ from recache_compile.runtimes.base import Engine, Runtime, lower
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.support.devices import usable_device
 
+log = logging.getLogger(__name__)
+
 
 def rebuild(
     folder: str | Path,
     runtime: str | Runtime | None = None,
     device: str | torch.device | None = None,
-    report: Callable[[str], None] = lambda stage: None,
 ) -> Compiled:
     """Build an artifact's engines again; neither the model nor its checkpoint is needed.
 
@@ -32,7 +34,6 @@ def rebuild(
         runtime: for the new engines; by default the artifact's, with its targets where there is no
             GPU here, and else the options' defaults.
         device: to build for; by default the artifact's where it is here, else the CPU.
-        report: told the name of each stage as it begins.
 
     Raises:
         ArtifactError: the folder is no artifact, or something of it but its engines is damaged.
@@ -46,32 +47,28 @@ def rebuild(
     keep = tempfile.TemporaryDirectory(prefix="recache-")
 
     def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
-        report(f"lowering {program.name} to {backend.name}")
+        log.info("lowering %s to %s", program.name, backend.name)
         return lower(program, backend, weights, place, Path(keep.name), number)
 
     compiled = restore(folder, manifest, place, engine)
-    graphs = compiled.description.cuda_graphs
+    graphs = compiled.engines.config.cuda_graphs
     if graphs:
         try:
             check_graphs(backend, place)
         except RuntimeUnavailableError as error:
-            report(f"without CUDA graphs: {error}")
+            log.info("without CUDA graphs: %s", error)
             graphs = False
-    description = replace(compiled.description, runtime=backend.name, cuda_graphs=graphs)
-    return replace(
-        compiled,
-        description=description,
-        folder=Path(keep.name),
-        engines_for=backend.build_requirements(place),
-        keep=keep,
-    )
+    compiled = with_config(compiled, runtime=backend.name, cuda_graphs=graphs, device=str(place))
+    requirements = backend.build_requirements(place)
+    engines = replace(compiled.engines, folder=Path(keep.name), requirements=requirements, keep=keep)
+    return replace(compiled, engines=engines)
 
 
 def _same_runtime(manifest: Manifest) -> str | Runtime:
     """The artifact's runtime; engines that cannot be for this machine stay for the GPUs that they were for."""
     from recache_compile.runtimes.tensorrt import TensorRTForRTX
 
-    name = manifest.description.runtime
+    name = manifest.description.config.runtime
     if name != TensorRTForRTX().name or torch.cuda.is_available():
         return name
-    return TensorRTForRTX(targets=tuple(manifest.engines_for["gpu"].split(" or ")))
+    return TensorRTForRTX(targets=tuple(manifest.requirements["gpu"].split(" or ")))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.export import quiet
+from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError, RecacheError
 
 FOLDER = Path(__file__).parent.parent / "models" / "specs"
@@ -37,13 +38,20 @@ class Spec(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class WeightlessModel:
-    """A model without weights and the arguments of one call, all on the meta device."""
+    """A model without weights and one call of it, all on the meta device.
+
+    Args:
+        name, size: what it is, for people.
+        num_steps: its usual number of denoising steps.
+        module: the transformer.
+        example: the call.
+    """
 
     name: str
     size: str
     num_steps: int
     module: nn.Module
-    inputs: dict[str, Any]
+    example: Example
 
 
 def known_specs() -> tuple[str, ...]:
@@ -82,7 +90,7 @@ def read_spec(file: Path) -> WeightlessModel:
     except Exception as error:  # whatever a constructor raises
         raise ModelError(f"{file}: {spec.class_name} does not take this config: {error}") from error
     inputs = {name: _read_input(entry, file) for name, entry in spec.inputs.items()}
-    return WeightlessModel(spec.name, spec.size, spec.num_steps, module, inputs)
+    return WeightlessModel(spec.name, spec.size, spec.num_steps, module, Example(inputs))
 
 
 def transformer_class(name: str) -> type[nn.Module]:

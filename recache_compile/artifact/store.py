@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,17 +25,19 @@ from recache_compile._version import __version__
 from recache_compile.artifact.manifest import (
     FORMAT_VERSION,
     WEIGHTS,
+    ForecasterFacts,
     Manifest,
-    PlanFacts,
-    VariantFacts,
+    StoredPlan,
+    StoredVariant,
     check_files,
     hash_of,
     is_artifact,
     read_manifest,
     write_manifest,
 )
-from recache_compile.compiler.compiled import Compiled
+from recache_compile.compiler.compiled import Compiled, Engines
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
+from recache_compile.ir.forecasters import get_forecaster
 from recache_compile.ir.plan import Plan
 from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
@@ -130,7 +133,7 @@ def load(
 
     manifest = check(folder)
     with _naming_artifact(folder):
-        runtime = get_runtime(manifest.description.runtime, building=False)
+        runtime = get_runtime(manifest.description.config.runtime, building=False)
         place = numbered(torch.device(manifest.device) if device is None else parsed_device(device))
         check_fit(manifest, runtime, place, folder)
         if cuda_graphs:
@@ -138,9 +141,7 @@ def load(
         compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
         if read_manifest(folder).digest != manifest.digest:
             raise ArtifactError("was replaced while it was read; load it again")
-        if cuda_graphs is None:
-            return compiled
-        return replace(compiled, description=replace(compiled.description, cuda_graphs=cuda_graphs))
+        return compiled if cuda_graphs is None else with_config(compiled, cuda_graphs=cuda_graphs)
 
 
 def load_own(folder: Path, device: str | None = None) -> Compiled:
@@ -178,7 +179,7 @@ def check(folder: Path, engines: bool = True) -> Manifest:
         engines: False: their files may be damaged or missing.
     """
     manifest = read_manifest(folder)
-    runtime = known_runtime(manifest.description.runtime)
+    runtime = known_runtime(manifest.description.config.runtime)
     each = [(number, name) for number, facts in enumerate(manifest.variants) for name in facts.programs]
     built = {file for number, name in each for file in runtime.files(number, name)}
     needed = {WEIGHTS, *(_program_file(number, name) for number, name in each), *built}
@@ -189,7 +190,7 @@ def check(folder: Path, engines: bool = True) -> Manifest:
 def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder: Path) -> None:
     """Raise `ArtifactError` unless the engines run on this device; the message names the command that rebuilds them."""
     command = f"recache-compile rebuild {shlex.quote(str(folder))}"
-    built_for = ", ".join([manifest.device, *requirement_texts(manifest.engines_for)])
+    built_for = ", ".join([manifest.device, *requirement_texts(manifest.requirements)])
     if device.type == "cuda" and not torch.cuda.is_available():
         if manifest.device == "cpu":
             raise ArtifactError(f"its engines are for {built_for}, and there is no CUDA GPU here; leave the device out")
@@ -202,7 +203,7 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
         raise ArtifactError(
             f"its engines are for {built_for}, not for {device}; run {command}{other} --device {device}"
         )
-    if not is_compatible(manifest.engines_for, here := runtime.machine_facts(device)):
+    if not is_compatible(manifest.requirements, here := runtime.machine_facts(device)):
         raise ArtifactError(
             f"its engines are for {built_for}, this is {', '.join(requirement_texts(here))}; run {command}"
         )
@@ -266,13 +267,21 @@ def restore(
                 macs=facts.macs,
             )
         )
-    description = manifest.description
     plans = {
-        budget: Plan(Schedule(plan.recompute_steps, description.num_steps), plan.steps)
+        budget: Plan(Schedule(plan.recompute_steps, manifest.description.config.num_steps), plan.steps)
         for budget, plan in manifest.plans.items()
     }
     check_plans(plans, variants)
-    return Compiled(description, manifest.signature, plans, tuple(variants), weights, folder, manifest.engines_for)
+    stored = manifest.forecaster
+    engines = Engines(manifest.description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
+    return Compiled(engines, plans, get_forecaster(stored.name, stored.order, stored.gram or None), manifest.policy)
+
+
+def with_config(compiled: Compiled, **choices: Any) -> Compiled:
+    """The same with other choices of its configuration, which change no engine."""
+    engines = compiled.engines
+    config = replace(engines.config, **choices)
+    return replace(compiled, engines=replace(engines, description=replace(engines.description, config=config)))
 
 
 def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
@@ -309,7 +318,8 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
-    runtime = known_runtime(compiled.description.runtime)
+    engines_built = compiled.engines
+    runtime = known_runtime(engines_built.config.runtime)
     engines: list[list[Path]] = []
     for number, variant in enumerate(compiled.variants):
         for name, program in variant.programs.items():
@@ -319,7 +329,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
             places = runtime.files(number, name)
             for place in places:
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(compiled.folder / place, folder / place)
+                shutil.copyfile(engines_built.folder / place, folder / place)
             engines.append([folder / place for place in places])
     tensors = {f"weights/{name}": weight for name, weight in compiled.weights.items()}
     for number, variant in enumerate(compiled.variants):
@@ -332,16 +342,22 @@ def _write(compiled: Compiled, folder: Path) -> None:
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         recache_version=__version__,
-        engines_for=dict(compiled.engines_for),
+        requirements=dict(engines_built.requirements),
         device=runtime.engine_device(compiled.variants[0].device).type,
         description=compiled.description,
-        signature=compiled.signature,
+        signature=engines_built.signature,
+        forecaster=ForecasterFacts(
+            name=compiled.forecaster.name,
+            order=compiled.forecaster.order,
+            gram=getattr(compiled.forecaster, "gram", ()),
+        ),
+        policy=compiled.policy,
         plans={
-            budget: PlanFacts(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
+            budget: StoredPlan(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
             for budget, plan in compiled.plans.items()
         },
         variants=tuple(
-            VariantFacts(
+            StoredVariant(
                 inputs=tuple(map(value_to_json, variant.inputs)),
                 constants=variant.constants,
                 programs=tuple(variant.programs),

@@ -1,8 +1,8 @@
 """Plan without weights: what would compiling a model give, in MACs, parameters and bytes?"""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,28 +18,25 @@ from recache_compile.artifact.inspect import (
     table,
     with_unit,
 )
-from recache_compile.artifact.specs import (
-    WeightlessModel,
-    find_spec_file,
-    known_specs,
-    on_meta,
-    read_spec,
-    transformer_class,
-)
+from recache_compile.artifact.specs import WeightlessModel
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.compiler.build import Options
 from recache_compile.compiler.split import annotate, cache_points, specialise
-from recache_compile.errors import ModelError, PassError
+from recache_compile.config import CompileConfig
+from recache_compile.errors import PassError
 from recache_compile.ir.cost import cost_of, count_macs
+from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import make_plan
 from recache_compile.ir.program import Granularity
+from recache_compile.ir.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 META = torch.device("meta")
 ORDERS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)
-class SiteFacts:
+class GranularityFacts:
     """The cache sites of one granularity.
 
     Args:
@@ -62,8 +59,8 @@ class PlanFacts:
     """All that `plan` shows.
 
     Args:
-        model, size, num_steps: what is planned for.
-        forecaster, order, granularity: the choices that programs and budgets are for.
+        model, size: what is planned for.
+        config, forecaster, order: the choices that programs and budgets are for.
         parameters: of the model.
         step_parameters: read by the recompute step; the others run once per generation.
         call_macs: multiply-accumulates of one call of the original.
@@ -73,84 +70,51 @@ class PlanFacts:
 
     model: str
     size: str
-    num_steps: int
+    config: CompileConfig
     forecaster: str
     order: int
-    granularity: str
     parameters: int
     step_parameters: int
     call_macs: int
     boundary: dict[str, int]
-    sites: tuple[SiteFacts, ...]
+    sites: tuple[GranularityFacts, ...]
     programs: tuple[ProgramFacts, ...]
     budgets: tuple[BudgetFacts, ...]
 
 
-def find_weightless(model: str, num_steps: int, call: Mapping[str, Any]) -> WeightlessModel:
-    """A model on the meta device and one call of it.
-
-    Args:
-        model: a spec's name or file, or what `load_pipeline` takes; then the pipeline is run
-            with a stand-in for its transformer, whose weights are not loaded; those of its
-            text encoders are.
-        num_steps: length of the denoising loop, for pipelines.
-        call: arguments of the pipeline.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    file = find_spec_file(model)
-    if file is not None:
-        return read_spec(file)
-    from recache_compile.pipelines.load import load_config, load_pipeline
-    from recache_compile.pipelines.record import DENOISER, record_examples
-
-    try:
-        index = load_config(model)
-    except ModelError as error:
-        raise ModelError(f"{error}; models that come with the package: {', '.join(known_specs())}") from error
-    entry = index.get(DENOISER)
-    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[1], str):
-        raise ModelError(f"model {model}: its pipeline has no {DENOISER}")
-    cls: Any = transformer_class(entry[1])
-    config = load_config(model, DENOISER)
-    try:
-        with torch.device("meta"):
-            module = cls.from_config(config).eval()
-    except Exception as error:  # whatever a constructor raises
-        raise ModelError(f"model {model}: {entry[1]} does not take its config: {error}") from error
-    example = record_examples(load_pipeline(model, transformer=module), num_steps, call)[0]
-    return WeightlessModel(model, "", num_steps, module, on_meta(dict(example.inputs)))
-
-
-def plan_model(
-    abstract: WeightlessModel, options: Options, report: Callable[[str], None] = lambda stage: None
+def plan_weightless(
+    model: WeightlessModel, config: CompileConfig, schedules: Mapping[int, Schedule], forecaster: Forecaster
 ) -> PlanFacts:
     """Capture, specialise and count; nothing is lowered and no weight is needed.
+
+    Args:
+        model: on the meta device.
+        config: the choices.
+        schedules: by budget.
+        forecaster: fills the cached steps.
 
     Raises:
         RecacheError: the model cannot be captured or split.
     """
-    report("capturing")
-    captured = capture(abstract.module, abstract.inputs, options.roles)
-    report("finding cache sites")
-    sites = tuple(_site_facts(captured, options, granularity) for granularity in Granularity)
-    annotated = annotate(captured, options.config)
-    programs = specialise(annotated, options.config)
-    report("counting")
+    log.info("capturing")
+    captured = capture(model.module, model.example.inputs, {**model.example.roles, **config.roles})
+    log.info("finding cache sites")
+    sites = tuple(_granularity_facts(captured, config, granularity) for granularity in Granularity)
+    annotated = annotate(captured, config)
+    programs = specialise(annotated, config)
+    log.info("counting")
     macs = count_macs(captured.program, META)
     num_sites = len(cache_points(annotated))
-    plans = {budget: make_plan(each, options.forecaster, num_sites) for budget, each in options.schedules.items()}
+    plans = {budget: make_plan(each, forecaster, num_sites) for budget, each in schedules.items()}
     prologue = programs.get("prologue")
-    names = {name for name, _ in abstract.module.named_parameters()}
+    names = {name for name, _ in model.module.named_parameters()}
     return PlanFacts(
-        model=abstract.name,
-        size=abstract.size,
-        num_steps=options.num_steps,
-        forecaster=options.forecaster.name,
-        order=options.forecaster.order,
-        granularity=options.granularity.value,
-        parameters=_count(abstract.module),
+        model=model.name,
+        size=model.size,
+        config=config,
+        forecaster=forecaster.name,
+        order=forecaster.order,
+        parameters=_count(model.module),
         step_parameters=sum(weight.numel() for name, weight in programs["recompute"].weights.items() if name in names),
         call_macs=macs,
         boundary={value.name: value.nbytes for value in prologue.outputs} if prologue else {},
@@ -162,13 +126,13 @@ def plan_model(
     )
 
 
-def _site_facts(captured: Captured, options: Options, granularity: Granularity) -> SiteFacts:
+def _granularity_facts(captured: Captured, config: CompileConfig, granularity: Granularity) -> GranularityFacts:
     try:
-        points = cache_points(annotate(captured, replace(options.config, granularity=granularity, residual=None)))
+        points = cache_points(annotate(captured, replace(config, granularity=granularity, residual=None)))
     except PassError as error:
-        return SiteFacts(granularity.value, 0, 0, {}, str(error))
+        return GranularityFacts(granularity.value, 0, 0, {}, str(error))
     size = sum(point.meta["val"].nbytes for point in points)
-    return SiteFacts(granularity.value, len(points), size, {order: size * (order + 1) for order in ORDERS})
+    return GranularityFacts(granularity.value, len(points), size, {order: size * (order + 1) for order in ORDERS})
 
 
 def _count(module: nn.Module) -> int:
@@ -179,8 +143,8 @@ def print_plan(facts: PlanFacts, console: Console) -> None:
     """Tables for people."""
     hoisted = 1 - facts.step_parameters / max(1, facts.parameters)
     console.print(
-        f"{facts.model} {facts.size}, {facts.num_steps} steps, {facts.forecaster} order {facts.order},"
-        f" {facts.granularity} sites\n{with_unit(facts.parameters)} parameters, {hoisted:.1%} of them out of the steps;"
+        f"{facts.model} {facts.size}, {facts.config.num_steps} steps, {facts.forecaster} order {facts.order},"
+        f" {facts.config.granularity} sites\n{with_unit(facts.parameters)} parameters, {hoisted:.1%} of them out of the steps;"
         f" {with_unit(facts.call_macs)} MACs a call",
         highlight=False,
         markup=False,

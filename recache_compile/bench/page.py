@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.bench.session import Line, Result
-from recache_compile.bench.workload import Request
+from recache_compile.bench.workload import BenchRequest as BenchQuestion
 from recache_compile.errors import ModelError
 
 
@@ -69,18 +69,20 @@ def read_bench(file: Path) -> Bench:
         raise ModelError(f"{file}: is no result of bench --json ({reason})") from None
 
 
-def check_same(other: Bench, request: Request, file: Path) -> None:
+def check_same(other: Bench, request: BenchQuestion, file: Path) -> None:
     """Raise unless another run was of the same model, steps, budget and type.
 
     Raises:
         ModelError: naming what differs.
     """
     names = ("model", "num_steps", "budget", "dtype")
-    wrong = [
-        f"{name} {getattr(other.request, name)}"
-        for name in names
-        if getattr(other.request, name) != getattr(request, name)
-    ]
+    asked = {
+        "model": request.model,
+        "num_steps": request.num_steps,
+        "budget": request.budget,
+        "dtype": request.config.dtype,
+    }
+    wrong = [f"{name} {getattr(other.request, name)}" for name in names if getattr(other.request, name) != asked[name]]
     if wrong:
         raise ModelError(f"compare {file}: is of {', '.join(wrong)}; ask for the same")
 
@@ -90,7 +92,7 @@ def print_result(result: Result, other: Bench | None, page: Console) -> None:
     request = result.request
     steps = " ".join(map(str, result.recompute_steps))
     page.print(
-        f"{request.model}, T = {request.num_steps}, k = {request.budget} (steps {steps}), {request.dtype} on"
+        f"{request.model}, T = {request.num_steps}, k = {request.budget} (steps {steps}), {request.config.dtype} on"
         f" {result.machine}, {result.rounds} interleaved rounds, medians",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from recache_compile.bench.subjects import SUBJECTS, Ours, Subject
-from recache_compile.bench.workload import Request, make_workload
+from recache_compile.bench.workload import BenchRequest, make_workload
 from recache_compile.errors import ModelError, RecacheError, reason_of
 from recache_compile.evaluation.measure import seconds
 from recache_compile.ir.schedule import Schedule
@@ -35,7 +35,7 @@ class Process:
         schedule: the steps that are recomputed.
     """
 
-    def __init__(self, name: str, request: Request, schedule: Schedule) -> None:
+    def __init__(self, name: str, request: BenchRequest, schedule: Schedule) -> None:
         self.name = name
         context = get_context("spawn")
         self._here, there = context.Pipe()
@@ -66,7 +66,7 @@ class Process:
             self._process.kill()
 
 
-def _serve(pipe: Connection, name: str, request: Request, schedule: Schedule) -> None:
+def _serve(pipe: Connection, name: str, request: BenchRequest, schedule: Schedule) -> None:
     """The child's loop: answers until the other side hangs up."""
     if request.threads:
         torch.set_num_threads(request.threads)
@@ -85,7 +85,7 @@ def _serve(pipe: Connection, name: str, request: Request, schedule: Schedule) ->
 class _Child:
     """What a child process knows; arguments as of `Process`."""
 
-    def __init__(self, name: str, request: Request, schedule: Schedule) -> None:
+    def __init__(self, name: str, request: BenchRequest, schedule: Schedule) -> None:
         self._name, self._request, self._schedule = name, request, schedule
         self._subject: Subject | None = None
         self._start = 0
@@ -108,13 +108,13 @@ class _Child:
 
     def _prepare(self) -> dict[str, Any]:
         workload = make_workload(self._request)
-        self._start = held(self._request.device)
+        self._start = held(self._request.config.device)
         begin = time.perf_counter()
         self._subject = SUBJECTS[self._name](workload, self._request, self._schedule)
         return {"prepare_seconds": time.perf_counter() - begin}
 
 
-def _generation(subject: Subject, request: Request) -> dict[str, Any]:
+def _generation(subject: Subject, request: BenchRequest) -> dict[str, Any]:
     """Seconds of every step, and of ours the engines' alone."""
     seconds(subject.begin)
     with _no_collection():
@@ -125,7 +125,7 @@ def _generation(subject: Subject, request: Request) -> dict[str, Any]:
     return {"steps": steps, "alone": alone}
 
 
-def _facts(subject: Subject, request: Request, start: int) -> dict[str, Any]:
+def _facts(subject: Subject, request: BenchRequest, start: int) -> dict[str, Any]:
     """What was counted over all generations."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
@@ -134,8 +134,8 @@ def _facts(subject: Subject, request: Request, start: int) -> dict[str, Any]:
         "graphs": int(counters["stats"].get("unique_graphs", 0)),
         "graph_breaks": int(sum(counters["graph_break"].values())),
         "recompiles": len(recompiled),
-        "held_bytes": held(request.device) - start,
-        "peak_bytes": peak(request.device),
+        "held_bytes": held(request.config.device) - start,
+        "peak_bytes": peak(request.config.device),
         **subject.facts(),
     }
 

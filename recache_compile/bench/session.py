@@ -1,17 +1,20 @@
 """One run: every subject prepares, then rounds in which each makes one generation in turn."""
 
 import datetime
+import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recache_compile.bench.process import Process
 from recache_compile.bench.subjects import OURS, UNCACHED
-from recache_compile.bench.workload import Request
+from recache_compile.bench.workload import BenchRequest
 from recache_compile.errors import ModelError
 from recache_compile.ir.schedule import Schedule
 from recache_compile.support.machine import machine, versions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Result:
     date: str
     machine: str
     versions: dict[str, str]
-    request: Request
+    request: BenchRequest
     recompute_steps: tuple[int, ...]
     rounds: int
     lines: tuple[Line, ...]
@@ -87,9 +90,7 @@ class Result:
         return {**asdict(self), "lines": lines}
 
 
-def run(
-    request: Request, schedule: Schedule, subjects: Sequence[str], rounds: int, report: Callable[[str], None]
-) -> Result:
+def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], rounds: int) -> Result:
     """Measure subjects side by side.
 
     A subject that fails is reported and left out; ours failing is an error.
@@ -99,7 +100,6 @@ def run(
         schedule: the steps that all recompute.
         subjects: names.
         rounds: timed generations of each; one more warms up.
-        report: told what begins.
 
     Raises:
         ModelError: the model cannot be made, or ours failed.
@@ -116,18 +116,18 @@ def run(
             if name == OURS:
                 raise
             failed[name] = str(error)
-            report(f"left out: {error}")
+            log.info("left out: %s", error)
             processes.pop(name).close()
             return None
 
     try:
         for name in subjects:
-            report(f"preparing {name}")
+            log.info("preparing %s", name)
             processes[name] = Process(name, request, schedule)
             if answer := ask(name, "prepare"):
                 prepared[name] = answer["prepare_seconds"]
         for number in range(rounds + 1):
-            report(f"round {number} of {rounds}" if number else "warming up")
+            log.info(f"round {number} of {rounds}" if number else "warming up")
             for name in list(processes):
                 if answer := ask(name, "generation"):
                     times.setdefault(name, []).append(answer)
@@ -139,7 +139,7 @@ def run(
     today = datetime.date.today().isoformat()
     return Result(
         today,
-        machine(request.device, request.threads),
+        machine(request.config.device, request.threads),
         versions(),
         request,
         schedule.recompute_steps,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
-from recache_compile.bench.workload import Request, Workload, peers_schedule
+from recache_compile.bench.workload import BenchRequest, Workload, peers_schedule
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
+from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.program import MIN_ROWS
 from recache_compile.ir.schedule import Schedule
 
@@ -58,17 +59,14 @@ class Plain:
 class Ours:
     """Compiled, saved, loaded: what a server runs, without the original; `alone` calls its engines on their own."""
 
-    def __init__(self, workload: Workload, request: Request, schedule: Schedule) -> None:
+    def __init__(self, workload: Workload, request: BenchRequest, schedule: Schedule) -> None:
         self._workload = replace(workload, module=nn.Identity())
         self._folder = tempfile.TemporaryDirectory(prefix="recache-bench-")
         artifact = Path(request.model if request.is_artifact else self._folder.name)
         if not request.is_artifact:
-            rc.compile(
-                workload.module, workload.inputs, (request.budget,), request.num_steps, order=request.order,
-                policy={request.budget: schedule.recompute_steps}, runtime=request.runtime, roles=workload.roles,
-                timesteps=workload.timetable,
-            ).save(artifact)  # fmt: skip
-        self._compiled = rc.load(artifact, request.device)
+            engines = rc.build_engines(workload.module, [workload.example], request.config)
+            engines.with_plans({request.budget: schedule}, Taylor(request.order)).save(artifact)
+        self._compiled = rc.load(artifact, device=request.device)
         self._bytes = folder_bytes(artifact)
         self._run = self._compiled.dispatcher(request.budget)
         self.alone = lone_calls(self._compiled, request.budget)
@@ -85,7 +83,7 @@ class Ours:
     def facts(self) -> Mapping[str, Any]:
         """Bytes on disk, those of the weights, and the runtime."""
         weights = sum(weight.nbytes for weight in self._compiled.weights.values())
-        return {"disk_bytes": self._bytes, "weight_bytes": weights, "runtime": self._compiled.description.runtime}
+        return {"disk_bytes": self._bytes, "weight_bytes": weights, "runtime": self._compiled.engines.config.runtime}
 
 
 ATTENTION = r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"
@@ -96,7 +94,7 @@ a model that has those, Wan for one, uncached."""
 class TaylorSeer:
     """`TaylorSeerCacheConfig` of `diffusers`, whole or lite, with and without `torch.compile`."""
 
-    def __init__(self, workload: Workload, request: Request, lite: bool, compiled: bool) -> None:
+    def __init__(self, workload: Workload, request: BenchRequest, lite: bool, compiled: bool) -> None:
         from diffusers import TaylorSeerCacheConfig
 
         self._schedule, warmup, interval = peers_schedule(request.num_steps, request.budget)
@@ -136,7 +134,7 @@ class TaylorSeer:
 class CacheDit:
     """`cache-dit` with a static mask and its TaylorSeer calibrator, with and without `torch.compile`."""
 
-    def __init__(self, workload: Workload, request: Request, schedule: Schedule, compiled: bool) -> None:
+    def __init__(self, workload: Workload, request: BenchRequest, schedule: Schedule, compiled: bool) -> None:
         import cache_dit
 
         self._workload, self._package, self._num_steps = workload, cache_dit, request.num_steps
@@ -179,7 +177,7 @@ class CacheDit:
 
 OURS = "recache-compile"
 
-SUBJECTS: dict[str, Callable[[Workload, Request, Schedule], Subject]] = {
+SUBJECTS: dict[str, Callable[[Workload, BenchRequest, Schedule], Subject]] = {
     "eager": lambda workload, request, schedule: Plain(workload, compiled=False),
     "torch.compile": lambda workload, request, schedule: Plain(workload, compiled=True),
     OURS: Ours,
@@ -204,10 +202,26 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in SUBJECTS if not name.startswith("cache-dit") or find_spec("cache_dit"))
 
 
+def chosen_subjects(only: str | None) -> tuple[str, ...]:
+    """Names of those to measure.
+
+    Args:
+        only: names, separated by commas; None: all that are installed.
+
+    Raises:
+        ModelError: one is unknown.
+    """
+    names = available() if only is None else tuple(part.strip() for part in only.split(","))
+    for name in names:
+        if name not in SUBJECTS:
+            raise ModelError(f"only {name!r}: unknown; choose among {', '.join(SUBJECTS)}")
+    return names
+
+
 def lone_calls(compiled: Compiled, budget: int) -> dict[str, Callable[[], Any]]:
     """Calls of the engines on random inputs, of which the ideal is made; the prologue's tables have the rows of a budget."""
     variant = compiled.variants[0]
-    rows = {"recompute": budget, "forecast": compiled.description.num_steps - budget}
+    rows = {"recompute": budget, "forecast": compiled.num_steps - budget}
 
     def call(name: str) -> Callable[[], Any]:
         shapes = [

@@ -14,39 +14,53 @@ from torch.utils import _pytree as pytree
 from recache_compile.artifact.manifest import MANIFEST
 from recache_compile.artifact.specs import find_spec_file, read_spec, transformer_class
 from recache_compile.artifact.store import check, look
+from recache_compile.compiler.examples import Example
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
+from recache_compile.runtimes.registry import get_runtime
 
 WARMUPS = (1, 2, 3)
 """Numbers of first steps that peers are allowed to recompute one after another."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BenchRequest:
     """What the user asked for; small, so that every process can be told.
 
     Args:
         model: a spec's name or file, what `load_pipeline` takes, or an artifact's folder.
-        num_steps: length T of the loop.
         budget: recompute steps k.
-        runtime: ours.
-        device: where all of it runs.
-        dtype: of weights and latents.
-        call: arguments of the pipeline.
-        order: polynomial order of the forecasts.
+        config: T, the order of the forecasts (m + 1 anchors), our runtime, where all of it runs
+            and in which type, arguments of the pipeline.
         threads: of a process; 0: as many as there are cores.
     """
 
     model: str
-    num_steps: int
     budget: int
-    runtime: str
-    device: str
-    dtype: str
-    call: Mapping[str, Any]
-    order: int = 1
+    config: CompileConfig
     threads: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Length T of the loop."""
+        return self.config.num_steps
+
+    @property
+    def order(self) -> int:
+        """Polynomial order m of the forecasts."""
+        return self.config.anchors - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it runs."""
+        return torch.device(self.config.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and latents."""
+        return getattr(torch, self.config.dtype)
 
     @property
     def is_artifact(self) -> bool:
@@ -60,19 +74,20 @@ class Workload:
 
     Args:
         module: the transformer, with random weights where only its shape is known.
-        inputs: arguments of one call.
-        timetable: per timestep input, its value at every step (T, *shape).
-        roles: of inputs, where they are known.
+        example: the call, with its timetable.
     """
 
     module: nn.Module
-    inputs: dict[str, Any]
-    timetable: dict[str, Tensor]
-    roles: Mapping[str, Role]
+    example: Example
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Arguments of the call."""
+        return self.example.inputs
 
     def at(self, step: int) -> dict[str, Any]:
         """The arguments of one step."""
-        return self.inputs | {name: column[step] for name, column in self.timetable.items()}
+        return dict(self.inputs) | {name: column[step] for name, column in self.example.timesteps.items()}
 
 
 def peers_schedule(num_steps: int, budget: int) -> tuple[Schedule, int, int]:
@@ -96,7 +111,29 @@ def peers_schedule(num_steps: int, budget: int) -> tuple[Schedule, int, int]:
     )
 
 
-def of_artifact(request: Request, num_steps: int | None, budget: int | None) -> tuple[Request, Schedule]:
+def make_request(
+    model: str, config: CompileConfig, num_steps: int | None, budget: int | None, threads: int = 0
+) -> tuple[BenchRequest, Schedule]:
+    """A request, every choice checked, and the steps that everyone recomputes.
+
+    Args:
+        model: what is measured.
+        config: the choices.
+        num_steps, budget: those that the user stated; None: the usual, or the artifact's.
+        threads: of a process.
+
+    Raises:
+        RecacheError: naming the choice that cannot be used.
+    """
+    request = BenchRequest(model, budget or 5, config, threads)
+    if request.is_artifact:
+        return of_artifact(request, num_steps, budget)
+    request = replace(request, config=replace(config, runtime=get_runtime(config.runtime).name))
+    schedule, _, _ = peers_schedule(request.num_steps, request.budget)
+    return request, schedule
+
+
+def of_artifact(request: BenchRequest, num_steps: int | None, budget: int | None) -> tuple[BenchRequest, Schedule]:
     """The request that an artifact can serve, and its schedule.
 
     Args:
@@ -108,20 +145,19 @@ def of_artifact(request: Request, num_steps: int | None, budget: int | None) -> 
         ModelError: it was compiled for others.
     """
     manifest = check(Path(request.model))
-    facts, budgets = manifest.description, sorted(manifest.plans)
+    config, budgets = manifest.description.config, sorted(manifest.plans)
     chosen = budgets[0] if budget is None else budget
-    if chosen not in budgets or num_steps not in (None, facts.num_steps):
+    if chosen not in budgets or num_steps not in (None, config.num_steps):
         raise ModelError(
-            f"{request.model}: was compiled for {facts.num_steps} steps and budgets {', '.join(map(str, budgets))}; ask for"
+            f"{request.model}: was compiled for {config.num_steps} steps and budgets {', '.join(map(str, budgets))}; ask for"
             " those, or leave --steps and --budget out"
         )
-    request = replace(
-        request, num_steps=facts.num_steps, budget=chosen, runtime=facts.runtime, dtype=facts.dtype, order=facts.order
-    )
-    return request, Schedule(manifest.plans[chosen].recompute_steps, facts.num_steps)
+    config = replace(config, device=request.config.device, anchors=manifest.forecaster.order + 1)
+    schedule = Schedule(manifest.plans[chosen].recompute_steps, config.num_steps)
+    return replace(request, budget=chosen, config=config), schedule
 
 
-def make_workload(request: Request) -> Workload:
+def make_workload(request: BenchRequest) -> Workload:
     """Load or make the model and its inputs.
 
     Raises:
@@ -134,35 +170,34 @@ def make_workload(request: Request) -> Workload:
     return _of_spec(request, file) if file is not None else _of_pipeline(request)
 
 
-def _of_spec(request: Request, file: Path) -> Workload:
+def _of_spec(request: BenchRequest, file: Path) -> Workload:
     """A model with random weights."""
-    abstract = read_spec(file)
-    dtype, device = getattr(torch, request.dtype), torch.device(request.device)
+    known = read_spec(file)
+    dtype, device = request.dtype, request.device
     with _defaults(dtype, device):
-        cls: Any = type(abstract.module)
-        module = cls.from_config(abstract.module.config).eval().requires_grad_(False)
+        cls: Any = type(known.module)
+        module = cls.from_config(known.module.config).eval().requires_grad_(False)
     inputs = pytree.tree_map_only(
-        Tensor, lambda tensor: _draw(tensor.shape, _cast(tensor.dtype, dtype), device), abstract.inputs
+        Tensor, lambda tensor: _draw(tensor.shape, _cast(tensor.dtype, dtype), device), known.example.inputs
     )
-    return Workload(module, inputs, _timetable(inputs, request.num_steps), {})
+    return Workload(module, Example(inputs, _timetable(inputs, request.num_steps)))
 
 
-def _of_pipeline(request: Request) -> Workload:
+def _of_pipeline(request: BenchRequest) -> Workload:
     from recache_compile.pipelines.load import load_pipeline
     from recache_compile.pipelines.record import record_examples
 
-    pipeline: Any = load_pipeline(request.model, getattr(torch, request.dtype), torch.device(request.device))
-    example = record_examples(pipeline, request.num_steps, request.call)[0]
-    return Workload(pipeline.transformer, dict(example.inputs), dict(example.timesteps), example.roles)
+    pipeline: Any = load_pipeline(request.model, request.dtype, request.device)
+    return Workload(pipeline.transformer, record_examples(pipeline, request.num_steps, request.config.call)[0])
 
 
-def _of_artifact(request: Request) -> Workload:
+def _of_artifact(request: BenchRequest) -> Workload:
     """The model that an artifact was compiled from: its class and configuration, with the weights that it holds."""
     compiled = look(request.model)
     facts, this = compiled.description, compiled.variants[0]
-    device = torch.device(request.device)
+    device = request.device
     module = transformer_class(facts.model_class.rpartition(".")[2])(**{
-        name: value for name, value in facts.config.items() if not name.startswith("_")
+        name: value for name, value in facts.model_config.items() if not name.startswith("_")
     }).eval()  # fmt: skip
     module.load_state_dict(compiled.weights, strict=False)
     if this.fixed or any("." in value.name for value in this.inputs):
@@ -172,9 +207,8 @@ def _of_artifact(request: Request) -> Workload:
         if name != "return_dict":
             inputs[name] = ast.literal_eval(text)
     timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
-    return Workload(module.to(device, getattr(torch, facts.dtype)), inputs, timetable, {
-        value.name: Role(value.kind.value) for value in this.inputs
-    })  # fmt: skip
+    roles = {value.name: Role(value.kind.value) for value in this.inputs}
+    return Workload(module.to(device, getattr(torch, facts.config.dtype)), Example(inputs, timetable, roles))
 
 
 @contextlib.contextmanager

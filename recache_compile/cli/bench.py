@@ -1,7 +1,6 @@
 """`recache-compile bench`: ours beside what people use today, on this machine."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 from recache_compile.cli.building import RUNTIME_HELP
 from recache_compile.cli.console import DTYPES, PAGE, say, showing_stages
 from recache_compile.cli.parameters import JsonObject
-from recache_compile.errors import ModelError
 
 
 @click.command("bench")
@@ -50,30 +48,24 @@ def bench_command(
     flux.1-dev ...), a JSON file that describes one, an artifact, or whatever compile takes.
     Everyone recomputes the same steps, in a process of its own, one generation in turn.
     """
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         from recache_compile.bench.page import check_same, print_result, read_bench, summary
         from recache_compile.bench.session import run
-        from recache_compile.bench.subjects import OURS, SUBJECTS, available
-        from recache_compile.bench.workload import Request, of_artifact, peers_schedule
-        from recache_compile.runtimes.registry import get_runtime
+        from recache_compile.bench.subjects import OURS, chosen_subjects
+        from recache_compile.bench.workload import make_request
+        from recache_compile.config import CompileConfig
         from recache_compile.support.devices import usable_device
 
-        names = available() if only is None else tuple(part.strip() for part in only.split(","))
-        for name in names:
-            if name not in SUBJECTS:
-                raise ModelError(f"only {name!r}: unknown; choose among {', '.join(SUBJECTS)}")
+        subjects = chosen_subjects(only)
         other = None if compare is None else read_bench(compare)
         place = str(usable_device(device))
-        request = Request(model, steps or 20, budget or 5, runtime, place, dtype, call, order, threads or 0)
-        if request.is_artifact:
-            request, schedule = of_artifact(request, steps, budget)
-        else:
-            request = replace(request, runtime=get_runtime(runtime).name)
-            schedule, _, _ = peers_schedule(request.num_steps, request.budget)
+        config = CompileConfig(
+            num_steps=steps or 20, anchors=order + 1, runtime=runtime, dtype=dtype, device=place, call=call
+        )
+        request, schedule = make_request(model, config, steps, budget, threads or 0)
         if other is not None and compare is not None:
             check_same(other, request, compare)
-        result = run(request, schedule, names, rounds, report)
+        result = run(request, schedule, subjects, rounds)
     facts = summary(result, OURS)
     if as_json:
         click.echo(json.dumps({**result.json(), **facts}))

@@ -1,7 +1,6 @@
 """`recache-compile MODEL --budgets 5,10,15`: compile, compare, show."""
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,9 @@ from rich.table import Table
 from recache_compile.cli.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
 from recache_compile.cli.console import DTYPES, PAGE, SEED, notice, say, showing_stages
 from recache_compile.cli.parameters import JsonObject, Numbers, Size, check_call
-from recache_compile.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from recache_compile.compiler.compiled import Compiled
-    from recache_compile.evaluation.measure import Measured
+    from recache_compile.evaluation.compilation import Compilation
 
 
 @click.command("compile")
@@ -95,93 +92,46 @@ def compile_command(
 ) -> None:
     """Compile MODEL (`shapes`, a diffusers folder or a Hub id) and show what each budget gives."""
     folder = output or Path(f"{Path(model).resolve().name}-recache")
-    with showing_stages() as report:
-        report("loading libraries")
-        import torch
-
-        from recache_compile.api import compile, compile_options
-        from recache_compile.evaluation.measure import compare, unmeasured
-        from recache_compile.evaluation.picture import save_comparison
-        from recache_compile.pipelines.load import absolute, load_pipeline
-        from recache_compile.pipelines.prompts import captions_for
-        from recache_compile.pipelines.record import prompted, record_examples
-        from recache_compile.search.default_policy import calibration_calls
+    with showing_stages():
+        from recache_compile.config import CompileConfig
+        from recache_compile.evaluation.compilation import CompileRequest, compile_model
+        from recache_compile.ir.forecasters import anchors_of, check_forecaster
         from recache_compile.support.devices import usable_device
 
-        checked = "uniform" if policy == "auto" else policy  # what it stands for depends on the pipeline
-        compile_options(budgets, steps, forecaster, order, checked, granularity, hoist, residual)
-        place = usable_device(device)
-        backend = chosen_runtime(runtime, building, notice)
-        picture = _check_output(folder)
-        report(f"loading {model}")
-        pipeline = load_pipeline(model, getattr(torch, dtype), place)
-        captions = prompts or captions_for(pipeline)
+        check_forecaster(forecaster, order)
         check_call(call, batch)
-        shapes = [{"width": width, "height": height, **call} for width, height in sizes] or [call]
-        report("checking the prompts")
-        for caption in captions[1:]:  # compiling records the first
-            record_examples(pipeline, steps, prompted(pipeline, caption, shapes[0]), component)
-        compiled = compile(
-            pipeline, None, budgets, steps, forecaster, order, policy, granularity, backend,
-            residual=residual, hoist=hoist, component=component, cuda_graphs=cuda_graphs, report=report,
-            call=[prompted(pipeline, captions[0], each, number) for each in shapes for number in batch],
-            calibrate=calibration_calls(pipeline, captions, shapes[0], batch[0]),
-        )  # fmt: skip
-        description = replace(compiled.description, model=absolute(model), call=shapes[0])
-        compiled = replace(compiled, description=description)
-        report(f"writing {folder}")
-        compiled.save(folder)
-        calls = [prompted(pipeline, caption, shapes[0], batch[0]) for caption in captions]
-        why_not = "no picture: the pipeline makes no images"
-        if backend.engine_device(place) == place:
-            measured, pictures = compare(pipeline, compiled, calls, seed, component=component, report=report)
-        else:
-            measured, pictures = unmeasured(compiled), {}
-            why_not = f"no picture: engines of {backend.name} do not run on {place}"
-        if pictures:
-            save_comparison(pictures, compiled.schedules, captions, picture)
+        config = CompileConfig(
+            num_steps=steps,
+            anchors=anchors_of(forecaster, order),
+            granularity=granularity,  # type: ignore[arg-type]
+            residual=residual,
+            hoist=hoist,
+            dtype=dtype,
+            device=str(usable_device(device)),
+            component=component,
+            call=call,
+            cuda_graphs=cuda_graphs,
+        )
+        request = CompileRequest(model, config, budgets, forecaster, order, policy, sizes, batch, prompts, seed)
+        made = compile_model(request, folder, chosen_runtime(runtime, building, notice))
     if as_json:
-        files = {"artifact": str(folder), "picture": str(picture) if pictures else None}
-        click.echo(json.dumps({"model": model, **files, **_facts(compiled, measured)}))
+        click.echo(json.dumps({"model": model, **made.facts()}))
         return
-    print_measured(compiled, measured)
-    say(f"artifact  {folder}\n" + (f"picture   {picture}" if pictures else why_not))
+    print_measured(made)
+    say(f"artifact  {folder}\n" + (f"picture   {made.picture}" if made.picture else made.reason))
 
 
-def _check_output(folder: Path) -> Path:
-    """The place of an artifact's picture, once both are known to be writable."""
-    from recache_compile.artifact.store import check_writable
-    from recache_compile.support.files import check_file
-
-    check_writable(folder)
-    picture = folder.with_name(f"{folder.name}.png")
-    check_file(picture)
-    if picture.exists() and not folder.exists():
-        raise ArtifactError(f"output {folder}: its picture would replace {picture}; name another folder")
-    return picture
-
-
-def _facts(compiled: "Compiled", measured: "list[Measured]") -> "dict[str, Any]":
-    """What `--json` prints of a compilation."""
-    facts = compiled.description
-    return {
-        "num_steps": facts.num_steps,
-        "forecaster": facts.forecaster,
-        "order": facts.order,
-        "policy": facts.policy,
-        "runtime": facts.runtime,
-        "budgets": [asdict(each) for each in measured],
-    }
-
-
-def print_measured(compiled: "Compiled", measured: "list[Measured]") -> None:
+def print_measured(made: "Compilation") -> None:
     """The table that ends a compilation."""
-    facts = compiled.description
-    title = f"{facts.model}: {facts.num_steps} steps, {facts.forecaster} order {facts.order}, {facts.policy}, {facts.runtime}"
+    about = made.facts()
+    title = (
+        f"{made.compiled.description.model}: {about['num_steps']} steps, {about['forecaster']} order {about['order']},"
+        f" {about['policy']}, {about['runtime']}"
+    )
     table = Table(title=escape(title))
     for column in ("budget", "recompute steps", "MACs", "speed", "PSNR", "SSIM"):
         table.add_column(column, justify="left" if column == "recompute steps" else "right")
-    for each in measured:
+    for each in made.measured:
         table.add_row(
             str(each.budget),
             " ".join(map(str, each.recompute_steps)),

@@ -1,11 +1,13 @@
 """What the commands have in common: where they print, and how they say what they are doing."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import click
 from rich.console import Console
 from rich.markup import escape
+
+from recache_compile.support.log import told
 
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = click.IntRange(0, 2**63 - 1_000_000)
@@ -24,10 +26,11 @@ def notice(text: str) -> None:
 
 
 @contextlib.contextmanager
-def showing_stages() -> Iterator[Callable[[str], None]]:
-    """A spinner with the current stage; one line a stage where there is no terminal."""
+def showing_stages() -> Iterator[None]:
+    """Show what the package says it is doing: a spinner, or one line a stage where there is no terminal."""
     if not LOG.is_terminal:
-        yield notice
+        with told(notice):
+            yield
         return
-    with LOG.status("starting") as status:
-        yield lambda stage: status.update(escape(stage))
+    with LOG.status("loading libraries") as status, told(lambda stage: status.update(escape(stage))):
+        yield

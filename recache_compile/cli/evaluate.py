@@ -1,6 +1,7 @@
 """`recache-compile evaluate`: quality beside cost."""
 
 import json
+import logging
 import shlex
 import sys
 from dataclasses import asdict
@@ -55,14 +56,30 @@ from recache_compile.cli.parameters import JsonObject, Numbers, check_many_promp
 @click.option("--ray-address", help="As for train; --out must be on a file system that the cluster shares.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def evaluate_command(
+    model: str,
+    prompts: Path | None,
+    samples: int,
+    budgets: tuple[int, ...] | None,
     policies: tuple[str, ...],
     metrics: str | None,
+    reference: Path | None,
     steps: int | None,
+    forecaster: str | None,
+    order: int | None,
+    granularity: str | None,
+    runtime: str | None,
+    dtype: str | None,
+    device: str | None,
+    component: str | None,
+    call: dict[str, Any],
     batch: int | None,
+    seed: int,
+    repeats: int,
     out: Path,
     threads: int | None,
+    workers: int,
+    ray_address: str | None,
     as_json: bool,
-    **wishes: Any,
 ) -> None:
     """Judge what MODEL (a model or an artifact) gives at every budget against its uncached results.
 
@@ -71,27 +88,34 @@ def evaluate_command(
     Stopped at any time, the same command goes on where it was.
     """
     command = shlex.join(["recache-compile", *sys.argv[1:]])
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         import torch
 
+        from recache_compile.config import changed
         from recache_compile.evaluation.page import print_result
-        from recache_compile.evaluation.request import Request
+        from recache_compile.evaluation.request import EvaluationRequest, base_config
         from recache_compile.evaluation.session import evaluate
 
         if threads:
             torch.set_num_threads(threads)
-        check_many_prompts(wishes["call"], wishes["workers"], wishes["ray_address"])
-        request = Request(
-            policies=policies or None, metrics=_names(metrics), num_steps=steps, batch_size=batch, **wishes
+        check_many_prompts(call, workers, ray_address)
+        config = changed(
+            base_config(model),
+            num_steps=steps,
+            granularity=granularity,
+            runtime=runtime,
+            dtype=dtype,
+            device=device,
+            component=component,
+            call=call or None,
         )
-
-        def count(done: int, asked: int) -> None:
-            if asked:
-                report(f"drawing and judging: {done} of {asked} batches")
+        request = EvaluationRequest(
+            model, budgets, policies or None, config, forecaster, order, _names(metrics), prompts, samples, batch, seed,
+            reference, repeats, workers, ray_address,
+        )  # fmt: skip
 
         try:
-            result = evaluate(request, out, command, report, count)
+            result = evaluate(request, out, command, show_batches)
         except KeyboardInterrupt:
             raise click.ClickException(
                 f"stopped; the same command with --out {out} goes on from where it was"
@@ -101,6 +125,12 @@ def evaluate_command(
         return
     print_result(result, PAGE)
     say(f"folder    {out}\npage      recache-compile report {out}")
+
+
+def show_batches(done: int, asked: int) -> None:
+    """Tell how many batches are judged."""
+    if asked:
+        logging.getLogger(__name__).info("drawing and judging: %d of %d batches", done, asked)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

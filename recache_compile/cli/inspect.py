@@ -15,12 +15,10 @@ from recache_compile.cli.console import PAGE, showing_stages
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
     """Show the plan of a compiled ARTIFACT: steps, engines, sites, costs."""
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         from recache_compile.artifact.inspect import facts_of, print_facts, print_graph
         from recache_compile.artifact.store import look
 
-        report(f"reading {artifact}")
         compiled = look(artifact)
         facts = None if graph else facts_of(compiled)
     if graph:

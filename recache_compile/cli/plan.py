@@ -42,17 +42,14 @@ def plan_command(
     MODEL is the name of a known model (such as flux.1-dev), a JSON file that describes one,
     or whatever compile takes.
     """
-    with showing_stages() as report:
-        report("loading libraries")
-        from recache_compile.api import compile_options
-        from recache_compile.artifact.weightless import find_weightless, plan_model, print_plan
+    with showing_stages():
+        from recache_compile.api import plan
+        from recache_compile.artifact.weightless import print_plan
 
-        report(f"building {model}")
-        abstract = find_weightless(model, 50 if steps is None else steps, call)
-        steps = abstract.num_steps if steps is None else steps
-        chosen = "uniform" if policy == "auto" else policy  # schedules of one budget cost the same
-        options = compile_options(budgets, steps, forecaster, order, chosen, granularity, hoist, residual)
-        facts = plan_model(abstract, options, report)
+        facts = plan(
+            model, budgets=budgets, num_steps=steps, forecaster=forecaster, order=order, policy=policy,
+            granularity=granularity, residual=residual, hoist=hoist, call=call,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(asdict(facts)))
     else:

@@ -23,15 +23,14 @@ def rebuild_command(
     Neither the model nor its checkpoint is needed; schedules and weights stay as they are.
     """
     folder = output or artifact
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         from recache_compile.artifact.manifest import read_manifest
         from recache_compile.artifact.rebuild import rebuild
         from recache_compile.artifact.store import check_writable
         from recache_compile.runtimes.base import requirement_texts
         from recache_compile.support.files import check_place, output_errors
 
-        name = read_manifest(artifact).description.runtime
+        name = read_manifest(artifact).description.config.runtime
         if output is None:
             with output_errors(folder, "folder"):
                 check_place(folder)
@@ -40,8 +39,7 @@ def rebuild_command(
         chosen = None
         if runtime is not None or any(value not in (None, False) for value in building.values()):
             chosen = chosen_runtime(runtime or name, building, notice)
-        compiled = rebuild(artifact, chosen, device, report)
-        report(f"writing {folder}")
+        compiled = rebuild(artifact, chosen, device)
         compiled.save(folder)
-    built_for = ", ".join(requirement_texts(compiled.engines_for)) or "any machine"
-    say(f"{folder}  ({compiled.description.runtime}, for {built_for})")
+    built_for = ", ".join(requirement_texts(compiled.engines.requirements)) or "any machine"
+    say(f"{folder}  ({compiled.description.config.runtime}, for {built_for})")

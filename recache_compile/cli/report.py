@@ -17,13 +17,11 @@ from recache_compile.cli.console import say, showing_stages
 )
 def report_command(evaluation: Path, output: Path | None, bench: Path | None) -> None:
     """Make one HTML page, which needs no network, of what evaluate wrote to EVALUATION."""
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         from recache_compile.report.build import write_report
         from recache_compile.support.files import check_file
 
         file = output or Path(f"{evaluation.resolve().name}.html")
         check_file(file)
-        report(f"reading {evaluation}")
         write_report(evaluation, file, bench)
     say(f"page      {file}")

@@ -5,7 +5,6 @@ from pathlib import Path
 import click
 
 from recache_compile.cli.console import SEED, say, showing_stages
-from recache_compile.errors import ModelError
 
 
 @click.command("run")
@@ -34,35 +33,11 @@ def run_command(
     cuda_graphs: bool | None,
 ) -> None:
     """Draw CAPTION with a compiled ARTIFACT."""
-    with showing_stages() as report:
-        report("loading libraries")
-        import torch
+    with showing_stages():
+        from recache_compile.pipelines.draw import draw
 
-        from recache_compile.artifact.store import load
-        from recache_compile.pipelines.accelerate import accelerate
-        from recache_compile.pipelines.load import load_pipeline
-        from recache_compile.pipelines.record import prompted
-        from recache_compile.support.files import check_file, writing
-
-        check_file(output)
-        report(f"loading {artifact}")
-        compiled = load(artifact, offload_prologue=offload_prologue, cuda_graphs=cuda_graphs)
-        facts = compiled.description
-        dtype = getattr(torch, facts.dtype)
-        device = compiled.variants[0].device
-        pipeline = load_pipeline(facts.model, dtype, device, **{facts.component: None})
-        accelerate(pipeline, {facts.component: compiled}, budget)
-        pipeline.set_progress_bar_config(disable=True)
-        report("drawing")
-        generator = torch.Generator().manual_seed(seed)
-        arguments = {**prompted(pipeline, caption, facts.call), "num_inference_steps": facts.num_steps}
-        images = getattr(pipeline(**arguments, generator=generator), "images", None)
-        if images is None:
-            raise ModelError(f"{facts.model}: the pipeline makes no images; use it from Python instead")
-        picture = images[0]
-        if max(picture.size) <= 128:
-            picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
-        with writing(output) as partial:
-            picture.save(partial, format="PNG")
-    chosen = getattr(pipeline, facts.component).budget
-    say(f"{output}  ({chosen} of {facts.num_steps} steps recomputed)")
+        drawn = draw(
+            artifact, caption, output, budget=budget, seed=seed, scale=scale, offload_prologue=offload_prologue,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+    say(f"{output}  ({drawn.budget} of {drawn.num_steps} steps recomputed)")

@@ -32,22 +32,25 @@ def schedules_command(
 
     POLICY is a name such as uniform:warmup=3, a trained policy's folder, a file, steps or a mask.
     """
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
         from recache_compile.pipelines.load import load_pipeline
         from recache_compile.pipelines.prompts import captions_for
         from recache_compile.search.charts import draw_schedules
-        from recache_compile.search.compare import Question, calibration_of, compare_policies, facts_of, print_compared
+        from recache_compile.search.compare import (
+            calibration_of,
+            compare_policies,
+            facts_of,
+            make_question,
+            print_compared,
+        )
         from recache_compile.support.files import check_file
 
-        question = Question(policies, budgets, steps, forecaster, order)
+        question = make_question(policies, budgets, steps, forecaster, order)
         check_file(output)
         calibration = None
         if model is not None:
-            report(f"loading {model}")
             pipeline = load_pipeline(model)
-            calibration = calibration_of(pipeline, captions_for(pipeline), steps, report)
-        report("asking the policies")
+            calibration = calibration_of(pipeline, captions_for(pipeline), steps)
         compared = compare_policies(question, calibration)
         draw_schedules(compared.policies, output)
     if as_json:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from recache_compile.cli.console import DTYPES, LOG, PAGE, SEED, notice, say, showing_stages
+from recache_compile.cli.console import DTYPES, LOG, PAGE, SEED, say, showing_stages
 from recache_compile.cli.parameters import JsonObject, Numbers, check_finite, check_many_prompts
 
 
@@ -104,26 +104,25 @@ def train_command(
 
     Stopped at any time, the same command goes on where it was.
     """
-    with showing_stages() as report:
-        report("loading libraries")
+    with showing_stages():
+        from recache_compile.config import CompileConfig
+        from recache_compile.ir.forecasters import anchors_of, check_forecaster
         from recache_compile.search.progress import show_training, table_of
-        from recache_compile.search.train import TRAINERS, Effort, check_out, study_of, train
+        from recache_compile.search.train import TrainingRequest, train_policy
 
         check_many_prompts(call, workers, ray_address)
-        batch = min(batch, samples, held_out)
-        study = study_of(
-            model, steps, forecaster, order, granularity, distance, reward, prompts, batch, seed, dtype, component,
-            runtime, call,
+        check_forecaster(forecaster, order)
+        config = CompileConfig(
+            num_steps=steps, anchors=anchors_of(forecaster, order), granularity=granularity,  # type: ignore[arg-type]
+            runtime=runtime, dtype=dtype, component=component, call=call,
         )  # fmt: skip
-        check_out(study, budgets, out)
-        if distance == "auto":
-            notice(f"distance {study.distance}, reward {study.reward}")
-        trainer = TRAINERS[method]().scaled(effort)
-        weight = 0.0 if study.reward == "none" else alpha
-        spent = Effort(-(-samples // batch), -(-held_out // batch), weight, seed, workers, ray_address)
+        request = TrainingRequest(
+            model, budgets, config, forecaster, method, samples, held_out, batch, distance, reward, alpha, prompts,
+            effort, seed, workers, ray_address,
+        )  # fmt: skip
     try:
-        with show_training(LOG, trainer, len(budgets)) as shown:
-            trained = train(study, budgets, out, trainer, spent, *shown)
+        with show_training(LOG, request.trainer, len(budgets)) as shown:
+            trained = train_policy(request, out, *shown)
     except KeyboardInterrupt:
         kept = "goes on from where it was" if (out / "study").exists() else "begins anew, nothing was kept yet"
         raise click.ClickException(f"stopped; the same command with --out {out} {kept}") from None

@@ -1,225 +1,129 @@
-"""The compiler: from a model to engines and plans.  `compile_module` reads as the design's picture."""
+"""The compiler: from a model to engines.  `build_engines` reads as the design's picture."""
 
+import json
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recache_compile.capture.adapters import fused_adapters
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.compiler.compiled import Compiled, Description
+from recache_compile.compiler.compiled import Description, Engines
+from recache_compile.compiler.examples import Example, check_timesteps, distinct
+from recache_compile.compiler.lowering import Lowering
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
-from recache_compile.errors import CaptureError, ScheduleError
+from recache_compile.errors import CaptureError
 from recache_compile.ir.cost import count_macs
-from recache_compile.ir.forecasters import Forecaster
-from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import (
-    Granularity,
-    Kind,
-    Program,
-    Role,
-    dtype_name,
-)
-from recache_compile.ir.schedule import Schedule, check_budgets
+from recache_compile.ir.program import Kind, Program, dtype_name
 from recache_compile.ir.signature import named_leaves
-from recache_compile.policies.base import Policy, Problem
-from recache_compile.runtimes.base import Engine, Runtime, Variant, lower
+from recache_compile.runtimes._cuda_graphs import check_graphs
+from recache_compile.runtimes.base import Runtime, Variant
+from recache_compile.runtimes.registry import get_runtime
 
-Report = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One call of the model, at the shapes to compile for.
+def build_engines(
+    module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime | None = None
+) -> Engines:
+    """Capture, annotate, split and verify, lower.
 
     Args:
-        inputs: arguments of the call.
-        timesteps: per timestep input, its value at every step (num_steps, *shape); empty
-            when unknown, and then learned at run time.
-        roles: of inputs whose behaviour, not their name, tells it.
-        others: calls of the same shapes with other values, for models that decide by values.
+        module: the model; it is left as it is.
+        examples: calls at the shapes to build for.
+        config: the choices; `dtype` and `device` are those of the examples.
+        runtime: a backend with options of its own, instead of the one that `config` names.
+
+    Raises:
+        RecacheError: naming what cannot be done and the remedy.
     """
-
-    inputs: Mapping[str, Any]
-    timesteps: Mapping[str, Tensor]
-    roles: Mapping[str, Role]
-    others: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to compile; see `recache_compile.compile`."""
-
-    schedules: Mapping[int, Schedule]
-    forecaster: Forecaster
-    granularity: Granularity
-    residual: bool | None
-    hoist: bool
-    roles: Mapping[str, Role | str]
-
-    @property
-    def config(self) -> CompileConfig:
-        """What engines are built for."""
-        budgets = [schedule.budget for schedule in self.schedules.values()]
-        held = min(self.forecaster.order + 1, max((each for each in budgets if each < self.num_steps), default=1))
-        return CompileConfig(self.num_steps, held, self.granularity, self.residual, self.hoist)
-
-    @property
-    def num_steps(self) -> int:
-        """Length T of the denoising loop."""
-        return next(iter(self.schedules.values())).num_steps
-
-
-def compile_module(
-    module: nn.Module,
-    examples: Sequence[Example],
-    options: Options,
-    runtime: Runtime,
-    description: Description,
-    report: Report,
-) -> Compiled:
-    """Capture, annotate, plan, specialise (and hoist, and verify), lower."""
-    keep = tempfile.TemporaryDirectory(prefix="recache-")
+    backend = get_runtime(config.runtime) if runtime is None else runtime
+    if config.cuda_graphs:
+        check_graphs(backend, examples[0].device)
     with fused_adapters(module):
-        captures = [
-            each
-            for number, example in enumerate(distinct(examples))
-            for each in capture_example(module, example, options, number, report)
-        ]
+        captures = capture_examples(module, distinct(examples), config)
         names = tuple(module.state_dict())
-    check_same_call(captured for _, captured in captures)
-    annotated = [annotate(captured, options.config) for _, captured in captures]
-    sites = check_same_sites(annotated)
-    report(describe_sites(annotated[0]))
-    weights: dict[str, Tensor] = {}
-    variants: list[Variant] = []
-
-    def lowered(program: Program, number: int, device: torch.device) -> Engine:
-        report(f"lowering {program.name} to {runtime.name}")
-        return lower(program, runtime, weights, device, Path(keep.name), number)
-
-    for number, ((example, captured), program) in enumerate(zip(captures, annotated, strict=True)):
-        device = device_of(example.inputs)
-        timesteps = check_timesteps(example.timesteps, captured.program, options, device)
-        programs = specialise(program, options.config)
-        weights |= {name: weight for each in programs.values() for name, weight in each.weights.items()}
-        variants.append(
-            Variant(
-                inputs=captured.program.inputs,
-                constants=captured.constants,
-                fixed=captured.fixed,
-                device=device,
-                programs=programs,
-                engines={name: lowered(each, number, device) for name, each in programs.items()},
-                timesteps=timesteps,
-                macs=count_macs(captured.program, device),
-            )
-        )
-    plans = {budget: make_plan(each, options.forecaster, sites) for budget, each in options.schedules.items()}
-    latents = next(value for value in variants[0].inputs if value.kind is Kind.LATENTS)
-    description = replace(
-        description,
-        dtype=dtype_name(latents.dtype),
-        weights=names,
+    annotated = [annotate(captured, config) for _, captured in captures]
+    check_same_model([captured for _, captured in captures], annotated)
+    log.info(describe_sites(annotated[0]))
+    keep = tempfile.TemporaryDirectory(prefix="recache-")
+    lowering = Lowering(backend, Path(keep.name))
+    variants = tuple(
+        build_variant(example, captured, program, config, lowering)
+        for (example, captured), program in zip(captures, annotated, strict=True)
     )
-    signature, folder, key = captures[0][1].signature, Path(keep.name), runtime.build_requirements(variants[0].device)
-    return Compiled(description, signature, plans, tuple(variants), weights, folder, key, keep)
+    return Engines(
+        description=describe(module, names, variants[0], config, backend),
+        signature=captures[0][1].signature,
+        variants=variants,
+        weights=lowering.weights,
+        folder=Path(keep.name),
+        requirements=backend.build_requirements(variants[0].device),
+        keep=keep,
+    )
 
 
-def capture_example(
-    module: nn.Module, example: Example, options: Options, number: int, report: Report
+def build_variant(
+    example: Example, captured: Captured, annotated: Program, config: CompileConfig, lowering: Lowering
+) -> Variant:
+    """The programs and engines of one kind of call."""
+    timesteps = check_timesteps(example, captured.program, config.num_steps)
+    programs = specialise(annotated, config)
+    return Variant(
+        inputs=captured.program.inputs,
+        constants=captured.constants,
+        fixed=captured.fixed,
+        device=example.device,
+        programs=programs,
+        engines=lowering.lower(programs, example.device),
+        timesteps=timesteps,
+        macs=count_macs(captured.program, example.device),
+    )
+
+
+def capture_examples(
+    module: nn.Module, examples: Iterable[Example], config: CompileConfig
 ) -> list[tuple[Example, Captured]]:
-    """Capture the module once, and once more for each call with other values of inputs that became constants.
-
-    Args:
-        module: the original.
-        example: one kind of call.
-        options: for the roles.
-        number: of the example; tells the constants of several apart.
-        report: told what begins.
-    """
+    """Capture every example, and once more for each call with other values of inputs that became constants."""
     captures: list[tuple[Example, Captured]] = []
-    for inputs in (example.inputs, *example.others):
-        leaves = named_leaves(inputs)
-        known = [captured.fixed for _, captured in captures]
-        if any(all(torch.equal(leaves[name], value) for name, value in fixed.items()) for fixed in known):
-            continue
-        report("capturing")
-        label = f"{number}_{len(captures)}" if captures else str(number)
-        captures.append((example, capture(module, inputs, {**example.roles, **options.roles}, label)))
+    for number, example in enumerate(examples):
+        own: list[Captured] = []
+        for inputs in (example.inputs, *example.others):
+            leaves = named_leaves(inputs)
+            if any(all(torch.equal(leaves[name], value) for name, value in each.fixed.items()) for each in own):
+                continue
+            log.info("capturing")
+            label = f"{number}_{len(own)}" if own else str(number)  # tells the constants of several apart
+            own.append(capture(module, inputs, {**example.roles, **config.roles}, label))
+        captures += [(example, each) for each in own]
     return captures
 
 
-def check_same_call(captures: Iterable[Captured]) -> None:
-    """Raise unless the model returns the same structure for all examples."""
+def check_same_model(captures: Sequence[Captured], annotated: Sequence[Program]) -> None:
+    """Raise `CaptureError` unless all examples have one result structure and the same number of cache sites."""
     if len({captured.signature for captured in captures}) > 1:
         raise CaptureError(
             "examples: the model returns another structure for one of them than for the first; compile apart"
         )
-
-
-def distinct(examples: Iterable[Example]) -> list[Example]:
-    """One example for each kind of call: those of the same shapes and constants are others of the first."""
-    kinds: dict[Any, Example] = {}
-    for example in examples:
-        leaves = named_leaves(example.inputs)
-        facts = {
-            name: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for name, leaf in leaves.items()
-        }
-        kind = frozenset(facts.items())
-        first = kinds.setdefault(kind, example)
-        if first is not example:
-            kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))
-    return list(kinds.values())
-
-
-def check_same_sites(annotated: Sequence[Program]) -> int:
-    """The number of cache sites, which the plans of all examples share."""
     first, *others = (len(cache_points(program)) for program in annotated)
     for found in others:
         if found != first:
             raise CaptureError(f"examples: one has {found} cache sites, the first has {first}; compile apart")
-    return first
 
 
-def check_timesteps(
-    timesteps: Mapping[str, Tensor], captured: Program, options: Options, device: torch.device
-) -> dict[str, Tensor]:
-    """The timetable in the inputs' dtype and place, once its names and shapes are known to fit."""
-    inputs = {value.name: value for value in captured.inputs if value.kind is Kind.TIMESTEP}
-    checked = {}
-    for name, column in timesteps.items():
-        if name not in inputs:
-            raise CaptureError(f"timesteps: {name!r} is no timestep input; these are: {', '.join(inputs) or 'none'}")
-        expected = (options.num_steps, *inputs[name].shape)
-        if tuple(column.shape) != expected:
-            raise CaptureError(
-                f"timesteps {name!r}: shape {tuple(column.shape)}, expected (num_steps, *shape) = {expected}"
-            )
-        checked[name] = column.to(device, inputs[name].dtype)
-    return checked
-
-
-def device_of(inputs: Mapping[str, Any]) -> torch.device:
-    """Where the example inputs are."""
-    return next(leaf.device for leaf in named_leaves(inputs).values() if isinstance(leaf, Tensor))
-
-
-def make_schedules(policy: Policy, budgets: Iterable[int], problem: Problem) -> dict[int, Schedule]:
-    """One schedule a budget, each checked to cost exactly what was asked.
-
-    Raises:
-        ScheduleError: a budget is not usable, or the policy broke its promise.
-    """
-    schedules = {}
-    for budget in check_budgets(budgets, problem.num_steps):
-        schedule = policy.schedule(problem, budget)
-        if schedule.budget != budget or schedule.num_steps != problem.num_steps:
-            raise ScheduleError(f"policy {policy}: gave {schedule} for budget {budget} and {problem.num_steps} steps")
-        schedules[budget] = schedule
-    return schedules
+def describe(
+    module: nn.Module, names: tuple[str, ...], variant: Variant, config: CompileConfig, runtime: Runtime
+) -> Description:
+    """What was compiled."""
+    latents = next(value for value in variant.inputs if value.kind is Kind.LATENTS)
+    return Description(
+        model=type(module).__name__,
+        model_class=f"{type(module).__module__}.{type(module).__qualname__}",
+        model_config=json.loads(json.dumps(dict(getattr(module, "config", {})), default=str)),
+        config=config.resolved(runtime.name, dtype_name(latents.dtype), str(variant.device)),
+        weights=names,
+    )

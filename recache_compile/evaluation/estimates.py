@@ -69,7 +69,7 @@ def estimates(
     full = _columns(judged, setting.full, setting.metrics)
     lines = []
     for policy, of_policy in schedules.items():
-        costs = compiled.reschedule(of_policy)
+        costs = compiled.engines.with_plans(of_policy, compiled.forecaster)
         for budget, schedule in of_policy.items():
             cost, cached = costs.cost(budget), _columns(judged, schedule.mask, setting.metrics)
             losses = _losses(cached, full, reference)

@@ -1,6 +1,7 @@
 """Measure a compiled pipeline against the uncached one: pictures, their distance, time."""
 
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.distances import mean_squared_error
 from recache_compile.pipelines.accelerate import accelerate
 from recache_compile.pipelines.record import DENOISER
+
+log = logging.getLogger(__name__)
 
 MIN_SQUARED_ERROR = 1e-10
 """Floor of the mean squared error: PSNR ends at 100 dB, where pictures are equal."""
@@ -64,7 +67,6 @@ def compare(
     seed: int,
     repeats: int = 3,
     component: str = DENOISER,
-    report: Callable[[str], None] = lambda stage: None,
 ) -> tuple[list[Measured], dict[int | None, list[Tensor]]]:
     """Make every call uncached and under every budget, from the same seeds.
 
@@ -75,7 +77,6 @@ def compare(
         seed: of the first picture.
         repeats: timed generations of each kind, interleaved, each with its prologue; medians count.
         component: the transformer that was compiled.
-        report: told what begins.
 
     Returns:
         The measurements, and the pictures (3, H, W) by budget, None standing for uncached;
@@ -87,14 +88,14 @@ def compare(
     } | {None: pipeline}
     pictures: dict[int | None, list[Tensor]] = {}
     for budget in (None, *compiled.plans):
-        report("drawing uncached" if budget is None else f"drawing with budget {budget}")
+        log.info("drawing uncached" if budget is None else f"drawing with budget {budget}")
         drawn = [_draw(pipelines[budget], compiled, call, seed + number) for number, call in enumerate(calls)]
         pictures[budget] = [picture for picture in drawn if picture is not None]
-    report("timing")
+    log.info("timing")
     times: dict[int | None, list[float]] = {budget: [] for budget in pictures}
     for _ in range(repeats):
         for budget, taken in times.items():
-            compiled.revision.number += 1  # every generation runs its prologue
+            compiled.engines.revision.number += 1  # every generation runs its prologue
             taken.append(seconds(lambda budget=budget: _draw(pipelines[budget], compiled, calls[0], seed)))  # type: ignore[misc]
     measured = []
     for budget, plan in compiled.plans.items():
@@ -123,7 +124,7 @@ def unmeasured(compiled: Compiled) -> list[Measured]:
 def _draw(pipeline: Any, compiled: Compiled, call: Mapping[str, Any], seed: int) -> Tensor | None:
     """One picture (3, H, W) in [0, 1]; None where the pipeline's result has no images."""
     generator = torch.Generator().manual_seed(seed)
-    steps = compiled.description.num_steps
+    steps = compiled.num_steps
     arguments = {"num_inference_steps": steps, "generator": generator, "output_type": "pt", **call}
     images = getattr(pipeline(**arguments), "images", None)
     return None if images is None else images[0].detach().cpu()

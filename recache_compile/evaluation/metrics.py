@@ -1,5 +1,6 @@
 """What results are judged by, one number (or one feature vector) a sample."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -23,6 +24,8 @@ from recache_compile.evaluation.distances import (
 from recache_compile.evaluation.measure import signal_to_noise
 from recache_compile.evaluation.pretrained import load_inception, load_vbench
 from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
+
+log = logging.getLogger(__name__)
 
 Judge = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """Results and the uncached results of the same noise, both (batch, 3, H, W) or (batch, frames, 3, H, W) in [0, 1], and
@@ -74,19 +77,18 @@ SCENES = 4096
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def usual_metrics(model: str, notice: Callable[[str], None]) -> tuple[str, ...]:
+def usual_metrics(model: str) -> tuple[str, ...]:
     """The metrics of a model where the user names none: those that can be had here.
 
     Args:
         model: as the user wrote it.
-        notice: told which are left out, and why.
     """
     found = []
     for name in USUAL_FOR_SHAPES if model == SHAPES else USUAL:
         try:
             judge_of(name, model)
         except RuntimeUnavailableError as error:
-            notice(f"left out: {error}")
+            log.info("left out: %s", error)
             continue
         found.append(name)
     return tuple(found)

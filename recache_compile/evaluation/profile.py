@@ -1,6 +1,7 @@
 """Where the time of a generation goes, and how redundant its steps are."""
 
 import copy
+import logging
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,17 +11,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from recache_compile.api import compile
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RecacheError, reason_of
 from recache_compile.evaluation.measure import seconds
 from recache_compile.evaluation.setting import Setting
-from recache_compile.ir.program import Kind
+from recache_compile.ir.program import Granularity, Kind
+from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Watch
 from recache_compile.support.machine import machine, versions
+
+log = logging.getLogger(__name__)
 
 PROFILE = "profile.json"
 
@@ -95,9 +98,7 @@ class _Stopwatch:
         self.dispatcher.reset(start)
 
 
-def measure_times(
-    setting: Setting, pipeline: Any, compiled: Compiled, repeats: int, report: Callable[[str], None]
-) -> Profile:
+def measure_times(setting: Setting, pipeline: Any, compiled: Compiled, repeats: int) -> Profile:
     """Time the original and every budget in turn on the first batch.
 
     Args:
@@ -105,9 +106,8 @@ def measure_times(
         pipeline: with its transformer; left as it is.
         compiled: has the budgets, and one that recomputes every step.
         repeats: timed calls of each; one more warms up.
-        report: told what begins.
     """
-    report("timing")
+    log.info("timing")
     pipeline = copy.copy(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     calls: dict[int, _OnEngines] = {
@@ -117,7 +117,7 @@ def measure_times(
     totals: dict[int | None, list[float]] = {budget: [] for budget in every}
     for _ in range(repeats + 1):
         for budget, call in every.items():
-            compiled.revision.number += 1  # every generation runs its prologue
+            compiled.engines.revision.number += 1  # every generation runs its prologue
             totals[budget].append(seconds(call))
     timed = {
         budget: Timed(statistics.median(taken[1:]), (min(taken[1:]), max(taken[1:])))
@@ -125,17 +125,17 @@ def measure_times(
     }
     budgets = {}
     for budget, call in calls.items():
-        compiled.revision.number += 1
+        compiled.engines.revision.number += 1
         steps = [call.steps() for _ in range(repeats)]
         medians = tuple(statistics.median(each[step] for each in steps) for step in sorted(steps[0]))
         shown = compiled.schedules[budget].recompute_steps
         budgets[budget] = replace(timed[budget], steps=medians, recompute_steps=shown)
-    return Profile(machine(setting.device), versions(), repeats, timed[None], budgets)
+    return Profile(machine(setting.config.device), versions(), repeats, timed[None], budgets)
 
 
 def call_of(setting: Setting, pipeline: Any) -> dict[str, Any]:
     """Arguments of the pipeline call that makes the first batch, but for its noise."""
-    return prompted(pipeline, list(setting.batch(0).prompts), setting.call)
+    return prompted(pipeline, list(setting.batch(0).prompts), setting.config.call)
 
 
 def _draw(setting: Setting, pipeline: Any) -> None:
@@ -166,25 +166,25 @@ class _OnEngines:
         return dict(self._watch.spent)
 
     def _run(self, stand_in: CompiledTransformer) -> None:
-        setattr(self._pipeline, self._setting.component, stand_in)
+        setattr(self._pipeline, self._setting.config.component, stand_in)
         with stand_in.generation(self._pipeline):
             _draw(self._setting, self._pipeline)
 
 
-def measure_redundancy(setting: Setting, pipeline: Any, report: Callable[[str], None]) -> Redundancy | None:
+def measure_redundancy(setting: Setting, pipeline: Any) -> Redundancy | None:
     """How much what each block adds changes over one uncached generation of the first sample.
 
     It takes a model with repeated blocks, and memory for two steps' features of all of them.
     """
-    one = replace(setting, batch_size=1)
+    config = replace(
+        setting.config, anchors=1, granularity=Granularity.BLOCK, residual=None, hoist=False, runtime="eager"
+    )
+    one = replace(setting, config=config, batch_size=1)
     pipeline = copy.copy(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        blocks = compile(
-            pipeline, None, (1,), one.num_steps, "reuse", 0, "uniform", "block", "eager", hoist=False,
-            call=call_of(one, pipeline), component=one.component,
-            report=lambda stage: report(f"redundancy of the blocks: {stage}"),
-        )  # fmt: skip
+        log.info("redundancy of the blocks")
+        blocks = engines_of_pipeline(pipeline, config, [call_of(one, pipeline)])
         program = blocks.variants[0].programs["recompute"]
         results: Any = program.module.graph.output_node().args[0]
         features = [
@@ -193,10 +193,10 @@ def measure_redundancy(setting: Setting, pipeline: Any, report: Callable[[str], 
             if value.kind is Kind.FEATURE
         ]
         watch = Watch(len(features), one.num_steps, blocks.variants, blocks.signature, blocks.revision)
-        report("redundancy of the blocks: watching one generation")
-        _OnEngines(one, pipeline, blocks, watch)()
+        log.info("redundancy of the blocks: watching one generation")
+        _OnEngines(one, pipeline, blocks.uncached(), watch)()
     except (RecacheError, MemoryError, torch.OutOfMemoryError) as error:
-        report(f"redundancy of the blocks: left out: {reason_of(error)}")
+        log.info("redundancy of the blocks: left out: %s", reason_of(error))
         return None
     owners = [owner for owner, _ in features]
     names = [f"{owner} {list(shape)}" if owners.count(owner) > 1 else owner for owner, shape in features]

@@ -1,50 +1,49 @@
 """What a user asks of `evaluate`, checked before anything takes long."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from recache_compile.api import compile_options
 from recache_compile.artifact.manifest import is_artifact
 from recache_compile.artifact.store import check
-from recache_compile.compiler.build import make_schedules
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.metrics import judge_of, pictures_in, usual_metrics
 from recache_compile.evaluation.setting import Setting
-from recache_compile.ir.forecasters import Reuse
+from recache_compile.ir.forecasters import Reuse, anchors_of, check_forecaster
 from recache_compile.ir.schedule import check_budgets
 from recache_compile.pipelines.load import absolute
 from recache_compile.pipelines.prompts import captions_of
-from recache_compile.policies.base import Problem
+from recache_compile.policies.base import Problem, make_schedules
 from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.runtimes.registry import runtime_on
 from recache_compile.support.devices import usable_device
 
-USUAL: dict[str, Any] = {
-    "num_steps": 50, "forecaster": "taylor", "order": 1, "granularity": "stack", "runtime": "auto", "dtype": "float32",
-    "component": "transformer",
-}  # fmt: skip
-"""What a model is compiled with where the user does not say."""
+log = logging.getLogger(__name__)
+
 BUDGETS = (5, 10, 15)
 POLICIES = ("auto", "uniform")
 """What is evaluated of a model where the user does not say."""
 BATCH = 16
 """Samples of shapes that run together; of other models it is one, which speed is then told of."""
+OPTIONS = {"num_steps": "steps"}
+"""Names of options that differ from those of the choices."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class EvaluationRequest:
     """What the user asked for; None: the usual, or what an artifact was compiled with.
 
     Args:
         model: what `compile` takes, or an artifact's folder.
         budgets: numbers of recompute steps k.
         policies: names, as for `compile`; of an artifact's own schedules without any.
-        num_steps, forecaster, order, granularity, runtime, dtype, device, component, call: as for `compile`.
+        config: what engines are built with, and where they run; see `base_config`.
+        forecaster: fills the cached steps.
+        order: its polynomial order m.
         metrics: names.
         prompts: file with one caption a line.
         samples: to judge, rounded up to whole batches.
@@ -59,15 +58,9 @@ class Request:
     model: str
     budgets: tuple[int, ...] | None = None
     policies: tuple[str, ...] | None = None
-    num_steps: int | None = None
+    config: CompileConfig | None = None
     forecaster: str | None = None
     order: int | None = None
-    granularity: str | None = None
-    runtime: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    component: str | None = None
-    call: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] | None = None
     prompts: Path | None = None
     samples: int = 64
@@ -83,24 +76,29 @@ class Request:
         """Whether the model is an artifact's folder."""
         return is_artifact(Path(self.model))
 
-    def setting(self, notice: Callable[[str], None]) -> Setting:
+    def setting(self) -> Setting:
         """The setting that this asks for, every choice checked; masks are not known yet.
 
-        Args:
-            notice: told of metrics that cannot be had.
+        Metrics that cannot be had are told to the log.
 
         Raises:
             RecacheError: naming the choice that cannot be used.
         """
-        chosen = self._of_artifact() if self.is_artifact else self._of_model(notice)
-        model = str(chosen["model"])
-        self._check_policies(chosen["num_steps"])
-        if self.workers and torch.device(chosen["device"]).index:
+        place = self._of_artifact() if self.is_artifact else self._of_model()
+        self._check_policies(place.config.num_steps)
+        if self.workers and torch.device(place.config.device).index:
             raise ModelError(
-                f"--device {chosen['device']}: Ray gives workers their GPUs; ask for cuda, or for no --workers"
+                f"--device {place.config.device}: Ray gives workers their GPUs; ask for cuda, or for no --workers"
             )
+        metrics = self._metrics(place.model)
+        batch = self.batch_size or min(self.samples, BATCH if place.model == SHAPES and not self.is_artifact else 1)
+        prompts = captions_of(place.model, self.prompts)
+        return replace(place, prompts=prompts, batch_size=batch, seed=self.seed, metrics=metrics)
+
+    def _metrics(self, model: str) -> tuple[str, ...]:
+        """The metrics that are asked for, or the usual ones; and a reference that fits them."""
         if self.metrics is None:
-            metrics = usual_metrics(model, notice)
+            metrics = usual_metrics(model)
         else:
             metrics = tuple(dict.fromkeys(self.metrics))
             if not metrics:
@@ -113,10 +111,7 @@ class Request:
                     f"--reference {self.reference}: is for metric fid, which is not among {', '.join(metrics)}"
                 )
             pictures_in(self.reference)
-        batch = self.batch_size or min(self.samples, BATCH if model == SHAPES and not self.is_artifact else 1)
-        return Setting(
-            **chosen, prompts=captions_of(model, self.prompts), batch_size=batch, seed=self.seed, metrics=metrics
-        )
+        return metrics
 
     def _check_policies(self, num_steps: int) -> None:
         """Raise for budgets that cannot be, and for policies that have no schedule for one.
@@ -132,22 +127,18 @@ class Request:
             if policy is not None and not isinstance(policy, CALIBRATED):
                 make_schedules(policy, budgets, Problem(num_steps, Reuse()))
 
-    def _of_model(self, notice: Callable[[str], None]) -> dict[str, Any]:
+    def _of_model(self) -> Setting:
         """What a model will be compiled with."""
-        wishes = {name: getattr(self, name) for name in USUAL}
-        chosen = {name: USUAL[name] if wish is None else wish for name, wish in wishes.items()}
-        compile_options(
-            (chosen["num_steps"],), chosen["num_steps"], chosen["forecaster"], chosen["order"], "uniform",
-            chosen["granularity"], True,
-        )  # fmt: skip
-        if chosen["forecaster"] == "reuse":
-            chosen["order"] = 0
-        device = usable_device(self.device)
-        chosen["runtime"] = runtime_on(chosen["runtime"], device, notice).name
-        place = {"artifact": "", "digest": "", "device": str(device)}
-        return chosen | place | {"model": absolute(self.model), "call": dict(self.call)}
+        config = self.config or CompileConfig()
+        forecaster, order = self.forecaster or "taylor", 1 if self.order is None else self.order
+        check_forecaster(forecaster, order)
+        anchors = anchors_of(forecaster, order)
+        device = usable_device(None if self.config is None else self.config.device)
+        runtime = runtime_on(config.runtime, device, log.info).name
+        config = replace(config, anchors=anchors, runtime=runtime, device=str(device))
+        return Setting(absolute(self.model), "", "", config, forecaster, anchors - 1, (), 1)
 
-    def _of_artifact(self) -> dict[str, Any]:
+    def _of_artifact(self) -> Setting:
         """What an artifact was compiled with.
 
         Raises:
@@ -160,15 +151,31 @@ class Request:
                 f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's folder or"
                 " Hub id instead, with --policy and the artifact's steps"
             )
-        chosen = {name: getattr(facts, name) for name in USUAL}
-        for name, value in chosen.items():
-            wish = getattr(self, name)
-            if wish not in (None, value, "auto" if name == "runtime" else value):
-                option = {"num_steps": "steps"}.get(name, name)
+        wished = self.config or facts.config
+        known = {"forecaster": manifest.forecaster.name, "order": manifest.forecaster.order}
+        wishes = {"forecaster": self.forecaster, "order": self.order}
+        for name in ("num_steps", "granularity", "runtime", "dtype", "component"):
+            known[name], wishes[name] = getattr(facts.config, name), getattr(wished, name)
+        for name, value in known.items():
+            if wishes[name] not in (None, value, "auto" if name == "runtime" else value):
                 raise ModelError(
-                    f"--{option} {wish}: {self.model} was compiled with {value}; leave it out, or evaluate the model"
+                    f"--{OPTIONS.get(name, name)} {wishes[name]}: {self.model} was compiled with {value}; leave it out, or"
+                    " evaluate the model"
                 )
-        place = {"artifact": str(Path(self.model).resolve()), "digest": manifest.digest}
-        device = str(usable_device(self.device or manifest.device))
-        call = {name: value for name, value in facts.call.items() if not name.startswith("prompt")}
-        return chosen | place | {"model": facts.model, "device": device, "call": call | dict(self.call)}
+        device = str(usable_device(wished.device))
+        call = {name: value for name, value in facts.config.call.items() if not name.startswith("prompt")}
+        config = replace(facts.config, device=device, call=call | dict(wished.call))
+        place = str(Path(self.model).resolve()), manifest.digest
+        return Setting(facts.model, *place, config, manifest.forecaster.name, manifest.forecaster.order, (), 1)
+
+
+def base_config(model: str) -> CompileConfig:
+    """The choices that wishes are changes of: an artifact's, or the defaults on this machine's device.
+
+    Args:
+        model: what `compile` takes, or an artifact's folder.
+    """
+    if is_artifact(Path(model)):
+        manifest = check(Path(model))
+        return replace(manifest.description.config, device=manifest.device)
+    return CompileConfig(device=str(usable_device()))

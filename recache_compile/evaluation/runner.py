@@ -38,11 +38,11 @@ class SampleRunner:
 
     def __init__(self, folder: Path, pipeline: Any = None, compiled: Compiled | None = None) -> None:
         self._folder, self._setting = folder, read_setting(folder)
-        compiled = compiled or load(self._setting.engines(folder), self._setting.device)
+        compiled = compiled or load(self._setting.engines(folder), self._setting.config.device)
         if pipeline is None:
-            dtype, device = getattr(torch, self._setting.dtype), torch.device(self._setting.device)
-            pipeline = load_pipeline(self._setting.model, dtype, device, **{self._setting.component: None})
-        self._rollouts = Rollouts(pipeline, compiled, self._setting.call)
+            dtype, device = getattr(torch, self._setting.config.dtype), torch.device(self._setting.config.device)
+            pipeline = load_pipeline(self._setting.model, dtype, device, **{self._setting.config.component: None})
+        self._rollouts = Rollouts(pipeline, compiled.engines, self._setting.config.call, compiled.forecaster)
         self._judges = {name: judge_of(name, self._setting.model) for name in self._setting.metrics}
 
     def run(self, numbers: Iterable[int]) -> Iterator[int]:
@@ -69,7 +69,7 @@ class SampleRunner:
 
     @torch.no_grad()
     def _values(self, made: Tensor, full: Tensor, prompts: Sequence[str], names: Collection[str]) -> dict[str, Tensor]:
-        place = torch.device(self._setting.device)
+        place = torch.device(self._setting.config.device)
         pair = made.to(place), full.to(place)
         return {
             name: self._judges[name](*pair, prompts).detach().cpu().contiguous() for name in names if name != PICTURES

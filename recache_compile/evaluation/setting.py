@@ -8,11 +8,10 @@ profile.json            where the time goes
 result.json             what came out
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from recache_compile.config import CompileConfig
 from recache_compile.evaluation.metrics import METRICS
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.rollout import Batch
@@ -31,17 +30,12 @@ class Setting:
         model: name, folder or Hub id of the pipeline.
         artifact: folder of the engines; "" for those in the evaluation's own folder.
         digest: of that artifact's manifest.
-        num_steps: length T of the denoising loop.
-        forecaster, order: fill the cached steps.
-        granularity: where features are cached.
+        config: what the engines are built with, and where they run.
+        forecaster: fills the cached steps.
+        order: its polynomial order m.
         prompts: captions, taken in turn.
         batch_size: samples that are run together.
         seed: of the noise.
-        dtype: of the weights.
-        device: where models run.
-        component: the transformer.
-        runtime: of the engines.
-        call: further arguments of the pipeline.
         metrics: names; with the masks, it may change from run to run, as what is known is kept.
         masks: of the schedules.
     """
@@ -49,20 +43,19 @@ class Setting:
     model: str
     artifact: str
     digest: str
-    num_steps: int
+    config: CompileConfig
     forecaster: str
     order: int
-    granularity: str
     prompts: tuple[str, ...]
     batch_size: int
     seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
-    component: str = "transformer"
-    runtime: str = "auto"
-    call: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        """Length T of the denoising loop."""
+        return self.config.num_steps
 
     def batch(self, number: int) -> Batch:
         """The samples of a batch: prompts in turn, noise seeds that no other batch has."""

@@ -156,9 +156,17 @@ FORECASTERS = {"reuse": Reuse, "taylor": Taylor, "hicache": HiCache, "newton": N
 """By name; `fitted` is made of a calibration."""
 
 
-def uncalibrated(name: str) -> str:
-    """The forecaster itself, or `taylor` for `fitted`: its programs are the same, and it needs no calibration."""
-    return "taylor" if name == "fitted" else name
+def check_forecaster(name: str, order: int | None) -> None:
+    """Raise `ScheduleError` unless there is a forecaster of this name, and the order is none that cannot be."""
+    if name not in (*FORECASTERS, "fitted"):
+        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join((*FORECASTERS, 'fitted'))}")
+    if order is not None and order < 0:
+        raise ScheduleError(f"order {order}: expected 0 or more")
+
+
+def anchors_of(name: str, order: int) -> int:
+    """How many past recompute steps a forecaster reads at most: m + 1; `reuse` has no order and reads one."""
+    return 1 if name == "reuse" else order + 1
 
 
 def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[float]] | None = None) -> Forecaster:
@@ -172,10 +180,7 @@ def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[
     Raises:
         ScheduleError: unknown name, negative order, or nothing that `fitted` could be fitted to.
     """
-    if name not in (*FORECASTERS, "fitted"):
-        raise ScheduleError(f"forecaster {name!r} is unknown; choose one of {', '.join((*FORECASTERS, 'fitted'))}")
-    if order is not None and order < 0:
-        raise ScheduleError(f"order {order}: expected 0 or more")
+    check_forecaster(name, order)
     if name == "fitted":
         if gram is None:
             raise ScheduleError(

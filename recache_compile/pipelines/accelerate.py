@@ -35,7 +35,7 @@ def accelerate(
         DispatchError: the budget was not compiled.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
-    parts = {compiled.description.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
+    parts = {compiled.engines.config.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
     stand_ins = {}

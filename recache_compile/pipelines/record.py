@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.capture import ROLE_NAMES
-from recache_compile.compiler.build import Example
+from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves

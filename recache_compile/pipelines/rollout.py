@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.compiler.compiled import Compiled
+from recache_compile.compiler.compiled import Engines
 from recache_compile.errors import ModelError, RecacheError
-from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.forecasters import Forecaster, Reuse
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
@@ -46,20 +46,22 @@ class Rollouts:
 
     Args:
         pipeline: a `diffusers` pipeline; it is left as it is.
-        compiled: engines for its transformer, for batches of the size that is run.
+        engines: of its transformer, for batches of the size that is run.
         call: further arguments of the pipeline.
-        forecaster: instead of the compiled one; it may hold no more anchors.
+        forecaster: fills the cached steps, where schedules have any.
     """
 
     def __init__(
-        self, pipeline: Any, compiled: Compiled, call: Mapping[str, Any], forecaster: Forecaster | None = None
+        self, pipeline: Any, engines: Engines, call: Mapping[str, Any], forecaster: Forecaster | None = None
     ) -> None:
-        self.num_steps = compiled.description.num_steps
+        self.num_steps = engines.config.num_steps
         self._pipeline = copy.copy(pipeline)
         self._pipeline.set_progress_bar_config(disable=True)
-        self._replay = compiled.replay(forecaster)
-        self._stand_in = CompiledTransformer(compiled, self._pipeline, min(compiled.plans), dispatcher=self._replay)
-        setattr(self._pipeline, compiled.description.component, self._stand_in)
+        self._replay = engines.replay(forecaster or Reuse())
+        self._stand_in = CompiledTransformer(
+            engines.uncached(), self._pipeline, self.num_steps, dispatcher=self._replay
+        )
+        setattr(self._pipeline, engines.config.component, self._stand_in)
         self._call = dict(call)
         self._last: Batch | None = None
 

@@ -74,7 +74,7 @@ class CompiledTransformer(nn.Module):
         """The configuration of the transformer that was compiled."""
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self._compiled.description.config)
+        return FrozenDict(self._compiled.description.model_config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,8 +92,8 @@ class CompiledTransformer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "_compiled" and name in self._compiled.description.config:
-                return self._compiled.description.config[name]
+            if name != "_compiled" and name in self._compiled.description.model_config:
+                return self._compiled.description.model_config[name]
             raise AttributeError(
                 f"the compiled transformer has no {name!r}: it has its engines and its configuration; ask the original"
             ) from None
@@ -140,7 +140,7 @@ class CompiledTransformer(nn.Module):
         Raises:
             MismatchError: the call is of a kind that was not compiled, and there is no fallback.
         """
-        inputs = dict(zip(self._compiled.signature.parameters, args, strict=False)) | kwargs
+        inputs = dict(zip(self._compiled.engines.signature.parameters, args, strict=False)) | kwargs
         try:
             result = self._run(inputs)
         except MismatchError as error:
@@ -171,7 +171,7 @@ class CompiledTransformer(nn.Module):
 
     def _step(self, leaves: Mapping[str, Any]) -> int:
         scheduler = self._pipeline.scheduler
-        steps, compiled = len(scheduler.timesteps), self._compiled.description.num_steps
+        steps, compiled = len(scheduler.timesteps), self._compiled.num_steps
         if steps != compiled:
             raise MismatchError(
                 f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"

@@ -1,6 +1,6 @@
 """Compare policies: the schedules that each gives for the same budgets."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recache_compile.api import compile
-from recache_compile.compiler.build import make_schedules
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ScheduleError
-from recache_compile.ir.forecasters import Forecaster, get_forecaster, uncalibrated
+from recache_compile.ir.forecasters import Forecaster, check_forecaster, get_forecaster
 from recache_compile.ir.schedule import Schedule, check_budgets
-from recache_compile.policies.base import Calibration, Problem
+from recache_compile.pipelines.engines import engines_of_pipeline
+from recache_compile.policies.base import Calibration, Policy, Problem, make_schedules
 from recache_compile.policies.registry import get_policy
 from recache_compile.policies.surrogate import Surrogate
 from recache_compile.search.default_policy import calibrate_pipeline, calibration_calls
@@ -45,58 +45,59 @@ class _ProblemWithoutModel(Problem):
     """Sends those who need a model to the option that names one."""
 
     def need_calibration(self, policy: str) -> Calibration:
-        """See `Problem`."""
+        """Raise `ScheduleError` with that option."""
         raise ScheduleError(f"policy {policy}: needs a few full generations of a model; name the model with --model")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What policies are asked; all of it is checked before a model is loaded.
+    """What policies are asked.
 
     Args:
-        policies: as the user names them; see `get_policy`.
+        policies: by the name that the user gave them.
         budgets: numbers of recompute steps k.
         num_steps: length T of the denoising loop.
         forecaster, order: fill the cached steps.
-
-    Raises:
-        ScheduleError: one of them is unknown, out of range or repeated.
     """
 
-    policies: tuple[str, ...]
+    policies: Mapping[str, Policy]
     budgets: tuple[int, ...]
     num_steps: int
     forecaster: str
     order: int
 
-    def __post_init__(self) -> None:
-        check_budgets(self.budgets, self.num_steps)
-        get_forecaster(uncalibrated(self.forecaster), self.order)
-        for name in self.policies:
-            get_policy(name, self.num_steps)
-            if self.policies.count(name) > 1:
-                raise ScheduleError(f"policy {name}: is repeated; name each once")
+
+def make_question(
+    policies: Sequence[str], budgets: Sequence[int], num_steps: int, forecaster: str, order: int
+) -> Question:
+    """A question, all of it checked before a model is loaded; policies as of `get_policy`.
+
+    Raises:
+        ScheduleError: one of them is unknown, out of range or repeated.
+    """
+    check_forecaster(forecaster, order)
+    found: dict[str, Policy] = {}
+    for name in policies:
+        if name in found:
+            raise ScheduleError(f"policy {name}: is repeated; name each once")
+        found[name] = get_policy(name, num_steps)
+    return Question(found, check_budgets(budgets, num_steps), num_steps, forecaster, order)
 
 
-def calibration_of(
-    pipeline: Any, captions: Sequence[str], num_steps: int, report: Callable[[str], None] = lambda stage: None
-) -> Calibration:
-    """Statistics of a few full generations; no forecaster has a part in them.
+def calibration_of(pipeline: Any, captions: Sequence[str], num_steps: int) -> Calibration:
+    """Statistics of a few uncached generations; no forecaster has a part in them.
 
     Args:
         pipeline: a `diffusers` pipeline; it is left as it is.
         captions: prompts, taken in turn.
         num_steps: length T of the denoising loop.
-        report: told the name of each stage as it begins.
 
     Raises:
         RecacheError: the pipeline cannot be compiled or run.
     """
     calls = calibration_calls(pipeline, captions, {})
-    compiled = compile(
-        pipeline, None, (num_steps,), num_steps, "reuse", 0, "uniform", runtime="eager", call=calls[0], report=report
-    )
-    return calibrate_pipeline(pipeline, compiled, calls, report)
+    config = CompileConfig(num_steps=num_steps, anchors=1, runtime="eager")
+    return calibrate_pipeline(pipeline, engines_of_pipeline(pipeline, config, calls[:1]), calls)
 
 
 def compare_policies(question: Question, calibration: Calibration | None = None) -> Compared:
@@ -113,8 +114,7 @@ def compare_policies(question: Question, calibration: Calibration | None = None)
     forecaster = _forecaster(question, calibration)
     kind = _ProblemWithoutModel if calibration is None else Problem
     problem = kind(num_steps, forecaster, calibration)
-    policies = {name: get_policy(name, num_steps) for name in question.policies}
-    schedules = {name: make_schedules(policy, question.budgets, problem) for name, policy in policies.items()}
+    schedules = {name: make_schedules(policy, question.budgets, problem) for name, policy in question.policies.items()}
     errors = None if calibration is None else _errors(schedules, Surrogate(calibration, forecaster))
     return Compared(num_steps, forecaster.name, forecaster.order, schedules, errors)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from recache_compile.policies.base import Progress
 from recache_compile.search.train import Trained, Trainer
+from recache_compile.support.log import told
 
 SPEED_SECONDS = 3600.0
 """The time left is guessed from so much of the past: reports can be minutes apart."""
@@ -18,8 +19,10 @@ SPEED_SECONDS = 3600.0
 @contextlib.contextmanager
 def show_training(
     console: Console, trainer: Trainer, budgets: int
-) -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None], Callable[[int, int], None]]]:
-    """Three functions that show a stage, the progress of a search, and how many losses of those asked for are there.
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[int, int], None]]]:
+    """Two functions that show the progress of a search, and how many losses of those asked for are there.
+
+    Stages that the package logs are shown too.
 
     Args:
         console: where.
@@ -44,7 +47,8 @@ def show_training(
                 write(line(each))
             last[each.budget] = now
 
-        yield write, write_change, lambda done, asked: None
+        with told(write):
+            yield write_change, lambda done, asked: None
         return
     total, after_fit = trainer.reports(budgets), trainer.reports(0)
     text, losses = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[losses]}")
@@ -62,7 +66,8 @@ def show_training(
         def count(done: int, asked: int) -> None:
             bar.update(task, losses=f"{done}/{asked}")
 
-        yield lambda stage: bar.update(task, description=stage), advance, count
+        with told(lambda stage: bar.update(task, description=stage)):
+            yield advance, count
 
 
 def table_of(trained: Trained) -> Table:

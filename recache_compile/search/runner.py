@@ -1,7 +1,7 @@
 """Runs the generations of a study."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recache_compile.api import compile
 from recache_compile.artifact.store import load_own
 from recache_compile.errors import ArtifactError, ModelError
 from recache_compile.evaluation.distances import get_distance, get_reward
-from recache_compile.ir.forecasters import Forecaster, get_forecaster, uncalibrated
+from recache_compile.ir.forecasters import Forecaster, get_forecaster
 from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.rollout import Rollouts
@@ -25,10 +25,8 @@ from recache_compile.search.study import Study, Task, read_study, write_study
 from recache_compile.support.files import writing
 
 
-def compile_engines(
-    study: Study, folder: Path, pipeline: Any, report: Callable[[str], None] = lambda stage: None
-) -> None:
-    """Compile the engines of a study for its batch size, unless they are there, and begin it.
+def build_study_engines(study: Study, folder: Path, pipeline: Any) -> None:
+    """Build the engines of a study for its batch size, unless they are there, and begin it.
 
     A study that cannot be compiled leaves nothing behind.
 
@@ -36,17 +34,13 @@ def compile_engines(
         study: what is studied.
         folder: of the study.
         pipeline: with the transformer's weights.
-        report: told what begins.
     """
     if (folder / "engines").exists():
         return
-    compiled = compile(
-        pipeline, None, (max(1, min(study.order + 1, study.num_steps - 1)),), study.num_steps, uncalibrated(study.forecaster), study.order, "uniform",
-        study.granularity, study.runtime, component=study.component, report=report,
-        call=prompted(pipeline, list(study.batch(0).prompts), study.call),
-    )  # fmt: skip
+    call = prompted(pipeline, list(study.batch(0).prompts), study.config.call)
+    engines = engines_of_pipeline(pipeline, study.config, [call])
     write_study(study, folder)
-    compiled.save(folder / "engines")
+    engines.uncached().save(folder / "engines")
 
 
 class StudyRunner:
@@ -59,13 +53,13 @@ class StudyRunner:
 
     def __init__(self, folder: Path, pipeline: Any = None) -> None:
         self.study = read_study(folder)
-        self.compiled = load_own(folder / "engines")
+        self.engines = load_own(folder / "engines").engines
         self._folder = folder
         if pipeline is None:
-            dtype = getattr(torch, self.study.dtype)
-            pipeline = load_pipeline(self.study.model, dtype, **{self.study.component: None})
+            dtype = getattr(torch, self.study.config.dtype)
+            pipeline = load_pipeline(self.study.model, dtype, **{self.study.config.component: None})
         self._pipeline = pipeline
-        self._rollouts = Rollouts(pipeline, self.compiled, self.study.call)
+        self._rollouts = Rollouts(pipeline, self.engines, self.study.config.call)
         self._distance = get_distance(self.study.distance, self.study.model)
         self._reward = get_reward(self.study.reward, self.study.model)
         self._reference = functools.lru_cache(maxsize=4)(self._sample)
@@ -85,7 +79,7 @@ class StudyRunner:
 
     @functools.cached_property
     def _cached(self) -> Rollouts:
-        return Rollouts(self._pipeline, self.compiled, self.study.call, self.forecaster())
+        return Rollouts(self._pipeline, self.engines, self.study.config.call, self.forecaster())
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, tuple[float, ...], tuple[float, ...]]]:
         """Distances and rewards of the samples of each task, those with most in common one after another."""

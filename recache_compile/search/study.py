@@ -9,11 +9,10 @@
 All of it can be made again from `study.json`; whatever is there is not computed twice.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from recache_compile.config import CompileConfig
 from recache_compile.pipelines.rollout import Batch
 from recache_compile.support.records import check_folder, read_record, write_record
 
@@ -31,34 +30,33 @@ class Study:
 
     Args:
         model: name, folder or Hub id of the pipeline.
-        num_steps: length T of the denoising loop.
-        forecaster, order: fill the cached steps.
-        granularity: where features are cached.
+        config: what its engines are built with.
+        forecaster: fills the cached steps, with all the anchors that the engines hold.
         distance, reward: names of d and R.
         training_prompts, held_out_prompts: captions, taken in turn.
         batch_size: samples that are run together.
         seed: of the noise.
-        dtype: of the weights.
-        component: the transformer that is studied.
-        runtime: of the engines.
-        call: further arguments of the pipeline.
     """
 
     model: str
-    num_steps: int
+    config: CompileConfig
     forecaster: str
-    order: int
-    granularity: str
     distance: str
     reward: str
     training_prompts: tuple[str, ...]
     held_out_prompts: tuple[str, ...]
     batch_size: int
     seed: int = 0
-    dtype: str = "float32"
-    component: str = "transformer"
-    runtime: str = "auto"
-    call: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Length T of the denoising loop."""
+        return self.config.num_steps
+
+    @property
+    def order(self) -> int:
+        """The forecaster's polynomial order m."""
+        return self.config.anchors - 1
 
     def batch(self, number: int) -> Batch:
         """The samples of a batch: prompts in turn, noise seeds that no other batch has."""

@@ -1,8 +1,9 @@
 """Train a policy: `recache-compile train`."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 
 from recache_compile._version import __version__
-from recache_compile.api import compile_options
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ScheduleError
 from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.ir.forecasters import check_forecaster
 from recache_compile.ir.schedule import Schedule, check_budgets
 from recache_compile.pipelines.load import absolute, load_pipeline
 from recache_compile.pipelines.prompts import training_and_held_out
@@ -25,9 +27,11 @@ from recache_compile.runtimes.registry import runtime_on
 from recache_compile.search.charts import draw_schedules, draw_training
 from recache_compile.search.objective import Losses, Runner
 from recache_compile.search.ray_pool import RayRunner, import_ray
-from recache_compile.search.runner import StudyRunner, compile_engines
+from recache_compile.search.runner import StudyRunner, build_study_engines
 from recache_compile.search.study import Study, held_out_batches, is_begun, judging_batches
 from recache_compile.support.files import check_place, output_errors
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
@@ -85,51 +89,94 @@ class Trained:
     generations: int
 
 
-def study_of(
-    model: str,
-    num_steps: int,
-    forecaster: str,
-    order: int,
-    granularity: str,
-    distance: str,
-    reward: str,
-    prompts: Path | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    dtype: str = "float32",
-    component: str = "transformer",
-    runtime: str = "auto",
-    call: Mapping[str, Any] | None = None,
-) -> Study:
-    """A study, every choice checked before a model is loaded; "auto" is resolved.
+@dataclass(frozen=True, slots=True)
+class TrainingRequest:
+    """What a user asks of `train`.
 
     Args:
+        model: name, folder or Hub id of the pipeline.
+        budgets: numbers of recompute steps k to train for.
+        config: what engines are built with.
+        forecaster: fills the cached steps, with all the anchors of `config`.
+        method: a key of `TRAINERS`.
+        samples, held_out: to choose schedules on, and to accept and judge them on; in whole batches.
+        batch_size: samples that run together, at most.
+        distance, reward: names of d and R; distance "auto" is resolved.
+        alpha: weight of the reward.
         prompts: file with one caption a line; None for captions of our own.
-
-    Others as those of `Study`.
-
-    Raises:
-        RecacheError: naming the choice that cannot be used.
+        effort: scales how much is tried.
+        seed: of the noise and of the search.
+        workers: Ray workers; 0: in this process.
+        ray_address: of a running cluster for them.
     """
-    compile_options((num_steps,), num_steps, forecaster, order, "uniform", granularity, True)
-    training, held_out = training_and_held_out(model, prompts)
-    return Study(
-        model=absolute(model),
-        num_steps=num_steps,
-        forecaster=forecaster,
-        order=0 if forecaster == "reuse" else order,
-        granularity=granularity,
-        distance=get_distance(distance, model).name,
-        reward=get_reward(reward, model).name,
-        training_prompts=training,
-        held_out_prompts=held_out,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        component=component,
-        runtime=runtime_on(runtime, torch.device("cpu")).name,
-        call=dict(call or {}),
-    )
+
+    model: str
+    budgets: tuple[int, ...] = (5, 10, 15)
+    config: CompileConfig = field(default_factory=CompileConfig)
+    forecaster: str = "taylor"
+    method: str = "search"
+    samples: int = 48
+    held_out: int = 64
+    batch_size: int = 16
+    distance: str = "auto"
+    reward: str = "none"
+    alpha: float = 7.0
+    prompts: Path | None = None
+    effort: float = 1.0
+    seed: int = 0
+    workers: int = 0
+    ray_address: str | None = None
+
+    @property
+    def trainer(self) -> "Trainer":
+        """What trains."""
+        return TRAINERS[self.method]().scaled(self.effort)
+
+    def study(self) -> Study:
+        """The study that this asks for, every choice checked before a model is loaded.
+
+        Raises:
+            RecacheError: naming the choice that cannot be used.
+        """
+        check_forecaster(self.forecaster, self.config.anchors - 1)
+        training, held_out = training_and_held_out(self.model, self.prompts)
+        runtime = runtime_on(self.config.runtime, torch.device("cpu")).name
+        return Study(
+            model=absolute(self.model),
+            config=replace(self.config, runtime=runtime),
+            forecaster=self.forecaster,
+            distance=get_distance(self.distance, self.model).name,
+            reward=get_reward(self.reward, self.model).name,
+            training_prompts=training,
+            held_out_prompts=held_out,
+            batch_size=min(self.batch_size, self.samples, self.held_out),
+            seed=self.seed,
+        )
+
+    def spent(self, study: Study) -> Effort:
+        """How much of it."""
+        return Effort(
+            training=-(-self.samples // study.batch_size),
+            held_out=-(-self.held_out // study.batch_size),
+            alpha=0.0 if study.reward == "none" else self.alpha,
+            seed=self.seed,
+            workers=self.workers,
+            ray_address=self.ray_address,
+        )
+
+
+def train_policy(
+    request: TrainingRequest,
+    out: Path,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    count: Callable[[int, int], None] = lambda done, asked: None,
+) -> Trained:
+    """Train what a user asks for; arguments and errors as of `train`."""
+    study = request.study()
+    check_out(study, request.budgets, out)
+    if request.distance == "auto":
+        log.info("distance %s, reward %s", study.distance, study.reward)
+    return train(study, request.budgets, out, request.trainer, request.spent(study), progress, count)
 
 
 def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
@@ -161,7 +208,6 @@ def open_study(
     study: Study,
     folder: Path,
     effort: Effort,
-    report: Callable[[str], None],
     count: Callable[[int, int], None] = lambda done, asked: None,
 ) -> Iterator[tuple[Problem, Losses, StudyRunner]]:
     """Everything that looking for schedules takes: engines, samples, calibration, workers.
@@ -173,7 +219,6 @@ def open_study(
         study: what is studied.
         folder: where it is kept; whatever is there is not made again.
         effort: how much of it.
-        report: told what begins.
         count: told how many losses of those asked for are there.
 
     Raises:
@@ -187,18 +232,18 @@ def open_study(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         if not (folder / "engines").exists():
-            report(f"loading {study.model}")
-            pipeline = load_pipeline(study.model, getattr(torch, study.dtype))
-            compile_engines(study, folder, pipeline, report)
-        report("loading the engines")
+            log.info("loading %s", study.model)
+            pipeline = load_pipeline(study.model, getattr(torch, study.config.dtype))
+            build_study_engines(study, folder, pipeline)
+        log.info("loading the engines")
         study_runner = StudyRunner(folder, pipeline)
-        report("generating the uncached samples")
+        log.info("generating the uncached samples")
         study_runner.prepare((*range(effort.training), *held_out_batches(effort.held_out)))
-        report("calibrating")
+        log.info("calibrating")
         calibration = study_runner.calibration()
         runner: Runner = study_runner
         if effort.workers:
-            report("starting the workers")
+            log.info("starting the workers")
             runner = stack.enter_context(RayRunner(folder, effort.workers, effort.ray_address))
         objective = Losses(
             folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha, count
@@ -216,7 +261,6 @@ def train(
     out: Path,
     trainer: Trainer,
     effort: Effort,
-    report: Callable[[str], None] = lambda stage: None,
     progress: Callable[[Progress], None] = lambda progress: None,
     count: Callable[[int, int], None] = lambda done, asked: None,
 ) -> Trained:
@@ -231,7 +275,6 @@ def train(
         out: folder of the policy; the study is kept in `study` below it.
         trainer: how.
         effort: how much.
-        report: told what begins.
         progress: told how the search goes.
         count: told how many losses of those asked for are there.
 
@@ -240,14 +283,14 @@ def train(
     """
     check_out(study, budgets, out)
     seen: list[tuple[int, Progress]] = []
-    with open_study(study, out / "study", effort, report, count) as (problem, objective, study_runner):
+    with open_study(study, out / "study", effort, count) as (problem, objective, study_runner):
 
         def note(each: Progress) -> None:
             seen.append((objective.generations, each))
             progress(each)
 
         policy = trainer.train(replace(problem, report=note), budgets)
-        report("judging on samples that nothing was decided on")
+        log.info("judging on samples that nothing was decided on")
         judging = judging_batches(effort.held_out)
         study_runner.prepare(judging)
         rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
@@ -284,7 +327,7 @@ def _facts(
         "model": study.model,
         "forecaster": study.forecaster,
         "order": study.order,
-        "granularity": study.granularity,
+        "granularity": study.config.granularity.value,
         "method": next(name for name, kind in TRAINERS.items() if kind is type(trainer)),
         "distance": study.distance,
         "reward": study.reward if effort.alpha else "none",

@@ -11,9 +11,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from recache_compile.config import CompileConfig
+from recache_compile.ir.forecasters import anchors_of
 from recache_compile.policies.search import Search
 from recache_compile.search.progress import show_training, table_of
-from recache_compile.search.train import Effort, study_of, train
+from recache_compile.search.train import Effort, TrainingRequest, train
 
 BUDGETS = (5, 7, 9, 10, 13, 15)
 FORECASTERS = (("taylor", 1), ("hicache", 2))
@@ -30,7 +32,9 @@ def main(output: Path, workers: int) -> None:
     console = Console()
     trainer = Search()
     for name, order in FORECASTERS:
-        study = study_of("shapes", NUM_STEPS, name, order, "stack", "features", "caption")
+        config = CompileConfig(num_steps=NUM_STEPS, anchors=anchors_of(name, order))
+        request = TrainingRequest("shapes", BUDGETS, config, name, distance="features", reward="caption")
+        study = request.study()
         with show_training(console, trainer, len(BUDGETS)) as shown:
             trained = train(
                 study, BUDGETS, output / f"{name}-{order}", trainer, Effort(TRAINING, workers=workers), *shown

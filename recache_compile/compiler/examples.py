@@ -1,0 +1,89 @@
+"""Example calls: what engines are captured from."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recache_compile.errors import CaptureError, ModelError
+from recache_compile.ir.program import Kind, Program, Role
+from recache_compile.ir.signature import named_leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One call of a model, at the shapes to compile for.
+
+    Args:
+        inputs: arguments of the call.
+        timesteps: per timestep input, its value at every step (num_steps, *shape); empty
+            when unknown, and then learned at run time.
+        roles: of inputs whose behaviour, not their name, tells it.
+        others: calls of the same shapes with other values, for models that decide by values.
+    """
+
+    inputs: Mapping[str, Any]
+    timesteps: Mapping[str, Tensor] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    others: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return next(leaf.device for leaf in named_leaves(self.inputs).values() if isinstance(leaf, Tensor))
+
+
+def given_examples(
+    who: str, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]], timesteps: Mapping[str, Tensor]
+) -> list[Example]:
+    """The examples that a user states.
+
+    Args:
+        who: the model's name, for messages.
+        inputs: arguments of one call, or of several.
+        timesteps: of the first call.
+
+    Raises:
+        ModelError: there are none.
+    """
+    each = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not each:
+        raise ModelError(f"{who}: example_inputs is empty; give the arguments of at least one call")
+    return [Example(one, timesteps if number == 0 else {}) for number, one in enumerate(each)]
+
+
+def distinct(examples: Iterable[Example]) -> list[Example]:
+    """One example for each kind of call: those of the same shapes and constants are others of the first."""
+    kinds: dict[Any, Example] = {}
+    for example in examples:
+        leaves = named_leaves(example.inputs)
+        facts = {
+            name: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for name, leaf in leaves.items()
+        }
+        kind = frozenset(facts.items())
+        first = kinds.setdefault(kind, example)
+        if first is not example:
+            kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))
+    return list(kinds.values())
+
+
+def check_timesteps(example: Example, captured: Program, num_steps: int) -> dict[str, Tensor]:
+    """The timetable in the inputs' dtype and place.
+
+    Raises:
+        CaptureError: a name or a shape does not fit the captured program.
+    """
+    inputs = {value.name: value for value in captured.inputs if value.kind is Kind.TIMESTEP}
+    checked = {}
+    for name, column in example.timesteps.items():
+        if name not in inputs:
+            raise CaptureError(f"timesteps: {name!r} is no timestep input; these are: {', '.join(inputs) or 'none'}")
+        expected = (num_steps, *inputs[name].shape)
+        if tuple(column.shape) != expected:
+            raise CaptureError(
+                f"timesteps {name!r}: shape {tuple(column.shape)}, expected (num_steps, *shape) = {expected}"
+            )
+        checked[name] = column.to(example.device, inputs[name].dtype)
+    return checked

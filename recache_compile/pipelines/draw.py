@@ -1,0 +1,67 @@
+"""Draw one picture with an artifact."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from recache_compile.artifact.store import load
+from recache_compile.errors import ModelError
+from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.accelerate import accelerate
+from recache_compile.pipelines.load import load_pipeline
+from recache_compile.pipelines.record import prompted
+from recache_compile.support.files import check_file, writing
+
+log = logging.getLogger(__name__)
+
+SMALL = 128
+"""Pixels up to which a picture is enlarged."""
+
+
+def draw(
+    artifact: Path,
+    caption: str,
+    output: Path,
+    *,
+    budget: int | None = None,
+    seed: int = 0,
+    scale: int = 8,
+    offload_prologue: bool = False,
+    cuda_graphs: bool | None = None,
+) -> Schedule:
+    """Write the picture of a caption as PNG.
+
+    Args:
+        artifact: folder; it tells its pipeline.
+        caption: the prompt.
+        output: file to write.
+        budget: number of recompute steps k; None: the smallest in the artifact.
+        seed: of the noise.
+        scale: small pictures are enlarged by this factor.
+        offload_prologue, cuda_graphs: as of `load`.
+
+    Returns:
+        The schedule that was run.
+
+    Raises:
+        RecacheError: naming what cannot be done and the remedy.
+    """
+    check_file(output)
+    log.info("loading %s", artifact)
+    compiled = load(artifact, offload_prologue=offload_prologue, cuda_graphs=cuda_graphs)
+    model, config = compiled.description.model, compiled.engines.config
+    pipeline = load_pipeline(model, getattr(torch, config.dtype), compiled.engines.device, **{config.component: None})
+    accelerate(pipeline, {config.component: compiled}, budget)
+    pipeline.set_progress_bar_config(disable=True)
+    log.info("drawing")
+    arguments = {**prompted(pipeline, caption, config.call), "num_inference_steps": config.num_steps}
+    images = getattr(pipeline(**arguments, generator=torch.Generator().manual_seed(seed)), "images", None)
+    if images is None:
+        raise ModelError(f"{model}: the pipeline makes no images; use it from Python instead")
+    picture = images[0]
+    if max(picture.size) <= SMALL:
+        picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
+    with writing(output) as partial:
+        picture.save(partial, format="PNG")
+    return compiled.schedules[getattr(pipeline, config.component).budget]
