@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from recache_compile.artifact.verify import check_links, files_in
 from recache_compile.compiler.compiled import Description
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
@@ -100,6 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
         ArtifactError: there is none, it is damaged, or its format is not this version's.
     """
     file = folder / MANIFEST
+    check_links(folder, [file.name])
     try:
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -115,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         if version < FORMAT_VERSION:
             raise ArtifactError(f"{folder}: format {version}, of an older version of recache-compile; compile again")
         manifest = Manifest.model_validate_json(text)
-        if file.is_symlink() or manifest.digest != _digest(text.replace(manifest.digest, "", 1)):
+        if manifest.digest != _digest(text.replace(manifest.digest, "", 1)):
             raise ArtifactError(f"{file}: damaged (its digest differs); compile again")
         return manifest
     except ValidationError as error:
@@ -124,48 +126,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{file}: damaged at {where}: {first['msg']}; compile again") from None
 
 
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder holds an artifact's files, whole or not, and nothing else."""
+def is_artifact(folder: Path, alone: bool = False) -> bool:
+    """Whether a folder holds an artifact's files, whole or not, and nothing else.
+
+    Args:
+        folder: in question.
+        alone: not even what the Hub adds.
+    """
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = {MANIFEST, *facts["files"]} if "recache_version" in facts else set()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return files_in(folder) <= listed
-
-
-def files_in(folder: Path) -> set[str]:
-    """Names of all that is not a folder, relative to `folder`."""
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
-
-
-def check_files(folder: Path, manifest: Manifest, needed: set[str], spared: set[str]) -> None:
-    """Raise `ArtifactError` unless every file of the manifest is there and unchanged, and there is no other.
-
-    Args:
-        folder: of the artifact.
-        manifest: of the artifact.
-        needed: files that the manifest has to list.
-        spared: files that need not be whole.
-    """
-    present = files_in(folder) - {MANIFEST}
-    if unlisted := sorted(needed - set(manifest.files)):
-        raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if name in spared:
-            continue
-        if name not in present:
-            raise ArtifactError(f"{folder}: {name} is missing from the artifact; compile again")
-        if file.is_symlink():
-            raise ArtifactError(f"{file}: is a link, artifacts hold plain files; compile again")
-        if hash_of(file) != expected:
-            raise ArtifactError(f"{file}: damaged (its hash differs from the manifest's); compile again")
-    if extra := sorted(present - set(manifest.files)):
-        raise ArtifactError(f"{folder / extra[0]}: not part of the artifact; remove it or compile again")
-
-
-def hash_of(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    return files_in(folder, alone) <= listed

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from recache_compile.artifact.manifest import Manifest
-from recache_compile.artifact.store import check, restore, with_config
+from recache_compile.artifact.restore import restore, with_config
+from recache_compile.artifact.store import check
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.ir.program import Program

@@ -7,49 +7,43 @@ engines/V/NAME.pt2     their engines, for runtimes that have files; NAME.V.onnx 
 """
 
 import contextlib
-import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recache_compile._version import __version__
+from recache_compile.artifact.hub import local_folder
 from recache_compile.artifact.manifest import (
     FORMAT_VERSION,
+    MANIFEST,
     WEIGHTS,
     ForecasterFacts,
     Manifest,
     StoredPlan,
     StoredVariant,
-    check_files,
-    hash_of,
     is_artifact,
     read_manifest,
     write_manifest,
 )
-from recache_compile.compiler.compiled import Compiled, Engines
+from recache_compile.artifact.restore import program_file, restore, with_config
+from recache_compile.artifact.verify import Verify, check_files, hash_of
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
-from recache_compile.ir.forecasters import get_forecaster
-from recache_compile.ir.plan import Plan
 from recache_compile.ir.program import Program
-from recache_compile.ir.schedule import Schedule
-from recache_compile.ir.serialize import program_from_json, program_to_json, read_value, value_to_json, weights_named
+from recache_compile.ir.serialize import program_to_json, value_to_json
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes._offload import Offloaded, at_home
-from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, Variant, is_compatible, requirement_texts
+from recache_compile.runtimes._offload import Offloaded
+from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, is_compatible, requirement_texts
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.support.devices import numbered, parsed_device
 from recache_compile.support.files import check_place, output_errors
-
-MakeEngine = Callable[[int, Program, Mapping[str, Tensor], set[str]], Engine]
 
 
 def save(compiled: Compiled, folder: Path) -> None:
@@ -67,7 +61,7 @@ def check_writable(folder: Path) -> None:
                 raise ArtifactError(f"output {folder}: is a file; name a folder")
             if Path.cwd().resolve().is_relative_to(folder.resolve()):
                 raise ArtifactError(f"output {folder}: is the working folder or holds it; name another folder")
-            if any(folder.iterdir()) and not is_artifact(folder):
+            if any(folder.iterdir()) and not is_artifact(folder, alone=True):
                 raise ArtifactError(f"output {folder}: holds something that is no artifact; name another folder")
         check_place(folder)
 
@@ -105,24 +99,30 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def load(
     folder: str | Path,
+    *,
     device: str | torch.device | None = None,
     offload_prologue: bool = False,
     cuda_graphs: bool | None = None,
+    verify: Verify = "once",
+    revision: str | None = None,
 ) -> Compiled:
     """Load an artifact; nothing in it is unpickled, and every file is checked first.
 
     Args:
-        folder: what `Compiled.save` wrote.
+        folder: what `Compiled.save` wrote, or the Hub id of one ("NAME/REPOSITORY").
         device: must be of the kind that the engines are for; by default that one.
         offload_prologue: keep the weights that only the prologue reads in the host's memory;
             they are on the device while it runs, once per generation.
         cuda_graphs: replay CUDA graphs instead of calling engines; by default as compiled.
+        verify: "once" hashes a file again only where it has changed since it was last found
+            whole on this machine; "always" hashes everything.  See `artifact.verify`.
+        revision: branch, tag or commit of a Hub repository.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, is from a newer version, or
             its engines do not fit this machine.
     """
-    folder = Path(folder)
+    folder = local_folder(folder, revision)
 
     def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
         files = [folder / file for file in runtime.files(number, program.name)]
@@ -131,7 +131,7 @@ def load(
         own = {name: weights[name] for name in program.weights}
         return Offloaded(lambda present: runtime.load(program, files, present, place), own, away & set(own), place)
 
-    manifest = check(folder)
+    manifest = check(folder, verify=verify)
     with _naming_artifact(folder):
         runtime = get_runtime(manifest.description.config.runtime, building=False)
         place = numbered(torch.device(manifest.device) if device is None else parsed_device(device))
@@ -151,7 +151,7 @@ def load_own(folder: Path, device: str | None = None) -> Compiled:
         ArtifactError: as `load`, with that remedy.
     """
     try:
-        return load(folder, device)
+        return load(folder, device=device)
     except ArtifactError as error:
         reason = str(error).removesuffix("; compile again")
         raise ArtifactError(f"{reason}; remove {folder}, they are then compiled again") from error
@@ -171,19 +171,22 @@ def look(folder: str | Path) -> Compiled:
         )
 
 
-def check(folder: Path, engines: bool = True) -> Manifest:
+def check(folder: Path, engines: bool = True, verify: Verify = "once") -> Manifest:
     """The manifest of an artifact whose files are all whole, and no others are there.
 
     Args:
         folder: of the artifact.
         engines: False: their files may be damaged or missing.
+        verify: as of `load`.
     """
     manifest = read_manifest(folder)
     runtime = known_runtime(manifest.description.config.runtime)
     each = [(number, name) for number, facts in enumerate(manifest.variants) for name in facts.programs]
     built = {file for number, name in each for file in runtime.files(number, name)}
-    needed = {WEIGHTS, *(_program_file(number, name) for number, name in each), *built}
-    check_files(folder, manifest, needed, set() if engines else built)
+    needed = {WEIGHTS, *(program_file(number, name) for number, name in each), *built}
+    if unlisted := sorted(needed - set(manifest.files)):
+        raise ArtifactError(f"{folder / MANIFEST}: damaged: it does not list {unlisted[0]}; compile again")
+    check_files(folder, folder / MANIFEST, manifest.files, set() if engines else built, verify)
     return manifest
 
 
@@ -223,107 +226,13 @@ def _naming_artifact(folder: Path) -> Iterator[None]:
         raise ArtifactError(f"{folder}: cannot be loaded ({reason[0]}); compile again") from error
 
 
-def restore(
-    folder: Path, manifest: Manifest, device: torch.device, engine: MakeEngine, offloaded: str | None = None
-) -> Compiled:
-    """All that an artifact holds, from files that are known to be whole.
-
-    Args:
-        folder: of the artifact.
-        manifest: of the artifact.
-        device: where its weights go.
-        engine: makes one, of a variant's number, a program, the weights, and which of them
-            are not on the device.
-        offloaded: name of the program whose own weights stay in the host's memory.
-    """
-    texts = {
-        (number, name): (folder / _program_file(number, name)).read_text(encoding="utf-8")
-        for number, facts in enumerate(manifest.variants)
-        for name in facts.programs
-    }
-    away: set[str] = set()
-    if offloaded:
-        reads = [(name == offloaded, weights_named(text)) for (_, name), text in texts.items()]
-        others = set[str]().union(*(names for is_it, names in reads if not is_it))
-        away = set[str]().union(*(names for is_it, names in reads if is_it)) - others
-    tensors = _read_tensors(folder / WEIGHTS, device, away)
-    weights = _under("weights/", tensors)
-    variants = []
-    for number, facts in enumerate(manifest.variants):
-        programs = {
-            name: _program(text, weights, device, folder / _program_file(number, name))
-            for (at, name), text in texts.items()
-            if at == number
-        }
-        variants.append(
-            Variant(
-                inputs=tuple(read_value(entry) for entry in facts.inputs),
-                constants=facts.constants,
-                fixed=_under(f"fixed/{number}/", tensors),
-                device=device,
-                programs=programs,
-                engines={name: engine(number, program, weights, away) for name, program in programs.items()},
-                timesteps=_under(f"timesteps/{number}/", tensors),
-                macs=facts.macs,
-            )
-        )
-    plans = {
-        budget: Plan(Schedule(plan.recompute_steps, manifest.description.config.num_steps), plan.steps)
-        for budget, plan in manifest.plans.items()
-    }
-    check_plans(plans, variants)
-    stored = manifest.forecaster
-    engines = Engines(manifest.description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
-    return Compiled(engines, plans, get_forecaster(stored.name, stored.order, stored.gram or None), manifest.policy)
-
-
-def with_config(compiled: Compiled, **choices: Any) -> Compiled:
-    """The same with other choices of its configuration, which change no engine."""
-    engines = compiled.engines
-    config = replace(engines.config, **choices)
-    return replace(compiled, engines=replace(engines, description=replace(engines.description, config=config)))
-
-
-def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str, Tensor]:
-    """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
-    tensors = load_file(file)
-    stay = {f"weights/{name}" for name in away}
-    return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, which is removed."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
-    """Raise unless every plan keeps its budget and finds its programs and its history."""
-    if not variants or not plans:
-        raise ArtifactError("the manifest names no variant or no plan; compile again")
-    for budget, plan in plans.items():
-        written: set[int] = set()
-        if plan.schedule.budget != budget or len(plan.steps) != plan.schedule.num_steps:
-            raise ArtifactError(f"the plan of budget {budget} is not one; compile again")
-        for number, step in enumerate(plan.steps):
-            written |= set() if step.slot is None else {step.slot}
-            sound = (
-                (step.slot is not None) == (number in plan.schedule.recompute_steps)
-                and len(step.coefficients) == max(step.pattern)
-                and all(map(math.isfinite, step.coefficients))
-                and written >= set(range(max(step.pattern)))
-                and all(step.program in variant.programs for variant in variants)
-            )
-            if not sound:
-                raise ArtifactError(f"the plan of budget {budget} makes no sense at step {number}; compile again")
-
-
 def _write(compiled: Compiled, folder: Path) -> None:
     engines_built = compiled.engines
     runtime = known_runtime(engines_built.config.runtime)
     engines: list[list[Path]] = []
     for number, variant in enumerate(compiled.variants):
         for name, program in variant.programs.items():
-            file = folder / _program_file(number, name)
+            file = folder / program_file(number, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(program_to_json(program), encoding="utf-8")
             places = runtime.files(number, name)
@@ -380,14 +289,3 @@ def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stored[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
         seen.add(place)
     return stored
-
-
-def _program(text: str, weights: dict[str, Tensor], device: torch.device, file: Path) -> Program:
-    try:
-        return program_from_json(text, weights, device)
-    except ArtifactError as error:
-        raise ArtifactError(f"{file}: {error}") from error
-
-
-def _program_file(number: int, name: str) -> str:
-    return f"programs/{number}/{name}.json"

@@ -38,7 +38,7 @@ class SampleRunner:
 
     def __init__(self, folder: Path, pipeline: Any = None, compiled: Compiled | None = None) -> None:
         self._folder, self._setting = folder, read_setting(folder)
-        compiled = compiled or load(self._setting.engines(folder), self._setting.config.device)
+        compiled = compiled or load(self._setting.engines(folder), device=self._setting.config.device)
         if pipeline is None:
             dtype, device = getattr(torch, self._setting.config.dtype), torch.device(self._setting.config.device)
             pipeline = load_pipeline(self._setting.model, dtype, device, **{self._setting.config.component: None})

@@ -125,7 +125,7 @@ def _engines(setting: Setting, folder: Path, pipeline: Any) -> Compiled:
         every = {setting.num_steps: Schedule.every(setting.num_steps)}
         engines.with_plans(every, forecaster, "uncached").save(place)
     log.info("loading the engines")
-    return load(place, setting.config.device) if setting.artifact else load_own(place, setting.config.device)
+    return load(place, device=setting.config.device) if setting.artifact else load_own(place, setting.config.device)
 
 
 def _schedules(

@@ -1,6 +1,7 @@
 """Where output goes: checked before the work begins, replaced only by something whole."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,9 @@ def writing(file: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it can make again: `RECACHE_CACHE`, else a folder in the user's cache."""
+    own = os.environ.get("RECACHE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recache-compile"
