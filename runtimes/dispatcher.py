@@ -12,7 +12,7 @@ from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
 from recache_compile.ir.program import Kind, Value
-from recache_compile.ir.signature import Signature, named_leaves
+from recache_compile.ir.signature import Signature, call_kind, named_leaves
 from recache_compile.runtimes._cuda_graphs import Graphs
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
@@ -80,7 +80,8 @@ class Dispatcher:
         self._result = pytree.treespec_loads(signature.result)
         self._variants: dict[Any, list[Variant]] = {}
         for each in variants:
-            self._variants.setdefault(_key(_shapes(each), dict(each.constants)), []).append(each)
+            kind = call_kind(_tensor_inputs(each), dict(each.constants))
+            self._variants.setdefault(kind, []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
         self._states: dict[tuple[str, Any, int], State] = {}
@@ -169,7 +170,7 @@ class Dispatcher:
         for name, tensor in tensors.items():
             if tensor.device != self._device:
                 raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
-        key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
+        key = call_kind(tensors, constants)
         if key not in self._variants:
             raise MismatchError(self._no_variant(tensors, constants))
         number = self._matching(self._variants[key], tensors, branch, key)
@@ -230,9 +231,9 @@ class Dispatcher:
         return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}
+        given = {**constants, **{name: _describe(leaf) for name, leaf in tensors.items()}}
         compiled = [
-            dict(each.constants) | {name: _describe(*facts) for name, facts in _shapes(each).items()}
+            dict(each.constants) | {name: _describe(value) for name, value in _tensor_inputs(each).items()}
             for (each, *_) in self._variants.values()
         ]
 
@@ -247,17 +248,10 @@ class Dispatcher:
         return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
 
 
-def _shapes(variant: Variant) -> dict[str, tuple[Sequence[int | None], torch.dtype]]:
-    """Shape and type of all tensor inputs."""
-    fixed = {name: (value.shape, value.dtype) for name, value in variant.fixed.items()}
-    return fixed | {value.name: (value.shape, value.dtype) for value in variant.inputs}
+def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
+    """What has the shape and type of each tensor input."""
+    return {**variant.fixed, **{value.name: value for value in variant.inputs}}
 
 
-def _key(shapes: Mapping[str, tuple[Sequence[int | None], torch.dtype]], constants: Mapping[str, str]) -> Any:
-    """What two calls of the same kind have in common."""
-    facts = frozenset((name, tuple(shape), dtype) for name, (shape, dtype) in shapes.items())
-    return facts, frozenset(constants.items())
-
-
-def _describe(shape: Sequence[int | None], dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+def _describe(value: Tensor | Value) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -15,7 +15,7 @@ from recache_compile.capture.capture import ROLE_NAMES
 from recache_compile.compiler.build import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
-from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.signature import call_kind, named_leaves
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; a second one is called `transformer_2`."""
@@ -86,7 +86,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
         raise ModelError(f"{type(pipeline).__name__}: never called its {component}")
     groups: dict[Any, list[dict[str, Any]]] = {}
     for inputs in stand_ins[component].calls:
-        groups.setdefault(_kind(inputs), []).append(inputs)
+        groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
     return [_example(group, num_steps) for group in groups.values()]
 
 
@@ -101,7 +101,7 @@ class _StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = bind(inspect.signature(self.forward), args, kwargs)
-        kind = _kind(inputs)
+        kind = call_kind(named_leaves(inputs))
         if kind not in self.answers:
             self.answers[kind] = self._zeros(args, kwargs)
         self.calls.append(inputs)
@@ -145,14 +145,6 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
     return bound
-
-
-def _kind(inputs: Mapping[str, Any]) -> Any:
-    """What calls have in common that one set of engines serves."""
-    return tuple(
-        (name, leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
-        for name, leaf in named_leaves(inputs).items()
-    )
 
 
 def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
