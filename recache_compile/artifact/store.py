@@ -40,7 +40,7 @@ from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.serialize import program_from_json, program_to_json, read_value, value_to_json, weights_named
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes._offload import Offloaded, at_home
+from recache_compile.runtimes._offload import OffloadedEngine, on_host
 from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, Variant, is_compatible, requirement_texts
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.support.devices import numbered, parsed_device
@@ -126,7 +126,9 @@ def load(
         if not (offload_prologue and program.name == "prologue"):
             return runtime.load(program, files, weights, place)
         own = {name: weights[name] for name in program.weights}
-        return Offloaded(lambda present: runtime.load(program, files, present, place), own, away & set(own), place)
+        return OffloadedEngine(
+            lambda present: runtime.load(program, files, present, place), own, away & set(own), place
+        )
 
     manifest = check(folder)
     with _naming_artifact(folder):
@@ -279,7 +281,7 @@ def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str,
     """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
     tensors = load_file(file)
     stay = {f"weights/{name}" for name in away}
-    return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
+    return {name: on_host(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from recache_compile.ir.forecasters import Forecaster, get_forecaster
 from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
-from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_replay import ReplayDispatcher
@@ -106,7 +106,7 @@ class Compiled:
             DispatchError: the budget was not compiled.
         """
         on_gpu = self.variants[0].device.type == "cuda"
-        graphs = Graphs if self.description.cuda_graphs and on_gpu else None
+        graphs = CudaGraphs if self.description.cuda_graphs and on_gpu else None
         return Dispatcher(self._plan(budget), self.forecaster, self.variants, self.signature, self.revision, graphs)
 
     def replay(self, forecaster: Forecaster | None = None) -> ReplayDispatcher:
