@@ -1,6 +1,7 @@
 """Calibration: what a few uncached generations tell about a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +10,44 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from recache_compile.errors import ArtifactError, DispatchError
 from recache_compile.policies.base import Calibration
-from recache_compile.runtimes.dispatcher_replay import StepRecord
 from recache_compile.support.files import writing
+from recache_compile.support.tensors import relative_change
 
 MAX_COORDINATES = 1 << 18
 """Larger values are represented by this many of their coordinates, chosen at random once."""
 
 
-def calibrate(records: Mapping[tuple[str, int], StepRecord], samples: int, step_sizes: Sequence[float]) -> Calibration:
+def calibrate(
+    predictions: Sequence[Sequence[Tensor]],
+    features: Sequence[Sequence[Tensor]],
+    samples: int,
+    step_sizes: Sequence[float],
+) -> Calibration:
     """The statistics of one uncached generation.
 
     Args:
-        records: every step of every guidance branch, all recomputed; see `ReplayDispatcher.records`.
+        predictions: of every step in turn, for each guidance branch and each tensor of its result.
+        features: of every step in turn, for each guidance branch and each cache site.
         samples: number of samples in the batch.
         step_sizes: change of the noise level in each step.
 
     Raises:
         DispatchError: the generation left out steps, as image-to-image runs do.
     """
-    branches = sorted({branch for branch, _ in records})
-    num_steps = len(step_sizes)
-    if any((branch, step) not in records for branch in branches for step in range(num_steps)):
+    if any(len(values) != len(step_sizes) for values in (*predictions, *features)):
         raise DispatchError(
             "calibration: the generation did not run all steps of this transformer; calibrate with one that does, or"
             " choose a policy that looks at nothing, such as uniform, and another forecaster than fitted"
         )
-    of_branches = [[records[branch, step] for step in range(num_steps)] for branch in branches]
-    predictions = [
-        [_only_tensors(moment.result)[number] for moment in steps]
-        for steps in of_branches
-        for number in range(len(_only_tensors(steps[0].result)))
-    ]
-    features = [[moment.features[site] for moment in steps] for steps in of_branches for site in steps[0].features]
     return Calibration(
-        predictions=sum_of(_gram(steps, samples) for steps in predictions),
-        features=sum_of(_gram(steps, samples) for steps in features),
+        predictions=sum_of(_gram(values, samples) for values in predictions),
+        features=sum_of(_gram(values, samples) for values in features),
         step_sizes=np.asarray(step_sizes, dtype=np.float64),
-        changes=np.mean([_changes(steps) for steps in features], 0),
-        ratios=np.mean([_ratios(steps) for steps in features], 0),
+        changes=np.mean([_changes(values) for values in features], 0),
+        ratios=np.mean([_ratios(values) for values in features], 0),
     )
 
 
@@ -109,10 +106,6 @@ def sum_of(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(list(arrays), 0)
 
 
-def _only_tensors(result: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
 def _by_sample(value: Tensor, samples: int) -> Tensor:
     """(samples, coordinates): guidance branches that were batched are a sample's own coordinates."""
     if value.dim() and value.shape[0] % samples == 0:
@@ -120,9 +113,9 @@ def _by_sample(value: Tensor, samples: int) -> Tensor:
     return value.reshape(1, -1).expand(samples, -1)
 
 
-def _gram(steps: Sequence[Tensor], samples: int) -> np.ndarray:
+def _gram(values: Sequence[Tensor], samples: int) -> np.ndarray:
     """Gram matrices (samples, T, T) in float64 of one value over the steps."""
-    rows = [_by_sample(value, samples) for value in steps]
+    rows = [_by_sample(value, samples) for value in values]
     size = rows[0].shape[1]
     if size > MAX_COORDINATES:
         chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:MAX_COORDINATES]
@@ -131,13 +124,12 @@ def _gram(steps: Sequence[Tensor], samples: int) -> np.ndarray:
     return (stacked @ stacked.mT).cpu().numpy() * (size / stacked.shape[2])
 
 
-def _changes(steps: Sequence[Tensor]) -> np.ndarray:
-    """Relative L1 change from step to step (TeaCache, arXiv 2411.19108, equation 4)."""
-    pairs = zip(steps[1:], steps[:-1], strict=True)
-    return np.array([0.0, *(float((now - past).abs().mean() / past.abs().mean()) for now, past in pairs)])
+def _changes(values: Sequence[Tensor]) -> np.ndarray:
+    """Relative change of a feature from step to step, (T,); 0 in the first."""
+    return np.array([0.0, *(float(relative_change(now, past)) for past, now in pairwise(values))])
 
 
-def _ratios(steps: Sequence[Tensor]) -> np.ndarray:
-    """Mean ratio of the norms of a token from step to step (MagCache, arXiv 2506.09045, equation 4)."""
-    norms = [value.float().norm(dim=-1).clamp(min=1e-12) for value in steps]
-    return np.array([1.0, *(float((now / past).mean()) for now, past in zip(norms[1:], norms[:-1], strict=True))])
+def _ratios(values: Sequence[Tensor]) -> np.ndarray:
+    """Mean ratio of the norms of a token from step to step (MagCache, arXiv 2506.09045, equation 4), (T,)."""
+    norms = [value.float().norm(dim=-1).clamp(min=1e-12) for value in values]
+    return np.array([1.0, *(float((now / past).mean()) for past, now in pairwise(norms))])

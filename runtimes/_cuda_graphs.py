@@ -18,7 +18,7 @@ Capture = Callable[[Call], tuple[Callable[[], None], Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedCall:
     """A recorded engine call.
 
     Args:
@@ -32,7 +32,7 @@ class Recorded:
     outputs: Sequence[Tensor]
 
 
-class Graphs:
+class CudaGraphs:
     """The recorded engines of one guidance branch at one shape.
 
     What a graph reads and writes never moves: history lies in ring slots that are made once
@@ -46,8 +46,8 @@ class Graphs:
 
     def __init__(self, variant: Variant, capture: Capture | None = None) -> None:
         self._variant = variant
-        self._capture = CudaCapture(variant.device) if capture is None else capture
-        self._recorded: dict[str, Recorded] = {}
+        self._capture = CudaGraphRecorder(variant.device) if capture is None else capture
+        self._recorded: dict[str, RecordedCall] = {}
         self._slots: dict[tuple[int | None, int | None], Tensor] = {}
 
     def run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -76,7 +76,7 @@ class Graphs:
                 self._slots[site, slot] = torch.empty_like(feature)
             return self._slots[site, slot].copy_(feature)
 
-    def _record(self, name: str, inputs: Sequence[Tensor]) -> Recorded:
+    def _record(self, name: str, inputs: Sequence[Tensor]) -> RecordedCall:
         values = self._variant.programs[name].inputs
         places = [
             given if value.kind is Kind.HISTORY else given.clone() for value, given in zip(values, inputs, strict=True)
@@ -88,7 +88,7 @@ class Graphs:
             raise DispatchError(
                 f"{name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with cuda_graphs=False"
             ) from error
-        self._recorded[name] = Recorded(replay, places, outputs)
+        self._recorded[name] = RecordedCall(replay, places, outputs)
         return self._recorded[name]
 
 
@@ -99,7 +99,7 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-class CudaCapture:
+class CudaGraphRecorder:
     """Records in one memory pool and on one stream, whose graphs are never replayed at the same time.
 
     Args:

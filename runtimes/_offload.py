@@ -10,7 +10,7 @@ from torch import Tensor
 from recache_compile.runtimes.base import Engine
 
 
-class Offloaded(Engine):
+class OffloadedEngine(Engine):
     """An engine some of whose weights live in the host's memory.
 
     Each call brings them to the device and gives their memory back.  Calls of several
@@ -19,7 +19,7 @@ class Offloaded(Engine):
     Args:
         load: makes the engine that reads these weights.
         weights: all that it reads, by name.
-        away: names of those that are not on the device.
+        offloaded: names of those that are not on the device.
         device: of the engine.
     """
 
@@ -27,19 +27,19 @@ class Offloaded(Engine):
         self,
         load: Callable[[Mapping[str, Tensor]], Engine],
         weights: Mapping[str, Tensor],
-        away: set[str],
+        offloaded: set[str],
         device: torch.device,
     ) -> None:
         self._device = device
-        self._away = away
+        self._offloaded = offloaded
         self._running = threading.Lock()
         self.use(weights)
-        with self._visiting() as present:
+        with self._all_on_device() as present:
             self._engine = load(present)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Copy, run, give back."""
-        with self._running, self._visiting() as present:
+        with self._running, self._all_on_device() as present:
             self._engine.use(present)
             return self._engine(inputs)
 
@@ -48,18 +48,18 @@ class Offloaded(Engine):
         self._weights = weights
 
     @contextlib.contextmanager
-    def _visiting(self) -> Iterator[Mapping[str, Tensor]]:
+    def _all_on_device(self) -> Iterator[Mapping[str, Tensor]]:
         """All weights on the device, for as long as the block lasts."""
-        visiting = {name: torch.empty_like(self._weights[name], device=self._device) for name in self._away}
+        brought = {name: torch.empty_like(self._weights[name], device=self._device) for name in self._offloaded}
         try:
-            for name, weight in visiting.items():
+            for name, weight in brought.items():
                 weight.copy_(self._weights[name])  # waits, so that new weights are never half of a copy
-            yield {**self._weights, **visiting}
+            yield {**self._weights, **brought}
         finally:
-            for weight in visiting.values():
+            for weight in brought.values():
                 weight.untyped_storage().resize_(0)  # the engine may hold the tensor, but not its memory
 
 
-def at_home(weight: Tensor, device: torch.device) -> Tensor:
+def on_host(weight: Tensor, device: torch.device) -> Tensor:
     """A weight in the host's memory, from where it gets to the device fast."""
     return weight.pin_memory() if device.type == "cuda" else weight

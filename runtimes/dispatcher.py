@@ -1,6 +1,6 @@
 """The denoising loop's side of a compiled model: one engine call per step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,17 @@ from torch.utils import _pytree as pytree
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
-from recache_compile.ir.program import Kind, Value
-from recache_compile.ir.signature import Signature, named_leaves
-from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.ir.program import Kind, Role, Value
+from recache_compile.ir.signature import Signature, call_kind, named_leaves
+from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
 from recache_compile.runtimes.dispatcher_tables import Tables
+
+Site = int | None
+Place = tuple[str, Hashable, int]
+"""Guidance branch, kind of its calls, number of the variant among those of this kind."""
 
 
 @dataclass(slots=True)
@@ -24,6 +29,7 @@ class State:
     """What one guidance branch at one shape carries from step to step.
 
     Args:
+        place: which branch and calls these are.
         variant: its programs and engines.
         steps: the plan of the steps from `start` on.
         start: the step its generations begin with.
@@ -35,14 +41,15 @@ class State:
         last_step: the last step that succeeded; None before the first one.
     """
 
+    place: Place
     variant: Variant
     steps: tuple[StepPlan, ...]
     start: int
     coefficients: tuple[Tensor, ...]
     tables: Tables | None
     fixed: Mapping[str, TensorSnapshot]
-    graphs: Graphs | None
-    history: dict[tuple[int | None, int | None], Tensor] = field(default_factory=dict)
+    graphs: CudaGraphs | None
+    history: dict[tuple[Site, int | None], Tensor] = field(default_factory=dict)
     last_step: int | None = None
 
 
@@ -60,6 +67,7 @@ class Dispatcher:
         signature: how the model is called.
         revision: counts the changes of the weights.
         graphs: makes the CUDA graphs of a state; None: engines are called.
+        observers: told of each step once it has succeeded, in this order.
     """
 
     def __init__(
@@ -69,21 +77,24 @@ class Dispatcher:
         variants: Sequence[Variant],
         signature: Signature,
         revision: Revision | None = None,
-        graphs: Callable[[Variant], Graphs] | None = None,
+        graphs: Callable[[Variant], CudaGraphs] | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.plan = plan
         self._forecaster = forecaster
         self._signature = signature
         self._revision = revision or Revision()
         self._make_graphs = graphs
-        self._graphs: dict[tuple[str, Any, int], Graphs] = {}
+        self._observers = tuple(observers)
+        self._graphs: dict[Place, CudaGraphs] = {}
         self._result = pytree.treespec_loads(signature.result)
-        self._variants: dict[Any, list[Variant]] = {}
+        self._variants: dict[Hashable, list[Variant]] = {}
         for each in variants:
-            self._variants.setdefault(_key(_shapes(each), dict(each.constants)), []).append(each)
+            kind = call_kind(_tensor_inputs(each), dict(each.constants))
+            self._variants.setdefault(kind, []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
-        self._states: dict[tuple[str, Any, int], State] = {}
+        self._states: dict[Place, State] = {}
 
     def reset(self, start: int | None = 0) -> None:
         """Forget every generation in progress and its history.
@@ -130,26 +141,53 @@ class Dispatcher:
             if at == 0:
                 state.tables.restart()
             state.tables.prepare(at, tensors)
-        this = state.steps[at]
-        program = state.variant.programs[this.program]
-        arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
-        graphs = state.graphs
-        results = (
-            state.variant.engines[this.program](arguments) if graphs is None else graphs.run(this.program, arguments)
-        )
-        predictions: list[Tensor] = []
-        for value, result in zip(program.outputs, results, strict=True):
-            if value.kind is Kind.FEATURE:
-                kept = result if graphs is None else graphs.keep(value.site, this.slot, result)
-                state.history[value.site, this.slot] = kept
-            else:
-                predictions.append(result)
+        predictions, stored = self._run(state, at, tensors)
         state.last_step = step
         if state.tables is not None and at == len(state.steps) - 1:
             state.tables.finish()
         left = iter(predictions)
         leaves = [next(left) if is_tensor else None for is_tensor in self._signature.tensors]
-        return pytree.tree_unflatten(leaves, self._result)
+        result = pytree.tree_unflatten(leaves, self._result)
+        if self._observers:
+            self._tell(state, tensors, stored, result)
+        return result
+
+    def _run(self, state: State, at: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Site, Tensor]]:
+        """Run the program of a step: its predictions, and the features that were stored in the step's slot."""
+        this, graphs = state.steps[at], state.graphs
+        program = state.variant.programs[this.program]
+        arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
+        if graphs is None:
+            results = state.variant.engines[this.program](arguments)
+        else:
+            results = graphs.run(this.program, arguments)
+        predictions: list[Tensor] = []
+        stored: dict[Site, Tensor] = {}
+        for value, result in zip(program.outputs, results, strict=True):
+            if value.kind is not Kind.FEATURE:
+                predictions.append(result)
+                continue
+            stored[value.site] = result if graphs is None else graphs.keep(value.site, this.slot, result)
+            state.history[value.site, this.slot] = stored[value.site]
+        return predictions, stored
+
+    def _tell(self, state: State, tensors: Mapping[str, Tensor], stored: Mapping[Site, Tensor], result: Any) -> None:
+        """Tell the observers of the step that has succeeded last."""
+        assert state.last_step is not None
+        branch, *kind = state.place
+        record = StepRecord(
+            step=state.last_step,
+            branch=branch,
+            kind=tuple(kind),
+            first=state.last_step == state.start,
+            latents=tuple(tensors[name] for name in state.variant.names(Role.LATENTS)),
+            result=result,
+            slot=state.steps[state.last_step - state.start].slot,
+            # graphs write their slots anew, while observers may keep what was in them
+            features=stored if state.graphs is None else {site: each.clone() for site, each in stored.items()},
+        )
+        for observer in self._observers:
+            observer.after_step(record)
 
     def _argument(self, state: State, value: Value, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
         if value.kind is Kind.HISTORY:
@@ -169,22 +207,21 @@ class Dispatcher:
         for name, tensor in tensors.items():
             if tensor.device != self._device:
                 raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
-        key = _key({name: (leaf.shape, leaf.dtype) for name, leaf in tensors.items()}, constants)
+        key = call_kind(tensors, constants)
         if key not in self._variants:
             raise MismatchError(self._no_variant(tensors, constants))
         number = self._matching(self._variants[key], tensors, branch, key)
-        state = self._states.get((branch, key, number))
-        start = self._begins(branch, step)
+        place = branch, key, number
+        state, start = self._states.get(place), self._begins(branch, step)
         if state is None or (state.last_step is None and state.start != start):
-            place = branch, key, number
-            state = self._states[place] = self._new_state(self._variants[key][number], start, self._graphs_of(place))
+            state = self._states[place] = self._new_state(place, start)
         return tensors, state
 
     def _begins(self, branch: str, step: int) -> int:
         """The first step of a generation of this branch that is called in `step`."""
         return step if self._start is None else self._start
 
-    def _matching(self, variants: Sequence[Variant], tensors: Mapping[str, Tensor], branch: str, key: Any) -> int:
+    def _matching(self, variants: Sequence[Variant], tensors: Mapping[str, Tensor], branch: str, key: Hashable) -> int:
         """Number of the variant that was compiled for the values of these tensors."""
         for number, variant in enumerate(variants):
             state = self._states.get((branch, key, number))
@@ -200,7 +237,7 @@ class Dispatcher:
             " by them; compile for them too"
         )
 
-    def _graphs_of(self, place: tuple[str, Any, int]) -> Graphs | None:
+    def _graphs_of(self, place: Place) -> CudaGraphs | None:
         """The graphs of a branch and kind, which serve generations from every start; None: engines are called."""
         if self._make_graphs is None:
             return None
@@ -209,12 +246,14 @@ class Dispatcher:
             self._graphs[place] = self._make_graphs(self._variants[key][number])
         return self._graphs[place]
 
-    def _new_state(self, variant: Variant, start: int, graphs: Graphs | None) -> State:
+    def _new_state(self, place: Place, start: int) -> State:
         """A state for generations that begin with a step."""
-        plan = self._rest(start)
+        _, key, number = place
+        variant, plan = self._variants[key][number], self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
-        return State(variant, plan.steps, start, self._coefficients(plan), tables, fixed, graphs)
+        coefficients, graphs = self._coefficients(plan), self._graphs_of(place)
+        return State(place, variant, plan.steps, start, coefficients, tables, fixed, graphs)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)
@@ -230,9 +269,9 @@ class Dispatcher:
         return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = {**constants, **{name: _describe(leaf.shape, leaf.dtype) for name, leaf in tensors.items()}}
+        given = {**constants, **{name: _describe(leaf) for name, leaf in tensors.items()}}
         compiled = [
-            dict(each.constants) | {name: _describe(*facts) for name, facts in _shapes(each).items()}
+            dict(each.constants) | {name: _describe(value) for name, value in _tensor_inputs(each).items()}
             for (each, *_) in self._variants.values()
         ]
 
@@ -247,17 +286,10 @@ class Dispatcher:
         return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
 
 
-def _shapes(variant: Variant) -> dict[str, tuple[Sequence[int | None], torch.dtype]]:
-    """Shape and type of all tensor inputs."""
-    fixed = {name: (value.shape, value.dtype) for name, value in variant.fixed.items()}
-    return fixed | {value.name: (value.shape, value.dtype) for value in variant.inputs}
+def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
+    """What has the shape and type of each tensor input."""
+    return {**variant.fixed, **{value.name: value for value in variant.inputs}}
 
 
-def _key(shapes: Mapping[str, tuple[Sequence[int | None], torch.dtype]], constants: Mapping[str, str]) -> Any:
-    """What two calls of the same kind have in common."""
-    facts = frozenset((name, tuple(shape), dtype) for name, (shape, dtype) in shapes.items())
-    return facts, frozenset(constants.items())
-
-
-def _describe(shape: Sequence[int | None], dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+def _describe(value: Tensor | Value) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -1,36 +1,20 @@
 """A dispatcher for trying many schedules: what two generations have in common is computed once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from recache_compile.errors import DispatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, make_plan
-from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher, State
+from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord, StepRecorder, copy_of_result
 from recache_compile.runtimes.dispatcher_tables import Tables
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step of one guidance branch, as it was run.
-
-    Args:
-        latents: the model's latents inputs.
-        result: what the model call returned.
-        features: by cache site, where the step was recomputed.
-    """
-
-    latents: tuple[Tensor, ...]
-    result: Any
-    features: Mapping[int | None, Tensor] = field(default_factory=dict)
 
 
 class ReplayDispatcher(Dispatcher):
@@ -48,6 +32,7 @@ class ReplayDispatcher(Dispatcher):
         sites: number of cache sites.
         num_steps: length T of the denoising loop.
         variants, signature, revision: as of `Dispatcher`.
+        observers: told of the steps that engines run, not of those that are given again.
     """
 
     def __init__(
@@ -58,13 +43,23 @@ class ReplayDispatcher(Dispatcher):
         variants: Sequence[Variant],
         signature: Signature,
         revision: Revision | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._sites = sites
         every = make_plan(Schedule.every(num_steps), forecaster, sites)
-        super().__init__(every, forecaster, variants, signature, revision)
-        self.records: dict[tuple[str, int], StepRecord] = {}
+        self._recorder = StepRecorder()
+        super().__init__(every, forecaster, variants, signature, revision, observers=(self._recorder, *observers))
         self._shared = 0
-        self._weights_of_moments = self._revision.number
+        self._weights_of_records = self._revision.number
+
+    @property
+    def records(self) -> Mapping[tuple[str, int], StepRecord]:
+        """The steps of the last generation, by guidance branch and step."""
+        return self._recorder.records
+
+    def forget(self) -> None:
+        """Let go of all records, which hold every feature of the recompute steps."""
+        self._recorder.forget()
 
     def begin(self, schedule: Schedule, same: bool) -> None:
         """The next generation follows this schedule.
@@ -76,9 +71,9 @@ class ReplayDispatcher(Dispatcher):
         """
         pairs = zip(self.plan.schedule.mask, schedule.mask, strict=True)
         shared = next((step for step, (before, now) in enumerate(pairs) if before != now), schedule.num_steps)
-        self._shared = shared if same and self._weights_of_moments == self._revision.number else 0
-        self._weights_of_moments = self._revision.number
-        self.records = {place: each for place, each in self.records.items() if place[1] < self._shared}
+        self._shared = shared if same and self._weights_of_records == self._revision.number else 0
+        self._weights_of_records = self._revision.number
+        self._recorder.forget(self._shared)
         self.plan = make_plan(schedule, self._forecaster, self._sites)
         for state in self._states.values():
             state.history.clear()
@@ -88,27 +83,28 @@ class ReplayDispatcher(Dispatcher):
             if state.tables is not None:
                 state.tables.follow(rest)
 
+    @override
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:
-        """One model call, or its result from the last generation; see `Dispatcher`."""
         if step < self._shared and (branch, step) in self.records:
-            return _copy(self.records[branch, step].result)
-        tensors, state = self._state(branch, step, model_inputs)
+            return copy_of_result(self.records[branch, step].result)
+        try:
+            return super().__call__(step=step, branch=branch, **model_inputs)
+        except DispatchError:  # such as that the timesteps of this generation were others: all of it is wrong
+            self.forget()
+            raise
+
+    @override
+    def _state(self, branch: str, step: int, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], State]:
+        tensors, state = super()._state(branch, step, model_inputs)
         if state.last_step is None and (branch, step - 1) in self.records:
             self._restore(state, branch, step)
-        try:
-            result = super().__call__(step=step, branch=branch, **model_inputs)
-        except DispatchError:  # such as that the timesteps of this generation were others: all of it is wrong
-            self.records.clear()
-            raise
-        slot = state.steps[step - state.start].slot
-        features = {} if slot is None else {site: each for (site, at), each in state.history.items() if at == slot}
-        latents = tuple(tensors[name].clone() for name in state.variant.names(Role.LATENTS))
-        self.records[branch, step] = StepRecord(latents, _copy(result), features)
-        return result
+        return tensors, state
 
+    @override
     def _begins(self, branch: str, step: int) -> int:
         return min((at for name, at in self.records if name == branch), default=super()._begins(branch, step))
 
+    @override
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision, every=True)
 
@@ -118,8 +114,3 @@ class ReplayDispatcher(Dispatcher):
             for site, feature in self.records[branch, at].features.items():
                 state.history[site, state.steps[at - state.start].slot] = feature
         state.last_step = step - 1
-
-
-def _copy(result: Any) -> Any:
-    """The same result in memory of its own: callers may write to theirs."""
-    return pytree.tree_map_only(Tensor, Tensor.clone, result)

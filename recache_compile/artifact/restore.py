@@ -18,7 +18,7 @@ from recache_compile.ir.plan import Plan
 from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.serialize import program_from_json, read_value, weights_named
-from recache_compile.runtimes._offload import at_home
+from recache_compile.runtimes._offload import on_host
 from recache_compile.runtimes.base import Engine, Variant
 
 MakeEngine = Callable[[int, Program, Mapping[str, Tensor], set[str]], Engine]
@@ -89,7 +89,7 @@ def _read_tensors(file: Path, device: torch.device, away: set[str]) -> dict[str,
     """The tensors of a file, each in memory of its own on a device; the weights `away` in the host's memory."""
     tensors = load_file(file)
     stay = {f"weights/{name}" for name in away}
-    return {name: at_home(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
+    return {name: on_host(tensor, device) if name in stay else tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_to_json, value_to_json
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes._offload import Offloaded
+from recache_compile.runtimes._offload import OffloadedEngine
 from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, is_compatible, requirement_texts
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.support.devices import numbered, parsed_device
@@ -129,7 +129,9 @@ def load(
         if not (offload_prologue and program.name == "prologue"):
             return runtime.load(program, files, weights, place)
         own = {name: weights[name] for name in program.weights}
-        return Offloaded(lambda present: runtime.load(program, files, present, place), own, away & set(own), place)
+        return OffloadedEngine(
+            lambda present: runtime.load(program, files, present, place), own, away & set(own), place
+        )
 
     manifest = check(folder, verify=verify)
     with _naming_artifact(folder):

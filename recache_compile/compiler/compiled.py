@@ -1,6 +1,6 @@
 """The two types: engines, which know no budget, and engines with plans, which run one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.program import Kind
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
-from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
+from recache_compile.runtimes.dispatcher_observer import Observer
 from recache_compile.runtimes.dispatcher_replay import ReplayDispatcher
 from recache_compile.runtimes.registry import known_runtime
 
@@ -203,16 +204,26 @@ class Compiled:
         """The schedule of every budget."""
         return {budget: plan.schedule for budget, plan in self.plans.items()}
 
-    def dispatcher(self, budget: int) -> Dispatcher:
+    def dispatcher(self, budget: int, observers: Sequence[Observer] = ()) -> Dispatcher:
         """The model call under one budget, with a state of its own.
+
+        Args:
+            budget: number of recompute steps.
+            observers: told of every step.
 
         Raises:
             DispatchError: the budget was not compiled.
         """
         engines = self.engines
-        graphs = Graphs if engines.config.cuda_graphs and engines.device.type == "cuda" else None
+        graphs = CudaGraphs if engines.config.cuda_graphs and engines.device.type == "cuda" else None
         return Dispatcher(
-            self._plan(budget), self.forecaster, engines.variants, engines.signature, engines.revision, graphs
+            self._plan(budget),
+            self.forecaster,
+            engines.variants,
+            engines.signature,
+            engines.revision,
+            graphs,
+            observers=observers,
         )
 
     def cost(self, budget: int, variant: int = 0) -> Cost:

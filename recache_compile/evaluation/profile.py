@@ -20,7 +20,7 @@ from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.runtimes.dispatcher import Dispatcher
-from recache_compile.runtimes.dispatcher_observer import Watch
+from recache_compile.runtimes.dispatcher_observer import FeatureChanges
 from recache_compile.support.machine import machine, versions
 
 log = logging.getLogger(__name__)
@@ -149,25 +149,25 @@ class _OnEngines:
 
     def __init__(self, setting: Setting, pipeline: Any, compiled: Compiled, dispatcher: Dispatcher) -> None:
         self._setting, self._pipeline = setting, copy.copy(pipeline)
-        self._stand_ins = []
-        self._watch: Any = _Stopwatch(dispatcher, {})
+        self._transformers = []
+        self._stopwatch: Any = _Stopwatch(dispatcher, {})
         each: Any
-        for each in (dispatcher, self._watch):
-            stand_in = CompiledTransformer(compiled, self._pipeline, min(compiled.plans), dispatcher=each)
-            self._stand_ins.append(stand_in)
+        for each in (dispatcher, self._stopwatch):
+            transformer = CompiledTransformer(compiled, self._pipeline, min(compiled.plans), dispatcher=each)
+            self._transformers.append(transformer)
 
     def __call__(self) -> None:
-        self._run(self._stand_ins[0])
+        self._run(self._transformers[0])
 
     def steps(self) -> dict[int, float]:
         """Seconds of each step, in a call in which each is waited for."""
-        self._watch.spent.clear()
-        self._run(self._stand_ins[1])
-        return dict(self._watch.spent)
+        self._stopwatch.spent.clear()
+        self._run(self._transformers[1])
+        return dict(self._stopwatch.spent)
 
-    def _run(self, stand_in: CompiledTransformer) -> None:
-        setattr(self._pipeline, self._setting.config.component, stand_in)
-        with stand_in.generation(self._pipeline):
+    def _run(self, transformer: CompiledTransformer) -> None:
+        setattr(self._pipeline, self._setting.config.component, transformer)
+        with transformer.generation(self._pipeline):
             _draw(self._setting, self._pipeline)
 
 
@@ -192,15 +192,16 @@ def measure_redundancy(setting: Setting, pipeline: Any) -> Redundancy | None:
             for node, value in zip(results, program.outputs, strict=True)
             if value.kind is Kind.FEATURE
         ]
-        watch = Watch(len(features), one.num_steps, blocks.variants, blocks.signature, blocks.revision)
+        changes = FeatureChanges(one.num_steps)
         log.info("redundancy of the blocks: watching one generation")
-        _OnEngines(one, pipeline, blocks.uncached(), watch)()
+        every = blocks.uncached()
+        _OnEngines(one, pipeline, every, every.dispatcher(one.num_steps, [changes]))()
     except (RecacheError, MemoryError, torch.OutOfMemoryError) as error:
         log.info("redundancy of the blocks: left out: %s", reason_of(error))
         return None
     owners = [owner for owner, _ in features]
     names = [f"{owner} {list(shape)}" if owners.count(owner) > 1 else owner for owner, shape in features]
-    return Redundancy(tuple(names), tuple(map(tuple, watch.changes())))
+    return Redundancy(tuple(names), tuple(map(tuple, changes.changes())))
 
 
 def _block_of(feature: fx.Node) -> str:

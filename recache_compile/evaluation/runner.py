@@ -58,7 +58,7 @@ class SampleRunner:
     def _judged(self, number: int, missing: Mapping[str, Collection[str]]) -> dict[str, dict[str, Tensor]]:
         """The values that are not known yet."""
         batch = self._setting.batch(number)
-        full = self._rollouts.full(batch)
+        full = self._rollouts.uncached(batch)
         found = {}
         for mask, names in sorted(missing.items()):
             made = full if mask == self._setting.full else self._rollouts.generate(Schedule.from_mask(mask), batch)

@@ -1,7 +1,7 @@
 """How a model is called, whatever the shapes, and how its arguments are named."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -46,6 +46,20 @@ class Signature:
         filled = {name: default for name, default in self.defaults if name not in top} | given
         filled.pop("return_dict", None)
         return filled
+
+
+def call_kind(leaves: Mapping[str, Any], constants: Mapping[str, str] | None = None) -> Hashable:
+    """What all calls of one kind have in common: shape and type of every tensor, and the constants as text.
+
+    Args:
+        leaves: of the arguments, by dotted name: tensors, or `Value`s that describe them.
+        constants: the other arguments, where defaults are filled in or the leaves are values
+            only, see `Signature.constants`; None: the leaves that are no tensors.
+    """
+    if constants is None:
+        constants = {name: repr(leaf) for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+    tensors = frozenset((name, tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items() if name not in constants)
+    return tensors, frozenset(constants.items())
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:

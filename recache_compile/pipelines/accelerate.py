@@ -38,7 +38,7 @@ def accelerate(
     parts = {compiled.engines.config.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
-    stand_ins = {}
+    transformers = {}
     for name, each in parts.items():
         if not hasattr(pipeline, name):
             raise ModelError(f"{type(pipeline).__name__}: has no component {name} whose place could be taken")
@@ -51,9 +51,9 @@ def accelerate(
                 f" the original back (pipeline.{name} = ...) or accelerate with the fallback at once"
             )
         chosen = min(each.plans) if budget is None else budget
-        stand_ins[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
-    for name, stand_in in stand_ins.items():
-        setattr(pipeline, name, stand_in)
+        transformers[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
+    for name, transformer in transformers.items():
+        setattr(pipeline, name, transformer)
     _accept_budget(pipeline)
     return pipeline
 
@@ -64,11 +64,11 @@ def _accept_budget(pipeline: Any) -> None:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
-        stand_ins = [each for each in self.components.values() if isinstance(each, CompiledTransformer)]
-        if budget is not None and not stand_ins:
+        transformers = [each for each in self.components.values() if isinstance(each, CompiledTransformer)]
+        if budget is not None and not transformers:
             raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
         with contextlib.ExitStack() as stack:
-            for each in stand_ins:
+            for each in transformers:
                 stack.enter_context(each.generation(self, budget))
             return base.__call__(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Watch how a `diffusers` pipeline calls its transformer, without running the transformer."""
+"""Record how a `diffusers` pipeline calls its transformer, without running the transformer."""
 
 import contextlib
 import inspect
@@ -15,7 +15,7 @@ from recache_compile.capture.capture import ROLE_NAMES
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
-from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.signature import call_kind, named_leaves
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; a second one is called `transformer_2`."""
@@ -47,16 +47,16 @@ def denoiser_of(pipeline: Any, component: str) -> nn.Module:
 
 
 def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], component: str = DENOISER) -> list[Example]:
-    """Run a pipeline with stand-ins for its transformers and keep what one of them was called with.
+    """Run a pipeline with recorders in place of its transformers and keep what one of them was called with.
 
     A transformer itself runs once for each kind of call, to learn the shape of its result;
-    afterwards its stand-in answers with zeros.
+    afterwards its recorder answers with zeros.
 
     Args:
         pipeline: a `diffusers` pipeline.
         num_steps: length T of the denoising loop.
         call: arguments of the pipeline.
-        component: the transformer that is watched.
+        component: the transformer whose calls are kept.
 
     Returns:
         One example for each distinct kind of call.  It knows the timesteps of all steps, if
@@ -72,8 +72,8 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
         arguments |= _accepted(pipeline, {"prompt": ""})
     try:
         with contextlib.ExitStack() as stack:
-            stand_ins = {
-                name: stack.enter_context(_standing_in(module)) for name, module in denoisers_of(pipeline).items()
+            recorders = {
+                name: stack.enter_context(_recording(module)) for name, module in denoisers_of(pipeline).items()
             }
             stack.enter_context(_silent_progress(pipeline))
             stack.enter_context(torch.random.fork_rng())
@@ -82,17 +82,24 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
         raise ModelError(
             f"{type(pipeline).__name__}: recording a call with {sorted(arguments)} failed: {error}"
         ) from error
-    if not stand_ins[component].calls:
+    if not recorders[component].calls:
         raise ModelError(f"{type(pipeline).__name__}: never called its {component}")
     groups: dict[Any, list[dict[str, Any]]] = {}
-    for inputs in stand_ins[component].calls:
-        groups.setdefault(_kind(inputs), []).append(inputs)
+    for inputs in recorders[component].calls:
+        groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
     return [_example(group, num_steps) for group in groups.values()]
 
 
 @dataclass(slots=True)
-class _StandIn:
-    """Takes the place of a module's `forward`."""
+class CallRecorder:
+    """Takes the place of a module's `forward`: keeps the arguments of each call and answers with zeros.
+
+    Args:
+        forward: of the module; runs once for each kind of call.
+        device: of the module; on the meta device it runs there, whatever the arguments are on.
+        calls: arguments of the calls so far, by name.
+        answers: by kind of call.
+    """
 
     forward: Any
     device: torch.device
@@ -100,8 +107,9 @@ class _StandIn:
     answers: dict[Any, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep a call; zeros of its result's shape."""
         inputs = bind(inspect.signature(self.forward), args, kwargs)
-        kind = _kind(inputs)
+        kind = call_kind(named_leaves(inputs))
         if kind not in self.answers:
             self.answers[kind] = self._zeros(args, kwargs)
         self.calls.append(inputs)
@@ -117,12 +125,12 @@ class _StandIn:
 
 
 @contextlib.contextmanager
-def _standing_in(module: nn.Module) -> Iterator[_StandIn]:
-    stand_in = _StandIn(module.forward, next(module.parameters()).device)
+def _recording(module: nn.Module) -> Iterator[CallRecorder]:
+    recorder = CallRecorder(module.forward, next(module.parameters()).device)
     own = vars(module).get("forward")  # offloading puts one there
-    module.forward = stand_in  # type: ignore[method-assign, assignment]
+    module.forward = recorder  # type: ignore[method-assign, assignment]
     try:
-        yield stand_in
+        yield recorder
     finally:
         del module.forward
         if own is not None:
@@ -145,14 +153,6 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[st
         if parameter.kind is parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
     return bound
-
-
-def _kind(inputs: Mapping[str, Any]) -> Any:
-    """What calls have in common that one set of engines serves."""
-    return tuple(
-        (name, leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (name, repr(leaf))
-        for name, leaf in named_leaves(inputs).items()
-    )
 
 
 def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:

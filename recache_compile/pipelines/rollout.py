@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from recache_compile.compiler.compiled import Engines
 from recache_compile.errors import ModelError, RecacheError
@@ -16,6 +17,7 @@ from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.policies.base import Calibration
 from recache_compile.policies.calibration import calibrate, step_sizes
+from recache_compile.runtimes.dispatcher_observer import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,10 @@ class Rollouts:
         self._pipeline = copy.copy(pipeline)
         self._pipeline.set_progress_bar_config(disable=True)
         self._replay = engines.replay(forecaster or Reuse())
-        self._stand_in = CompiledTransformer(
+        self._transformer = CompiledTransformer(
             engines.uncached(), self._pipeline, self.num_steps, dispatcher=self._replay
         )
-        setattr(self._pipeline, engines.config.component, self._stand_in)
+        setattr(self._pipeline, engines.config.component, self._transformer)
         self._call = dict(call)
         self._last: Batch | None = None
 
@@ -91,7 +93,7 @@ class Rollouts:
             "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
         }
         try:
-            with self._stand_in.generation(self._pipeline):
+            with self._transformer.generation(self._pipeline):
                 return self._pipeline(**arguments)
         except RecacheError:
             raise
@@ -100,7 +102,7 @@ class Rollouts:
                 f"{type(self._pipeline).__name__}: a generation with {sorted(arguments)} failed: {error}"
             ) from error
 
-    def full(self, batch: Batch) -> Tensor:
+    def uncached(self, batch: Batch) -> Tensor:
         """What the batch becomes when every step is recomputed (samples, *shape)."""
         return self.generate(Schedule.every(self.num_steps), batch)
 
@@ -110,7 +112,7 @@ class Rollouts:
 
     def forget(self) -> None:
         """Let go of what the last generation left, which is every feature of its recompute steps."""
-        self._replay.records.clear()
+        self._replay.forget()
         self._last = None
 
     @torch.no_grad()
@@ -121,7 +123,35 @@ class Rollouts:
             DispatchError: the generation leaves out steps.
         """
         self._run(Schedule.every(self.num_steps), batch, "latent")
-        return calibrate(self._replay.records, len(batch.seeds), self._step_sizes())
+        predictions, features = values_of_steps(self._replay.records)
+        return calibrate(predictions, features, len(batch.seeds), self._step_sizes())
 
     def _step_sizes(self) -> Sequence[float]:
         return tuple(step_sizes(self._pipeline.scheduler))
+
+
+def values_of_steps(
+    records: Mapping[tuple[str, int], StepRecord],
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """What one generation computed, each value over the steps that were run.
+
+    Args:
+        records: every step of every guidance branch, all recomputed; see `ReplayDispatcher.records`.
+
+    Returns:
+        The predictions of each branch and each tensor of its result; the features of each
+        branch and each cache site.
+    """
+    branches: dict[str, list[StepRecord]] = {}
+    for (branch, _), record in sorted(records.items(), key=lambda item: item[0]):
+        branches.setdefault(branch, []).append(record)
+    predictions: list[list[Tensor]] = []
+    features: list[list[Tensor]] = []
+    for steps in branches.values():
+        predictions += map(list, zip(*(_only_tensors(step.result) for step in steps), strict=True))
+        features += [[step.features[site] for step in steps] for site in steps[0].features]
+    return predictions, features
+
+
+def _only_tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

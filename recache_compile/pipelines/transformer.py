@@ -6,21 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.errors import MismatchError
 from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves
 from recache_compile.pipelines.branches import Branches
+from recache_compile.pipelines.step_tracker import StepTracker
 from recache_compile.runtimes.dispatcher import Dispatcher
 
 
 class CompiledTransformer(nn.Module):
     """Takes a transformer's place in a pipeline: same call, same configuration, compiled engines.
 
-    The step is what the pipeline tells through `cache_context`, else what its scheduler
-    says, else the place of the timestep in the scheduler's table; calls are never counted.
+    The step is what the pipeline tells through `cache_context`, else what its scheduler knows;
+    see `StepTracker`.
     The guidance branch is what the pipeline tells, else it is known by its conditioning.
     The first step of a generation is recomputed, wherever in the schedule it is.
 
@@ -46,8 +47,7 @@ class CompiledTransformer(nn.Module):
         self._dispatchers: dict[int, Dispatcher] = {} if dispatcher is None else {budget: dispatcher}
         self._branch: str | None = None
         self._branches = Branches()
-        self._told: int | None = None
-        self._last: int | None = None
+        self._steps = StepTracker(compiled.num_steps, compiled.variants[0].names(Role.TIMESTEP))
         self._warned = False  # in this generation
         self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
@@ -117,7 +117,8 @@ class CompiledTransformer(nn.Module):
         """
         before = self._pipeline, self._budget
         self.budget = before[1] if budget is None else budget
-        self._pipeline, self._last, self._warned = pipeline, None, False
+        self._pipeline, self._warned = pipeline, False
+        self._steps.restart()
         try:
             yield
         finally:
@@ -127,12 +128,12 @@ class CompiledTransformer(nn.Module):
     @contextlib.contextmanager
     def cache_context(self, name: str, step_index: int | None = None, **facts: Any) -> Iterator[None]:
         """Name the guidance branch (and, in newer pipelines, the step) of the calls inside."""
-        before = self._branch, self._told
-        self._branch, self._told = name, step_index
+        before, self._branch = self._branch, name
         try:
-            yield
+            with self._steps.telling(step_index):
+                yield
         finally:
-            self._branch, self._told = before
+            self._branch = before
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """One model call; arguments as the original's.
@@ -158,61 +159,12 @@ class CompiledTransformer(nn.Module):
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         dispatcher, leaves = self._dispatchers[self._budget], named_leaves(inputs)
-        step = self._step(leaves)
-        if self._last is None or step < self._last:
+        step, begins = self._steps.advance(self._pipeline.scheduler, leaves)
+        if begins:
             dispatcher.reset(start=None)
             self._branches = Branches()
-        self._last = step
         branch = self._branch
         if branch is None:
             this = self._compiled.variants[0]
             branch = self._branches.find(step, leaves, {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)})
         return dispatcher(step=step, branch=branch, **inputs)
-
-    def _step(self, leaves: Mapping[str, Any]) -> int:
-        scheduler = self._pipeline.scheduler
-        steps, compiled = len(scheduler.timesteps), self._compiled.num_steps
-        if steps != compiled:
-            raise MismatchError(
-                f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
-            )
-        if self._told is not None:
-            return self._told
-        if not hasattr(scheduler, "step_index"):
-            return self._step_of_timestep(leaves)
-        if scheduler.step_index is not None:
-            return int(scheduler.step_index)
-        begin = getattr(scheduler, "begin_index", None)
-        return min(self._places(leaves), default=0) if begin is None else int(begin)
-
-    def _step_of_timestep(self, leaves: Mapping[str, Any]) -> int:
-        """Look the timestep up, for schedulers that do not tell their step."""
-        found = self._places(leaves)
-        if len(found) != 1:
-            raise DispatchError(
-                f"{type(self._pipeline.scheduler).__name__} does not tell its step, and the timestep is"
-                f" {'at several places' if found else 'not'} in its table; use another scheduler"
-            )
-        return found.pop()
-
-    def _places(self, leaves: Mapping[str, Any]) -> set[int]:
-        """Where in the scheduler's table the timestep is."""
-        table = self._pipeline.scheduler.timesteps
-        given = [leaves.get(name) for name in self._compiled.variants[0].names(Role.TIMESTEP)]
-        return {
-            int(at)
-            for tensor in given
-            if isinstance(tensor, Tensor)
-            for at in (table == tensor.flatten()[0].to(table.device)).nonzero()
-        }
-
-
-def _remedy(scheduler: Any, compiled: int) -> str:
-    """What to do where the number of steps is not the compiled one."""
-    steps, asked = len(scheduler.timesteps), getattr(scheduler, "num_inference_steps", None)
-    if asked in (None, steps):
-        return f"pass num_inference_steps={compiled}, or compile with num_steps={steps}"
-    return (
-        f"{type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
-        f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
-    )

@@ -108,7 +108,7 @@ class StudyRunner:
         """Noise and uncached results of a batch."""
         file = self._folder / "samples" / f"{number}.safetensors"
         if not file.exists():
-            full = self._rollouts.full(self.study.batch(number))
+            full = self._rollouts.uncached(self.study.batch(number))
             with writing(file) as partial:
                 save_file({"noise": self._rollouts.noise().cpu().contiguous(), "full": full.contiguous()}, partial)
             self._rollouts.forget()

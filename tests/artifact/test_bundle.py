@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import recache_compile as rc
 from recache_compile.cli.app import main
 from recache_compile.errors import ArtifactError
-from recache_compile.runtimes._offload import Offloaded
+from recache_compile.runtimes._offload import OffloadedEngine
 from recache_compile.runtimes.registry import RUNTIMES as REGISTRY
 from tests.artifact.test_store import TOLERANCE, edit_manifest, generation
 from tests.compiler.test_build import relative_error
@@ -146,7 +146,7 @@ def test_weights_of_the_prologue_are_on_the_device_only_while_it_runs(
     programs = compiled.variants[0].programs
     steps = {name for key, program in programs.items() if key != "prologue" for name in program.weights}
     own = set(programs["prologue"].weights) - steps
-    assert isinstance(compiled.variants[0].engines["prologue"], Offloaded)
+    assert isinstance(compiled.variants[0].engines["prologue"], OffloadedEngine)
     assert len(visitors) == len(own) > 10
     assert all(visitor.untyped_storage().nbytes() == 0 for visitor in visitors)
     assert max(map(relative_error, generation(compiled), generation(rc.load(folder)))) <= TOLERANCE

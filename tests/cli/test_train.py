@@ -178,7 +178,7 @@ def test_a_stopped_training_goes_on_and_ends_the_same(
 def test_a_training_stopped_while_the_samples_are_made_goes_on(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, proper, left = without_results(trained, tmp_path / "policy"), Rollouts.full, [0, 1]
+    out, proper, left = without_results(trained, tmp_path / "policy"), Rollouts.uncached, [0, 1]
 
     def stopping(self: Rollouts, batch: Any) -> Any:
         if not left:
@@ -186,7 +186,7 @@ def test_a_training_stopped_while_the_samples_are_made_goes_on(
         left.pop()
         return proper(self, batch)
 
-    monkeypatch.setattr(Rollouts, "full", stopping)
+    monkeypatch.setattr(Rollouts, "uncached", stopping)
     check_refused(train(out), "stopped")
     assert len(list((out / "study" / "samples").iterdir())) == 2
     for name in ("0.safetensors", "1.safetensors"):

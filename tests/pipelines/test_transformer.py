@@ -1,4 +1,4 @@
-"""Standing in for the transformer of the embedded pipeline."""
+"""The compiled transformer in the embedded pipeline."""
 
 import copy
 import dataclasses

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,25 +29,32 @@ from recache_compile.policies.calibration import (
     save_calibration,
     step_sizes,
 )
-from recache_compile.runtimes.dispatcher_replay import StepRecord
 
 STEPS, SAMPLES, TOKENS, WIDTH = 5, 2, 3, 4
 SIZES = [-0.3, -0.25, -0.2, -0.15, -0.1]
-Moments = dict[tuple[str, int], StepRecord]
 
 
-def generation(branches: tuple[str, ...] = ("",), sites: tuple[int, ...] = (0,), copies: int = 1) -> Moments:
-    """Moments of a random generation; `copies` guidance branches are batched."""
+@dataclass(frozen=True)
+class Generation:
+    """Values of a generation over the steps, by guidance branch, and by branch and cache site."""
+
+    results: dict[str, list[Tensor]]
+    features: dict[tuple[str, int], list[Tensor]]
+
+    def calibrate(self, samples: int = SAMPLES) -> Calibration:
+        return calibrate(list(self.results.values()), list(self.features.values()), samples, SIZES)
+
+
+def generation(branches: tuple[str, ...] = ("",), sites: tuple[int, ...] = (0,), copies: int = 1) -> Generation:
+    """A random generation; `copies` guidance branches are batched."""
     generator = torch.Generator().manual_seed(len(branches) + len(sites))
 
-    def values() -> Tensor:
-        return torch.randn(copies * SAMPLES, TOKENS, WIDTH, generator=generator) + 1
+    def values() -> list[Tensor]:
+        return [torch.randn(copies * SAMPLES, TOKENS, WIDTH, generator=generator) + 1 for _ in range(STEPS)]
 
-    return {
-        (branch, step): StepRecord((values(),), (values(),), {site: values() for site in sites})
-        for branch in branches
-        for step in range(STEPS)
-    }
+    return Generation(
+        {branch: values() for branch in branches}, {(branch, site): values() for branch in branches for site in sites}
+    )
 
 
 def inner_products(rows: list[list[Tensor]]) -> np.ndarray:
@@ -61,51 +68,40 @@ def inner_products(rows: list[list[Tensor]]) -> np.ndarray:
 
 
 def test_grams_are_inner_products_of_each_samples_values() -> None:
-    records = generation()
-    found = calibrate(records, SAMPLES, SIZES)
-    steps = [records["", step] for step in range(STEPS)]
-    assert found.predictions == pytest.approx(inner_products([list(each.result[0]) for each in steps]))
-    assert found.features == pytest.approx(inner_products([list(each.features[0]) for each in steps]))
+    made = generation()
+    found = made.calibrate()
+    assert found.predictions == pytest.approx(inner_products([list(each) for each in made.results[""]]))
+    assert found.features == pytest.approx(inner_products([list(each) for each in made.features["", 0]]))
     assert found.num_steps == STEPS
     assert found.step_sizes.tolist() == SIZES
     assert {getattr(found, each.name).dtype for each in fields(found)} == {np.dtype("float64")}
 
 
 def test_branches_and_sites_add_up() -> None:
-    records = generation(("cond", "uncond"), (0, 1))
-    found = calibrate(records, SAMPLES, SIZES)
+    made = generation(("cond", "uncond"), (0, 1))
+    found = made.calibrate()
     predictions, features = np.zeros((2, SAMPLES, STEPS, STEPS))
     for branch in ("cond", "uncond"):
-        steps = [records[branch, step] for step in range(STEPS)]
-        predictions += inner_products([list(each.result[0]) for each in steps])
+        predictions += inner_products([list(each) for each in made.results[branch]])
         for site in (0, 1):
-            features += inner_products([list(each.features[site]) for each in steps])
+            features += inner_products([list(each) for each in made.features[branch, site]])
     assert found.predictions == pytest.approx(predictions)
     assert found.features == pytest.approx(features)
 
 
 def test_branches_in_one_batch_are_a_samples_own_coordinates() -> None:
-    records = generation(copies=2)
-    found = calibrate(records, SAMPLES, SIZES)
-    values = [records["", step].result[0] for step in range(STEPS)]
+    made = generation(copies=2)
+    found = made.calibrate()
     of_samples = [
-        [torch.cat([value[sample], value[SAMPLES + sample]]) for sample in range(SAMPLES)] for value in values
+        [torch.cat([value[sample], value[SAMPLES + sample]]) for sample in range(SAMPLES)] for value in made.results[""]
     ]
     assert found.predictions == pytest.approx(inner_products(of_samples))
 
 
-@pytest.mark.parametrize("wrap", [lambda value: {"sample": value}, lambda value: [value, None], lambda value: value])
-def test_results_may_have_any_form(wrap: Any) -> None:
-    records = generation()
-    wrapped = {at: StepRecord(each.latents, wrap(each.result[0]), each.features) for at, each in records.items()}
-    expected = calibrate(records, SAMPLES, SIZES).predictions
-    assert np.array_equal(calibrate(wrapped, SAMPLES, SIZES).predictions, expected)
-
-
 def test_changes_and_ratios_of_the_features() -> None:
-    records = generation()
-    found = calibrate(records, SAMPLES, SIZES)
-    values = [records["", step].features[0].double().numpy() for step in range(STEPS)]
+    made = generation()
+    found = made.calibrate()
+    values = [each.double().numpy() for each in made.features["", 0]]
     changes, ratios = [0.0], [1.0]
     for past, now in pairwise(values):
         changes.append(np.abs(now - past).sum() / np.abs(past).sum())
@@ -120,10 +116,10 @@ def test_changes_and_ratios_of_the_features() -> None:
 
 
 def test_features_that_are_scaled_have_that_ratio_and_change() -> None:
-    records = generation()
-    base = records["", 0].features[0]
-    scaled = {at: StepRecord(each.latents, each.result, {0: base * 0.9 ** at[1]}) for at, each in records.items()}
-    found = calibrate(scaled, SAMPLES, SIZES)
+    made = generation()
+    base = made.features["", 0][0]
+    scaled = Generation(made.results, {("", 0): [base * 0.9**step for step in range(STEPS)]})
+    found = scaled.calibrate()
     assert found.ratios == pytest.approx([1, *[0.9] * 4], rel=1e-5)
     assert found.changes == pytest.approx([0, *[0.1] * 4], rel=1e-4)
 
@@ -132,33 +128,34 @@ def test_features_that_are_scaled_have_that_ratio_and_change() -> None:
 def test_large_values_are_represented_by_some_coordinates(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "MAX_COORDINATES", 2_000)
     torch.manual_seed(0)
-    walk = torch.randn(STEPS, SAMPLES, 10_000).cumsum(0).to(dtype)
-    records = {("", step): StepRecord((), value, {0: value}) for step, value in enumerate(walk)}
-    found = calibrate(records, SAMPLES, SIZES)
+    walk = list(torch.randn(STEPS, SAMPLES, 10_000).cumsum(0).to(dtype))
+    found = calibrate([walk], [walk], SAMPLES, SIZES)
     exact = inner_products([list(value) for value in walk])
     assert found.predictions == pytest.approx(exact, rel=0.15, abs=1500)
     assert np.linalg.eigvalsh(found.predictions).min() > 0
-    again = calibrate(records, SAMPLES, SIZES)
+    again = calibrate([walk], [walk], SAMPLES, SIZES)
     assert np.array_equal(found.features, again.features)
 
 
 def test_a_sample_of_coordinates_is_not_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "MAX_COORDINATES", 7)
-    value = torch.full((1, 70), 1.0078125, dtype=torch.bfloat16)
-    records = {("", step): StepRecord((), value, {0: value}) for step in range(STEPS)}
+    values = [torch.full((1, 70), 1.0078125, dtype=torch.bfloat16)] * STEPS
     exact = 70 * 1.0078125**2
-    assert calibrate(records, 1, SIZES).predictions == pytest.approx(np.full((1, STEPS, STEPS), exact), rel=1e-12)
+    found = calibrate([values], [values], 1, SIZES)
+    assert found.predictions == pytest.approx(np.full((1, STEPS, STEPS), exact), rel=1e-12)
 
 
-def test_a_generation_that_left_out_steps_is_refused() -> None:
-    records = generation()
-    del records["", 0]
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@pytest.mark.parametrize("what", ["results", "features"])
+def test_a_generation_that_left_out_steps_is_refused(what: str, branch: str) -> None:
+    made = generation(("cond", "uncond"))
+    del getattr(made, what)[branch if what == "results" else (branch, 0)][0]
     with pytest.raises(DispatchError, match="did not run all steps"):
-        calibrate(records, SAMPLES, SIZES)
+        made.calibrate()
 
 
 def test_samples_of_several_generations_stand_side_by_side() -> None:
-    first, second = (calibrate(generation(branches), SAMPLES, SIZES) for branches in (("",), ("a", "b")))
+    first, second = (generation(branches).calibrate() for branches in (("",), ("a", "b")))
     both = merge_calibrations([first, second])
     for name in ("predictions", "features"):
         assert np.array_equal(getattr(both, name), np.concatenate([getattr(first, name), getattr(second, name)]))
@@ -243,7 +240,7 @@ def test_a_scheduler_that_tells_nothing_has_equal_steps() -> None:
 
 
 def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
-    calibration = calibrate(generation(), SAMPLES, SIZES)
+    calibration = generation().calibrate()
     file = tmp_path / "folder" / "calibration.safetensors"
     save_calibration(calibration, file)
     read = load_calibration(file)
@@ -266,7 +263,7 @@ def spoilt(content: bytes) -> Mapping[str, bytes]:
 @pytest.mark.parametrize("damage", ["empty", "cut off", "not of this form", "no arrays", "missing"])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "calibration.safetensors"
-    save_calibration(calibrate(generation(), SAMPLES, SIZES), file)
+    save_calibration(generation().calibrate(), file)
     if damage == "missing":
         file.unlink()
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError, RuntimeUnavailableError
-from recache_compile.runtimes._cuda_graphs import Graphs
+from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes.dispatcher import Dispatcher
 from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, tiny_flux
@@ -45,7 +45,7 @@ def graphed(compiled: rc.Compiled, budget: int, capture: Any = recorder) -> Disp
         compiled.variants,
         compiled.signature,
         compiled.revision,
-        lambda variant: Graphs(variant, capture),
+        lambda variant: CudaGraphs(variant, capture),
     )
 
 

@@ -228,21 +228,21 @@ def test_writing_to_a_result_changes_no_later_generation(eager: rc.Compiled) -> 
             result.zero_()
 
 
-def test_moments_are_what_was_run(eager: rc.Compiled) -> None:
+def test_records_are_what_was_run(eager: rc.Compiled) -> None:
     run = eager.replay()
     results = replayed(run, FULL, same=False)
     assert sorted(run.records) == [("", step) for step in range(NUM_STEPS)]
     latents = ONE[""]["hidden_states"]
-    for (_, step), moment in sorted(run.records.items()):
-        assert torch.equal(moment.latents[0], latents)
-        assert torch.equal(moment.result[0], results[step])
-        assert [feature.shape for feature in moment.features.values()] == [(1, 16, 32)]
+    for (_, step), record in sorted(run.records.items()):
+        assert torch.equal(record.latents[0], latents)
+        assert torch.equal(record.result[0], results[step])
+        assert [feature.shape for feature in record.features.values()] == [(1, 16, 32)]
         latents = latents - 0.1 * results[step]
-    features = [next(iter(moment.features.values())) for moment in run.records.values()]
+    features = [next(iter(record.features.values())) for record in run.records.values()]
     assert not any(torch.equal(one, two) for one, two in pairwise(features))
     schedule = schedules(4)[0]
     replayed(run, schedule, same=True)
-    assert [step for (_, step), moment in sorted(run.records.items()) if moment.features] == [*schedule.recompute_steps]
+    assert [step for (_, step), record in sorted(run.records.items()) if record.features] == [*schedule.recompute_steps]
 
 
 def test_a_generation_that_turns_out_wrong_is_not_remembered(

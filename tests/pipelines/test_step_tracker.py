@@ -1,0 +1,118 @@
+"""The step of a call: told, known to the scheduler, or looked up; and where generations begin."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.pipelines.step_tracker import StepTracker
+
+TABLE = (900.0, 600.0, 300.0, 100.0)
+
+
+def tracker() -> StepTracker:
+    return StepTracker(len(TABLE), ["timestep"])
+
+
+def scheduler(**facts: Any) -> Any:
+    return SimpleNamespace(**{"timesteps": torch.tensor(TABLE)} | facts)
+
+
+def call(timestep: float = -1.0) -> dict[str, Any]:
+    return {"hidden_states": torch.tensor([300.0]), "timestep": torch.tensor([timestep, timestep]), "scale": 600.0}
+
+
+def step_of(scheduler: Any, timestep: float = -1.0) -> int:
+    return tracker().advance(scheduler, call(timestep))[0]
+
+
+def test_what_the_pipeline_tells_comes_first() -> None:
+    subject, knowing = tracker(), scheduler(step_index=2)
+    with subject.telling(1):
+        assert subject.advance(knowing, call(100.0))[0] == 1
+        with subject.telling(None):
+            assert subject.advance(knowing, call())[0] == 2
+        assert subject.advance(knowing, call())[0] == 1
+    assert subject.advance(knowing, call())[0] == 2
+
+
+def test_what_was_told_ends_with_an_error() -> None:
+    subject = tracker()
+    with pytest.raises(KeyError), subject.telling(1):
+        raise KeyError
+    assert subject.advance(scheduler(step_index=3), call())[0] == 3
+
+
+def test_the_scheduler_knows_its_step() -> None:
+    assert step_of(scheduler(step_index=2, begin_index=1)) == 2
+    assert step_of(scheduler(step_index=torch.tensor(2))) == 2
+
+
+def test_before_the_first_step_the_scheduler_knows_where_it_begins() -> None:
+    assert step_of(scheduler(step_index=None, begin_index=1), 300.0) == 1
+    assert step_of(scheduler(step_index=None, begin_index=None), 300.0) == 2
+    assert step_of(scheduler(step_index=None), 300.0) == 2
+    assert step_of(scheduler(step_index=None), 5.0) == 0
+    repeated = scheduler(timesteps=torch.tensor([900.0, 300.0, 300.0, 100.0]), step_index=None)
+    assert step_of(repeated, 300.0) == 1
+
+
+@pytest.mark.parametrize(("step", "timestep"), enumerate(TABLE))
+def test_the_timestep_is_looked_up_where_the_scheduler_does_not_tell_its_step(step: int, timestep: float) -> None:
+    assert step_of(scheduler(), timestep) == step
+
+
+@pytest.mark.parametrize(("timestep", "where"), [(5.0, "not in"), (300.0, "at several places in")])
+def test_a_timestep_without_one_place_is_refused(timestep: float, where: str) -> None:
+    repeated = scheduler(timesteps=torch.tensor([900.0, 300.0, 300.0, 100.0]))
+    with pytest.raises(DispatchError, match=f"SimpleNamespace does not tell its step, and the timestep is {where} its"):
+        step_of(repeated, timestep)
+
+
+def test_a_call_without_timestep_is_refused() -> None:
+    with pytest.raises(DispatchError, match="the timestep is not in its table; use another scheduler"):
+        tracker().advance(scheduler(), {"timestep": None})
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ({}, "pass num_inference_steps=4, or compile with num_steps=5"),
+        ({"num_inference_steps": 5}, "pass num_inference_steps=4, or compile with num_steps=5"),
+        (
+            {"num_inference_steps": 3},
+            r"SimpleNamespace makes 5 of num_inference_steps=3; compile with num_steps=5 and call=\{'num_inf",
+        ),
+    ],
+)
+def test_another_number_of_steps_is_refused_with_the_remedy(asked: dict[str, int], remedy: str) -> None:
+    longer = scheduler(timesteps=torch.arange(5.0), step_index=0, **asked)
+    with pytest.raises(MismatchError, match=f"the pipeline runs 5 steps, but 4 were compiled: {remedy}"):
+        step_of(longer)
+
+
+def test_a_generation_begins_with_the_first_call_and_where_steps_go_back() -> None:
+    subject = tracker()
+    steps = (1, 1, 2, 3, 3, 0, 0, 2, 1)
+    begins = [subject.advance(scheduler(step_index=step), call()) for step in steps]
+    assert begins == list(zip(steps, (True, False, False, False, False, True, False, False, True), strict=True))
+
+
+def test_a_generation_begins_after_a_restart_whatever_its_step() -> None:
+    subject = tracker()
+    for step in (1, 2):
+        subject.restart()
+        assert subject.advance(scheduler(step_index=step), call()) == (step, True)
+    assert subject.advance(scheduler(step_index=2), call()) == (2, False)
+
+
+def test_a_call_that_is_refused_begins_nothing() -> None:
+    subject = tracker()
+    with pytest.raises(DispatchError):
+        subject.advance(scheduler(), call())
+    assert subject.advance(scheduler(step_index=3), call()) == (3, True)
+    with pytest.raises(MismatchError):
+        subject.advance(scheduler(timesteps=torch.arange(5.0), step_index=0), call())
+    assert subject.advance(scheduler(step_index=3), call()) == (3, False)
