@@ -12,11 +12,11 @@ from recache_compile.artifact.manifest import is_artifact
 from recache_compile.artifact.store import check
 from recache_compile.compiler.build import make_schedules
 from recache_compile.errors import ModelError
-from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.metrics import judge_of, pictures_in, usual_metrics
 from recache_compile.evaluation.setting import Setting
 from recache_compile.ir.forecasters import Reuse
 from recache_compile.ir.schedule import check_budgets
+from recache_compile.models.registry import find
 from recache_compile.pipelines.load import absolute
 from recache_compile.pipelines.prompts import captions_of
 from recache_compile.policies.base import Problem
@@ -32,8 +32,6 @@ USUAL: dict[str, Any] = {
 BUDGETS = (5, 10, 15)
 POLICIES = ("auto", "uniform")
 """What is evaluated of a model where the user does not say."""
-BATCH = 16
-"""Samples of shapes that run together; of other models it is one, which speed is then told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,8 @@ class Request:
                     f"--reference {self.reference}: is for metric fid, which is not among {', '.join(metrics)}"
                 )
             pictures_in(self.reference)
-        batch = self.batch_size or min(self.samples, BATCH if model == SHAPES and not self.is_artifact else 1)
+        embedded = None if self.is_artifact else find(model)  # of other models one at a time, as speed is told of
+        batch = self.batch_size or min(self.samples, embedded.batch_size if embedded else 1)
         return Setting(
             **chosen, prompts=captions_of(model, self.prompts), batch_size=batch, seed=self.seed, metrics=metrics
         )

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from recache_compile.artifact.inspect import with_unit
 from recache_compile.evaluation.result import Line, Result
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
+from recache_compile.models.registry import EMBEDDED, find
 from recache_compile.report.contents import GAIN, Contents, heat_scale, read_contents
 from recache_compile.support.files import writing
 
@@ -41,7 +42,7 @@ def html_of(page: Contents, folder: Path) -> str:
     environment.filters |= {"percent": percent, "plain": plain, "unit": with_unit}
     parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     result = page.result
-    best = _best(result, page.policies[0])
+    best, embedded = _best(result, page.policies[0]), find(result.model)
     return environment.get_template("page.html").render(
         page=page,
         folder=folder,
@@ -54,6 +55,10 @@ def html_of(page: Contents, folder: Path) -> str:
         scale=heat_scale(),
         gain=GAIN,
         unsure=UNSURE,
+        features="" if embedded is None else embedded.features,
+        own_metrics=[
+            f"{judge.name} of {each.name}" for each in EMBEDDED.values() for judge in each.judges if judge.counts
+        ],
         peak=max(1e-9, *(taken for row in page.times for taken in row.steps)),
         most=max(1, *(line.history_bytes + line.table_bytes for line in result.lines)),
         **{name: Markup(text) for name, text in parts.items()},

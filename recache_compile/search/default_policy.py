@@ -8,6 +8,7 @@ from typing import Any
 from recache_compile.compiler.build import make_schedules
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.ir.forecasters import get_forecaster
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.policies.base import Calibration, Policy, Problem
@@ -21,7 +22,7 @@ CALIBRATIONS = 4
 FIRST_SEED = 1 << 40
 """Seed of the first of them, far from those that users choose."""
 
-SHIPPED = {"ShapesPipeline": Path(__file__).parent.parent / "models" / "shapes" / "policies"}
+SHIPPED = {each.pipeline: each.policies for each in EMBEDDED.values()}
 """Policies that come with the package, by the class of the pipeline that they were trained for."""
 
 AnyPolicy = str | Mapping[int, Sequence[int]] | Policy

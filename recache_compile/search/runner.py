@@ -13,7 +13,8 @@ from torch import Tensor
 from recache_compile.api import compile
 from recache_compile.artifact.store import load_own
 from recache_compile.errors import ArtifactError, ModelError
-from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.evaluation.rewards import get_reward
 from recache_compile.ir.forecasters import Forecaster, get_forecaster, uncalibrated
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.load import load_pipeline

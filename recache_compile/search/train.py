@@ -12,7 +12,8 @@ import torch
 from recache_compile._version import __version__
 from recache_compile.api import compile_options
 from recache_compile.errors import ArtifactError, ScheduleError
-from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.evaluation.rewards import get_reward
 from recache_compile.ir.schedule import Schedule, check_budgets
 from recache_compile.pipelines.load import absolute, load_pipeline
 from recache_compile.pipelines.prompts import training_and_held_out

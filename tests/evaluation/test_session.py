@@ -13,7 +13,7 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.evaluation import session
-from recache_compile.evaluation.metrics import features_of_scenes, judge_of
+from recache_compile.evaluation.metrics import features_of_reference, judge_of
 from recache_compile.evaluation.request import Request
 from recache_compile.evaluation.result import Result, read_result
 from recache_compile.evaluation.runner import KEPT, PICTURES, read_values
@@ -21,6 +21,7 @@ from recache_compile.evaluation.session import evaluate
 from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, read_setting
 from recache_compile.evaluation.statistics import frechet
 from recache_compile.ir.schedule import Schedule
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.prompts import captions_of
 from recache_compile.pipelines.rollout import Rollouts
@@ -98,10 +99,13 @@ def test_values_are_the_means_of_samples_that_the_pipeline_itself_draws(
 
 def test_fid_is_the_distance_to_rendered_scenes_of_the_captions(result: Result, drawn: dict[str, Tensor]) -> None:
     features = {name: judge_of("fid", "shapes")(each, each, ()).double().numpy() for name, each in drawn.items()}
-    expected = frechet(features["uncached"], features_of_scenes(captions_of("shapes", None)))
+    expected = frechet(features["uncached"], features_of_reference(EMBEDDED["shapes"], captions_of("shapes", None)))
     assert result.uncached["fid"].value == pytest.approx(expected, rel=1e-3)
     for line in result.lines:
-        cached = frechet(features[f"{line.policy} {line.budget}"], features_of_scenes(captions_of("shapes", None)))
+        cached = frechet(
+            features[f"{line.policy} {line.budget}"],
+            features_of_reference(EMBEDDED["shapes"], captions_of("shapes", None)),
+        )
         assert line.values["fid"].value == pytest.approx(cached, rel=1e-3)
         assert "fid" not in line.losses  # there are fewer samples than features
 
