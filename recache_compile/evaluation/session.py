@@ -18,7 +18,7 @@ from recache_compile.evaluation.estimates import Reference, estimates, features_
 from recache_compile.evaluation.metrics import features_of_folder, features_of_reference
 from recache_compile.evaluation.profile import PROFILE, Profile, call_of, measure_redundancy, measure_times
 from recache_compile.evaluation.request import BUDGETS, POLICIES, Request
-from recache_compile.evaluation.result import Result, facts_about, write_result
+from recache_compile.evaluation.result import EvaluationResult, facts_about, write_result
 from recache_compile.evaluation.runner import SampleRunner, Values, missing_of, read_values
 from recache_compile.evaluation.setting import EVALUATION, FIRST_OF_REFERENCE, Setting, begin, check_begun
 from recache_compile.ir.schedule import Schedule
@@ -35,7 +35,7 @@ from recache_compile.support.files import check_place, output_errors
 from recache_compile.support.machine import machine, versions
 from recache_compile.support.records import read_record, write_record
 
-SHARED = {each.name for each in fields(Setting)} & {each.name for each in fields(Result)}
+SHARED = {each.name for each in fields(Setting)} & {each.name for each in fields(EvaluationResult)}
 """What a result repeats of its setting."""
 
 Report = Callable[[str], None]
@@ -47,7 +47,7 @@ def evaluate(
     command: str = "",
     report: Report = lambda stage: None,
     count: Callable[[int, int], None] = lambda done, asked: None,
-) -> Result:
+) -> EvaluationResult:
     """Judge every policy at every budget against the uncached results of the same noise.
 
     Stopped at any time, the same call goes on where it was: batches that are judged are not drawn again.
@@ -83,7 +83,7 @@ def evaluate(
     )
     report("estimating")
     uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
-    result = Result(
+    result = EvaluationResult(
         **{name: getattr(setting, name) for name in SHARED},
         samples=len(judged) * setting.batch_size,
         reference="" if reference is None else reference.name,
