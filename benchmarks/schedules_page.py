@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from recache_compile.pipelines.load import EMBEDDED
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.support.files import writing
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999", "#8c564b", "#7f7f00")
@@ -97,7 +97,7 @@ def best_rival(rivals: Mapping[str, Any], budget: str) -> str:
 
 def shipped_table(name: str) -> str:
     """What a shipped policy says of itself: its schedules and their loss on samples that nothing was decided on."""
-    file = EMBEDDED["shapes"].parent / "policies" / name / "policy.json"
+    file = EMBEDDED["shapes"].policies / name / "policy.json"
     facts = json.loads(file.read_text(encoding="utf-8"))
     rows = []
     for budget, steps in facts["schedules"].items():

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from recache_compile.evaluation.metrics import METRICS
-from recache_compile.evaluation.result import Result
+from recache_compile.evaluation.result import EvaluationResult
 from recache_compile.evaluation.statistics import Estimate
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
 from recache_compile.support.files import writing
@@ -83,7 +83,7 @@ def wide_part(result: Mapping[str, Any]) -> str:
 
 def quality_part(result: Mapping[str, Any]) -> str:
     """Every policy and budget: what it gives and what it costs."""
-    evaluated = TypeAdapter(Result).validate_python(result)
+    evaluated = TypeAdapter(EvaluationResult).validate_python(result)
     names = [name for name in METRICS if name in evaluated.lines[0].values]
     losses = [name for name in METRICS if name in evaluated.lines[0].losses]
     rows = [

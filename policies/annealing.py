@@ -39,7 +39,7 @@ class Annealing:
             ScheduleError: there is no objective, or an option is out of range.
         """
         self._check()
-        losses = Losses(problem.need_objective("annealing"))
+        losses = KnownLosses(problem.need_objective("annealing"))
         start = Uniform().schedule(problem, budget)
         if budget in (1, problem.num_steps):
             return start
@@ -62,7 +62,7 @@ class Annealing:
 
 
 @dataclass(slots=True)
-class Losses:
+class KnownLosses:
     """Mean training losses, each schedule asked once."""
 
     objective: Objective
@@ -79,7 +79,7 @@ class Losses:
         return min(self.known, key=self.known.__getitem__)
 
 
-def anneal(losses: Losses, schedule: Schedule, temperatures: Iterable[float], random: np.random.Generator) -> None:
+def anneal(losses: KnownLosses, schedule: Schedule, temperatures: Iterable[float], random: np.random.Generator) -> None:
     """One random move a temperature: taken where it helps, else with probability exp(-rise / temperature)."""
     for temperature in temperatures:
         neighbours = relocations(schedule)
@@ -89,7 +89,7 @@ def anneal(losses: Losses, schedule: Schedule, temperatures: Iterable[float], ra
             schedule = moved
 
 
-def climb(losses: Losses, schedule: Schedule, evaluations: int, random: np.random.Generator) -> Schedule:
+def climb(losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator) -> Schedule:
     """Take any move that helps until none does or `evaluations` schedules are known."""
     better: Schedule | None = schedule
     while better is not None:
@@ -99,7 +99,7 @@ def climb(losses: Losses, schedule: Schedule, evaluations: int, random: np.rando
 
 
 def _better_neighbour(
-    losses: Losses, schedule: Schedule, evaluations: int, random: np.random.Generator
+    losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator
 ) -> Schedule | None:
     neighbours = relocations(schedule)
     for index in random.permutation(len(neighbours)):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from recache_compile.errors import ArtifactError, DispatchError
 from recache_compile.policies.base import Calibration
+from recache_compile.support.features import relative_change
 from recache_compile.support.files import writing
-from recache_compile.support.tensors import relative_change
 
 MAX_COORDINATES = 1 << 18
 """Larger values are represented by this many of their coordinates, chosen at random once."""

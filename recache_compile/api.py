@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recache_compile.artifact.inspect import Facts as ArtifactFacts
-from recache_compile.artifact.inspect import facts_of
+from recache_compile.artifact.inspect import ArtifactFacts, facts_of
 from recache_compile.artifact.store import look
 from recache_compile.artifact.weightless import PlanFacts, plan_weightless
 from recache_compile.compiler.build import build_engines

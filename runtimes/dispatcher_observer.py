@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from recache_compile.support.tensors import relative_change
+from recache_compile.support.features import relative_change
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,22 @@ from recache_compile.runtimes.base import requirement_texts
 
 @dataclass(frozen=True, slots=True)
 class ProgramFacts:
-    """One program; `macs` is None for the prologue, whose cost depends on the rows."""
+    """One program.
+
+    Args:
+        name: of it.
+        calls: in its graph.
+        parameters: that it reads.
+        macs: of one call; None for the prologue, whose cost depends on the rows.
+        inputs, outputs: names; evaluations of earlier releases do not tell them.
+    """
 
     name: str
     calls: int
     parameters: int
     macs: int | None
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class BudgetFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ArtifactFacts:
     """All that `inspect` shows; shapes, programs and sites are those of the first variant."""
 
     description: Description
@@ -71,11 +79,11 @@ class Facts:
     budgets: tuple[BudgetFacts, ...]
 
 
-def facts_of(compiled: Compiled) -> Facts:
+def facts_of(compiled: Compiled) -> ArtifactFacts:
     """Facts about programs, sites, schedules and costs."""
     variant = compiled.variants[0]
     prologue = variant.programs.get("prologue")
-    return Facts(
+    return ArtifactFacts(
         description=compiled.description,
         requirements=compiled.engines.requirements,
         forecaster=compiled.forecaster.name,
@@ -122,7 +130,7 @@ def budget_facts(budget: int, plan: Plan, cost: Cost) -> BudgetFacts:
     )
 
 
-def print_facts(facts: Facts, console: Console) -> None:
+def print_facts(facts: ArtifactFacts, console: Console) -> None:
     """Tables for people."""
     about, config = facts.description, facts.description.config
     console.print(

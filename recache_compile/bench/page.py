@@ -1,75 +1,34 @@
 """The tables of a run, for people."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recache_compile.bench.session import Line, Result
-from recache_compile.bench.workload import BenchRequest as BenchQuestion
+from recache_compile.bench.session import BenchLine, BenchResult
+from recache_compile.bench.workload import BenchRequest
 from recache_compile.errors import ModelError
 
 
-class BenchLine(BaseModel):
-    """What one subject gave, as of `session.Line`."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str
-    loop: float
-    recompute_step: float
-    cached_step: float | None
-    graphs: int
-    graph_breaks: int
-    recompiles: int
-    held_bytes: int
-    peak_bytes: int
-    disk_bytes: int | None
-
-
-class BenchRequest(BaseModel):
-    """What was measured, as of `workload.Request`."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str
-    num_steps: int
-    budget: int
-    dtype: str
-
-
-class Bench(BaseModel):
-    """What is read of a run's JSON."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    machine: str
-    rounds: int
-    request: BenchRequest
-    lines: tuple[BenchLine, ...]
-
-
-def read_bench(file: Path) -> Bench:
+def read_bench(file: Path) -> BenchResult:
     """A run that was kept.
 
     Raises:
         ModelError: the file is no result of `bench --json`.
     """
     try:
-        return Bench.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        return TypeAdapter(BenchResult).validate_json(file.read_bytes())
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror}); name a file that bench --json wrote") from None
-    except (ValueError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())[:120]
-        raise ModelError(f"{file}: is no result of bench --json ({reason})") from None
+    except ValidationError as error:
+        raise ModelError(f"{file}: is no result of bench --json ({error.errors()[0]['msg']})") from None
 
 
-def check_same(other: Bench, request: BenchQuestion, file: Path) -> None:
+def check_same(other: BenchResult, request: BenchRequest, file: Path) -> None:
     """Raise unless another run was of the same model, steps, budget and type.
 
     Raises:
@@ -87,7 +46,7 @@ def check_same(other: Bench, request: BenchQuestion, file: Path) -> None:
         raise ModelError(f"compare {file}: is of {', '.join(wrong)}; ask for the same")
 
 
-def print_result(result: Result, other: Bench | None, page: Console) -> None:
+def print_result(result: BenchResult, other: BenchResult | None, page: Console) -> None:
     """Speed first, then what it takes."""
     request = result.request
     steps = " ".join(map(str, result.recompute_steps))
@@ -104,7 +63,7 @@ def print_result(result: Result, other: Bench | None, page: Console) -> None:
         )
 
 
-def _speed(result: Result, other: Bench | None) -> Table:
+def _speed(result: BenchResult, other: BenchResult | None) -> Table:
     base = result.lines[0].loop
     before = {line.name: line.loop for line in other.lines} if other else {}
     columns = ["", "loop s", "min to max s", f"× {result.lines[0].name}", "recompute ms", "cached ms", "/ ideal"]
@@ -128,7 +87,7 @@ def _speed(result: Result, other: Bench | None) -> Table:
     return table
 
 
-def _price(result: Result) -> Table:
+def _price(result: BenchResult) -> Table:
     table = Table("", "prepare s", "first loop s", "graphs", "breaks", "recompiles", "held MB", "peak MB", "disk MB")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -147,7 +106,7 @@ def _megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.0f}"
 
 
-def best_peer(lines: Mapping[str, Line], ours: Line) -> tuple[str, float] | None:
+def best_peer(lines: Mapping[str, BenchLine], ours: BenchLine) -> tuple[str, float] | None:
     """The fastest of those that cache, beside ours, and how many times ours is faster."""
     peers = {name: line for name, line in lines.items() if line.cached_step is not None and line is not ours}
     if not peers:
@@ -156,7 +115,7 @@ def best_peer(lines: Mapping[str, Line], ours: Line) -> tuple[str, float] | None
     return name, peers[name].loop / ours.loop
 
 
-def summary(result: Result, ours: str) -> dict[str, Any]:
+def summary(result: BenchResult, ours: str) -> dict[str, Any]:
     """What decides: ours against the ideal and against the best peer."""
     lines = {line.name: line for line in result.lines}
     if ours not in lines:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BenchLine:
     """What one subject gave; seconds are medians over the rounds.
 
     Args:
@@ -59,7 +59,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class BenchResult:
     """One run of `bench`.
 
     Args:
@@ -77,7 +77,7 @@ class Result:
     request: BenchRequest
     recompute_steps: tuple[int, ...]
     rounds: int
-    lines: tuple[Line, ...]
+    lines: tuple[BenchLine, ...]
     failed: dict[str, str]
 
     def json(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Result:
         return {**asdict(self), "lines": lines}
 
 
-def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], rounds: int) -> Result:
+def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], rounds: int) -> BenchResult:
     """Measure subjects side by side.
 
     A subject that fails is reported and left out; ours failing is an error.
@@ -137,7 +137,7 @@ def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], roun
             process.close()
     lines = tuple(_line(name, prepared[name], times[name], facts[name], schedule) for name in facts)
     today = datetime.date.today().isoformat()
-    return Result(
+    return BenchResult(
         today,
         machine(request.config.device, request.threads),
         versions(),
@@ -149,7 +149,9 @@ def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], roun
     )
 
 
-def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[str, Any], schedule: Schedule) -> Line:
+def _line(
+    name: str, prepared: float, times: list[dict[str, Any]], facts: dict[str, Any], schedule: Schedule
+) -> BenchLine:
     first, *timed = [each["steps"] for each in times]
     recomputed = facts.get("recompute_steps", schedule.recompute_steps)
     if name in UNCACHED:
@@ -162,7 +164,7 @@ def _line(name: str, prepared: float, times: list[dict[str, Any]], facts: dict[s
         ideal = len(recomputed) * medians["recompute"] + medians.get("prologue", 0.0)
     totals = [sum(each) for each in timed]
     known = ("graphs", "graph_breaks", "recompiles", "held_bytes", "peak_bytes")
-    return Line(
+    return BenchLine(
         name=name,
         loop=statistics.median(totals),
         spread=(min(totals), max(totals)),

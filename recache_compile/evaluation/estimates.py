@@ -9,7 +9,7 @@ import torch
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.metrics import METRICS
 from recache_compile.evaluation.profile import Profile
-from recache_compile.evaluation.result import Line
+from recache_compile.evaluation.result import EvaluationLine
 from recache_compile.evaluation.runner import Values
 from recache_compile.evaluation.setting import Setting
 from recache_compile.evaluation.statistics import (
@@ -55,7 +55,7 @@ def estimates(
     reference: Reference | None,
     compiled: Compiled,
     times: Profile,
-) -> tuple[dict[str, Estimate], tuple[Line, ...]]:
+) -> tuple[dict[str, Estimate], tuple[EvaluationLine, ...]]:
     """Values of the uncached samples, and the line of every policy at every budget.
 
     Args:
@@ -75,7 +75,7 @@ def estimates(
             losses = _losses(cached, full, reference)
             speedup = times.speedup(budget)
             lines.append(
-                Line(
+                EvaluationLine(
                     policy=policy,
                     budget=budget,
                     recompute_steps=schedule.recompute_steps,

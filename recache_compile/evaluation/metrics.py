@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from recache_compile.errors import ModelError, RuntimeUnavailableError
-from recache_compile.evaluation.distances import (
-    SHAPES,
-    Distance,
-    get_distance,
-    get_reward,
-    require_judge,
-    shapes_features,
-)
+from recache_compile.evaluation.distances import Distance, get_distance
+from recache_compile.evaluation.judges import require_judge
 from recache_compile.evaluation.measure import signal_to_noise
 from recache_compile.evaluation.pretrained import load_inception, load_vbench
-from recache_compile.models.shapes.scenes import SIZE, parse_caption, render
+from recache_compile.evaluation.rewards import get_reward
+from recache_compile.models.registry import EMBEDDED, EmbeddedModel, OwnJudge, find
 
 log = logging.getLogger(__name__)
 
@@ -54,26 +48,31 @@ class Metric:
     title: str
 
 
+def _own(judge: OwnJudge) -> Metric:
+    """The metric of a judge that an embedded model has for itself."""
+    against: Literal["uncached", "prompt"] = "uncached" if judge.kind == "distance" else "prompt"
+    return Metric(judge.name, against, judge.kind == "reward", judge.unit, judge.counts, judge.title)
+
+
+_GENERAL = (
+    Metric("psnr", "uncached", True, "dB", False, "peak signal-to-noise ratio"),
+    Metric("ssim", "uncached", True, "", False, "structural similarity (Wang et al., 2004)"),
+    Metric("lpips", "uncached", False, "", False, "LPIPS on AlexNet (arXiv 1801.03924)"),
+    Metric("clip", "prompt", True, "", True, "CLIPScore, 100 times the cosine (arXiv 2104.08718)"),
+    Metric("hpsv2", "prompt", True, "", False, "HPSv2.1 (arXiv 2306.09341)"),
+    Metric("imagereward", "prompt", True, "", False, "ImageReward (arXiv 2304.05977)"),
+    Metric("vbench", "prompt", True, "%", True, "mean of VBench's dimensions for any prompt (arXiv 2311.17982)"),
+    Metric("fid", "set", False, "", True, "Frechet distance of features (arXiv 1706.08500)"),
+)
+_EMBEDDED = tuple(_own(judge) for model in EMBEDDED.values() for judge in model.judges)
 METRICS = {
     each.name: each
-    for each in (
-        Metric("psnr", "uncached", True, "dB", False, "peak signal-to-noise ratio"),
-        Metric("ssim", "uncached", True, "", False, "structural similarity (Wang et al., 2004)"),
-        Metric("lpips", "uncached", False, "", False, "LPIPS on AlexNet (arXiv 1801.03924)"),
-        Metric("features", "uncached", False, "", False, "distance of the shipped classifier's features, as LPIPS"),
-        Metric("clip", "prompt", True, "", True, "CLIPScore, 100 times the cosine (arXiv 2104.08718)"),
-        Metric("hpsv2", "prompt", True, "", False, "HPSv2.1 (arXiv 2306.09341)"),
-        Metric("imagereward", "prompt", True, "", False, "ImageReward (arXiv 2304.05977)"),
-        Metric("caption", "prompt", True, "nats", False, "log-probability of the caption under the shipped classifier"),
-        Metric("attributes", "prompt", True, "%", True, "share of the caption's attributes that the classifier reads"),
-        Metric("vbench", "prompt", True, "%", True, "mean of VBench's dimensions for any prompt (arXiv 2311.17982)"),
-        Metric("fid", "set", False, "", True, "Frechet distance of features (arXiv 1706.08500)"),
-    )
+    for against in ("uncached", "prompt", "set")
+    for each in (*_GENERAL, *_EMBEDDED)
+    if each.against == against
 }
+"""In the order of all tables."""
 USUAL = ("psnr", "ssim", "lpips", "clip", "fid")
-USUAL_FOR_SHAPES = ("psnr", "ssim", "features", "attributes", "fid")
-SCENES = 4096
-"""Pictures of the reference set of shapes."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -84,7 +83,8 @@ def usual_metrics(model: str) -> tuple[str, ...]:
         model: as the user wrote it.
     """
     found = []
-    for name in USUAL_FOR_SHAPES if model == SHAPES else USUAL:
+    embedded = find(model)
+    for name in USUAL if embedded is None else embedded.metrics:
         try:
             judge_of(name, model)
         except RuntimeUnavailableError as error:
@@ -101,24 +101,27 @@ def judge_of(name: str, model: str) -> Judge:
         ModelError: no metric has this name, or it does not judge this model.
         RuntimeUnavailableError: its package or its weights are missing.
     """
-    require_judge("metric", name, model, METRICS)
+    embedded = find(model)
+    own = () if embedded is None else tuple(judge.name for judge in embedded.judges)
+    others = {judge.name for judge in _EMBEDDED} - set(own)
+    require_judge("metric", name, model, [each for each in METRICS if each not in others])
     if name == "psnr":
         noise = Distance(name, signal_to_noise)
-        return lambda made, full, prompts: noise(made, full)
+        return lambda made, uncached, prompts: noise(made, uncached)
     if name == "ssim":
         difference = get_distance(name, model)
-        return lambda made, full, prompts: 1 - difference(made, full)
+        return lambda made, uncached, prompts: 1 - difference(made, uncached)
     if name == "fid":
-        extract = shapes_features() if model == SHAPES else load_inception()
-        return lambda made, full, prompts: extract(_one_picture(made))
+        extract = load_inception() if embedded is None else embedded.code().features()
+        return lambda made, uncached, prompts: extract(_one_picture(made))
     if name == "vbench":
         scores = load_vbench()
-        return lambda made, full, prompts: scores(made, prompts)
+        return lambda made, uncached, prompts: scores(made, prompts)
     if METRICS[name].against == "uncached":
         distance = get_distance(name, model)
-        return lambda made, full, prompts: distance(made, full)
+        return lambda made, uncached, prompts: distance(made, uncached)
     reward = get_reward(name, model)
-    return lambda made, full, prompts: reward(made, prompts)
+    return lambda made, uncached, prompts: reward(made, prompts)
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -147,24 +150,20 @@ def features_of_folder(folder: Path, model: str) -> np.ndarray:
     Raises:
         ModelError: there are fewer than two, or one cannot be read.
     """
-    judge, found = judge_of("fid", model), []
+    judge, embedded, found = judge_of("fid", model), find(model), []
     for file in pictures_in(folder):
         with Image.open(file) as opened:
             picture = opened.convert("RGB")
-        if model == SHAPES:
-            picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        if embedded is not None:
+            picture = picture.resize((embedded.code().PICTURE_SIZE,) * 2, Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
         found.append(judge(pixels, pixels, ()))
     return torch.cat(found).double().numpy()
 
 
-def features_of_scenes(prompts: Sequence[str]) -> np.ndarray:
-    """Features (SCENES, features) of scenes that code draws for captions of shapes, taken in turn: the data itself."""
-    captions = list(islice(cycle(prompts), SCENES))
-    attributes = torch.tensor([parse_caption(caption).attributes() for caption in captions])
-    pictures = render(attributes, torch.Generator().manual_seed(0)) / 2 + 0.5
-    with torch.no_grad():
-        return judge_of("fid", SHAPES)(pictures, pictures, captions).double().numpy()
+def features_of_reference(embedded: EmbeddedModel, prompts: Sequence[str]) -> np.ndarray:
+    """Features (pictures, features) of what an embedded model should draw for captions, taken in turn."""
+    return embedded.code().reference_features(prompts).double().numpy()
 
 
 def _one_picture(made: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from recache_compile.evaluation.metrics import METRICS
-from recache_compile.evaluation.result import Result
+from recache_compile.evaluation.result import EvaluationResult
 from recache_compile.evaluation.statistics import Estimate
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
 
 
-def print_result(result: Result, console: Console) -> None:
+def print_result(result: EvaluationResult, console: Console) -> None:
     """Quality beside cost, then who meets the target."""
     console.print(
         f"{result.model}, T = {result.num_steps}, {result.forecaster} order {result.order}, {result.granularity}"
@@ -27,7 +27,7 @@ def print_result(result: Result, console: Console) -> None:
         console.print(target_line(result, policy), highlight=False, markup=False, soft_wrap=True)
 
 
-def _quality(result: Result) -> Table:
+def _quality(result: EvaluationResult) -> Table:
     """Means with their standard errors below."""
     known = {name for values in (result.uncached, *(each.values for each in result.lines)) for name in values}
     names = [name for name in METRICS if name in known]
@@ -40,7 +40,7 @@ def _quality(result: Result) -> Table:
     return table
 
 
-def _cost(result: Result) -> Table:
+def _cost(result: EvaluationResult) -> Table:
     """What quality costs, and what is lost."""
     names = [
         name for name, metric in METRICS.items() if metric.counts and any(name in each.losses for each in result.lines)

@@ -10,11 +10,11 @@ from recache_compile.artifact.manifest import is_artifact
 from recache_compile.artifact.store import check
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
-from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.metrics import judge_of, pictures_in, usual_metrics
 from recache_compile.evaluation.setting import Setting
 from recache_compile.ir.forecasters import Reuse, anchors_of, check_forecaster
 from recache_compile.ir.schedule import check_budgets
+from recache_compile.models.registry import find
 from recache_compile.pipelines.load import absolute
 from recache_compile.pipelines.prompts import captions_of
 from recache_compile.policies.base import Problem, make_schedules
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 BUDGETS = (5, 10, 15)
 POLICIES = ("auto", "uniform")
 """What is evaluated of a model where the user does not say."""
-BATCH = 16
-"""Samples of shapes that run together; of other models it is one, which speed is then told of."""
 OPTIONS = {"num_steps": "steps"}
 """Names of options that differ from those of the choices."""
 
@@ -91,7 +89,8 @@ class EvaluationRequest:
                 f"--device {place.config.device}: Ray gives workers their GPUs; ask for cuda, or for no --workers"
             )
         metrics = self._metrics(place.model)
-        batch = self.batch_size or min(self.samples, BATCH if place.model == SHAPES and not self.is_artifact else 1)
+        embedded = None if self.is_artifact else find(place.model)  # of other models one at a time, as speed is told of
+        batch = self.batch_size or min(self.samples, embedded.batch_size if embedded else 1)
         prompts = captions_of(place.model, self.prompts)
         return replace(place, prompts=prompts, batch_size=batch, seed=self.seed, metrics=metrics)
 

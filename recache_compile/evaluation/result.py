@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recache_compile.artifact.inspect import facts_of
+from recache_compile.artifact.inspect import ProgramFacts, facts_of
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.statistics import TARGET_REDUCTION, Estimate, Verdict
 from recache_compile.support.records import read_record, write_record
@@ -13,7 +13,7 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class EvaluationLine:
     """One policy at one budget.
 
     Args:
@@ -43,28 +43,18 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class ProgramLine:
-    """One program: calls in its graph, parameters that it reads, MACs of one call (None: depends on the rows)."""
-
-    name: str
-    calls: int
-    parameters: int
-    macs: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
+class CompiledFacts:
     """What was compiled."""
 
     model_class: str
     parameters: int
     hoisted_parameters: int
     weight_bytes: int
-    programs: tuple[ProgramLine, ...]
+    programs: tuple[ProgramFacts, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class EvaluationResult:
     """One evaluation.
 
     Args:
@@ -92,8 +82,8 @@ class Result:
     reference: str
     uncached: Mapping[str, Estimate]
     uncached_seconds: tuple[float, float]
-    lines: tuple[Line, ...]
-    facts: Facts
+    lines: tuple[EvaluationLine, ...]
+    facts: CompiledFacts
     machine: str
     date: str
     command: str
@@ -110,27 +100,27 @@ class Result:
         return found
 
 
-def facts_about(compiled: Compiled) -> Facts:
+def facts_about(compiled: Compiled) -> CompiledFacts:
     """What is told of the programs."""
     facts = facts_of(compiled)
-    return Facts(
+    return CompiledFacts(
         compiled.description.model_class,
         facts.parameters,
         facts.hoisted_parameters,
         sum(weight.nbytes for weight in compiled.weights.values()),
-        tuple(ProgramLine(each.name, each.calls, each.parameters, each.macs) for each in facts.programs),
+        facts.programs,
     )
 
 
-def write_result(result: Result, folder: Path) -> None:
+def write_result(result: EvaluationResult, folder: Path) -> None:
     """Keep a result, whole or not at all."""
     write_record(result, folder / RESULT)
 
 
-def read_result(folder: Path) -> Result:
+def read_result(folder: Path) -> EvaluationResult:
     """The result of the evaluation in a folder.
 
     Raises:
         ArtifactError: there is none yet.
     """
-    return read_record(folder / RESULT, Result, "run `recache-compile evaluate` again, with its --out")
+    return read_record(folder / RESULT, EvaluationResult, "run `recache-compile evaluate` again, with its --out")

@@ -1,24 +1,21 @@
-"""Draws the samples of an evaluation and has them judged; each process that does so has an runner of its own."""
+"""Draws the samples of an evaluation and has them judged; each process that does so has a runner of its own."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recache_compile.artifact.store import load
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.metrics import judge_of
 from recache_compile.evaluation.pretrained import bytes_of
 from recache_compile.evaluation.setting import Setting, read_setting
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.rollout import Rollouts
-from recache_compile.support.files import writing
+from recache_compile.support.tensors import read_tensors, write_tensors
 
 KEPT = 6
 """Samples whose pictures are kept for people to look at."""
@@ -58,22 +55,22 @@ class SampleRunner:
     def _judged(self, number: int, missing: Mapping[str, Collection[str]]) -> dict[str, dict[str, Tensor]]:
         """The values that are not known yet."""
         batch = self._setting.batch(number)
-        full = self._rollouts.uncached(batch)
+        uncached = self._rollouts.uncached(batch)
         found = {}
         for mask, names in sorted(missing.items()):
-            made = full if mask == self._setting.full else self._rollouts.generate(Schedule.from_mask(mask), batch)
-            found[mask] = self._values(made, full, batch.prompts, names)
+            made = uncached if mask == self._setting.full else self._rollouts.generate(Schedule.from_mask(mask), batch)
+            found[mask] = self._values(made, uncached, batch.prompts, names)
             if PICTURES in names:
                 found[mask][PICTURES] = _kept(made, number * self._setting.batch_size)
         return found
 
     @torch.no_grad()
-    def _values(self, made: Tensor, full: Tensor, prompts: Sequence[str], names: Collection[str]) -> dict[str, Tensor]:
+    def _values(
+        self, made: Tensor, uncached: Tensor, prompts: Sequence[str], names: Collection[str]
+    ) -> dict[str, Tensor]:
         place = torch.device(self._setting.config.device)
-        pair = made.to(place), full.to(place)
-        return {
-            name: self._judges[name](*pair, prompts).detach().cpu().contiguous() for name in names if name != PICTURES
-        }
+        pair = made.to(place), uncached.to(place)
+        return {name: self._judges[name](*pair, prompts).detach().cpu() for name in names if name != PICTURES}
 
 
 def missing_of(setting: Setting, number: int, known: Values) -> dict[str, list[str]]:
@@ -95,12 +92,8 @@ def read_values(folder: Path, number: int) -> dict[str, dict[str, Tensor]]:
     file = _file(folder, number)
     if not file.exists():
         return {}
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); remove it, it is then made anew") from None
     values: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in read_tensors(file).items():
         mask, _, name = key.partition(".")
         values.setdefault(mask, {})[name] = tensor
     return values
@@ -109,8 +102,7 @@ def read_values(folder: Path, number: int) -> dict[str, dict[str, Tensor]]:
 def write_values(folder: Path, number: int, values: Values) -> None:
     """Keep what is known of a batch, whole or not at all."""
     tensors = {f"{mask}.{name}": value for mask, of_mask in values.items() for name, value in of_mask.items()}
-    with writing(_file(folder, number)) as partial:
-        save_file(tensors, partial)
+    write_tensors(tensors, _file(folder, number))
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -122,4 +114,4 @@ def _kept(made: Tensor, first: int) -> Tensor:
     pictures = made[: KEPT - first]
     if pictures.dim() == 5:
         pictures = pictures[:, pictures.shape[1] // 2]
-    return bytes_of(pictures).contiguous()
+    return bytes_of(pictures)

@@ -13,16 +13,16 @@ import torch
 
 from recache_compile.artifact.store import load, load_own
 from recache_compile.compiler.compiled import Compiled, Engines
-from recache_compile.evaluation.distances import SHAPES
 from recache_compile.evaluation.estimates import Reference, estimates, features_in
-from recache_compile.evaluation.metrics import features_of_folder, features_of_scenes
+from recache_compile.evaluation.metrics import features_of_folder, features_of_reference
 from recache_compile.evaluation.profile import PROFILE, Profile, call_of, measure_redundancy, measure_times
 from recache_compile.evaluation.request import BUDGETS, POLICIES, EvaluationRequest
-from recache_compile.evaluation.result import Result, facts_about, write_result
+from recache_compile.evaluation.result import EvaluationResult, facts_about, write_result
 from recache_compile.evaluation.runner import SampleRunner, Values, missing_of, read_values
 from recache_compile.evaluation.setting import EVALUATION, FIRST_OF_REFERENCE, Setting, begin, check_begun
 from recache_compile.ir.forecasters import get_forecaster
 from recache_compile.ir.schedule import Schedule
+from recache_compile.models.registry import find
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.prompts import captions_for
@@ -44,7 +44,7 @@ def evaluate(
     folder: Path,
     command: str = "",
     count: Callable[[int, int], None] = lambda done, asked: None,
-) -> Result:
+) -> EvaluationResult:
     """Judge every policy at every budget against the uncached results of the same noise.
 
     Stopped at any time, the same call goes on where it was: batches that are judged are not drawn again.
@@ -79,7 +79,7 @@ def evaluate(
     judged, reference = _judged(request, setting, folder, lambda: SampleRunner(folder, pipeline, compiled), count)
     log.info("estimating")
     uncached, lines = estimates(setting, schedules, judged, reference, compiled, times)
-    result = Result(
+    result = EvaluationResult(
         model=setting.model,
         num_steps=setting.num_steps,
         forecaster=setting.forecaster,
@@ -196,8 +196,8 @@ def _judged(
 ) -> tuple[list[Values], Reference | None]:
     """The values of all batches, and the reference set where a metric is about sets."""
     numbers = tuple(range(-(-request.samples // setting.batch_size)))
-    by_sets = "fid" in setting.metrics
-    alone = by_sets and request.reference is None and setting.model != SHAPES
+    by_sets, embedded = "fid" in setting.metrics, find(setting.model)
+    alone = by_sets and request.reference is None and embedded is None
     others = tuple(FIRST_OF_REFERENCE + number for number in numbers) if alone else ()
     left = [number for number in (*numbers, *others) if missing_of(setting, number, read_values(folder, number))]
     log.info("drawing and judging")
@@ -212,8 +212,8 @@ def _judged(
     if request.reference is not None:
         features = features_of_folder(request.reference, setting.model)
         return judged, Reference(f"the pictures in {request.reference}", features, True)
-    if setting.model == SHAPES:
-        return judged, Reference("rendered scenes of the same captions", features_of_scenes(setting.prompts), True)
+    if embedded is not None:
+        return judged, Reference(embedded.reference, features_of_reference(embedded, setting.prompts), True)
     features = features_in([read_values(folder, number) for number in others], setting.full)
     return judged, Reference("uncached samples of other noise", features, False)
 

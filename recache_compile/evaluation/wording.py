@@ -2,14 +2,14 @@
 
 from math import floor, log10
 
-from recache_compile.evaluation.result import Line, Result
+from recache_compile.evaluation.result import EvaluationLine, EvaluationResult
 from recache_compile.evaluation.statistics import SURE, TARGET_LOSS, TARGET_REDUCTION, Estimate
 
 DIVERGED = "not finite"
 UNSURE = f"? where {TARGET_LOSS:.0%} is within {SURE:g} standard errors"
 
 
-def target_line(result: Result, policy: str) -> str:
+def target_line(result: EvaluationResult, policy: str) -> str:
     """At which budgets a policy meets the target."""
     target = f"{TARGET_REDUCTION:g} times fewer MACs and faster at a loss up to {TARGET_LOSS:.0%}"
     if all(each.target == "unknown" for each in result.lines):
@@ -18,7 +18,7 @@ def target_line(result: Result, policy: str) -> str:
     return f"{policy}: {target}: " + (f"at k = {', '.join(met)}" if met else "at no budget")
 
 
-def _is_met(line: Line, policy: str) -> bool:
+def _is_met(line: EvaluationLine, policy: str) -> bool:
     return line.policy == policy and line.target.startswith("pass")
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recache_compile.errors import ModelError, RecacheError, RuntimeUnavailableError
+from recache_compile.models.registry import EMBEDDED, find, find_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_UNKNOWN = "not an embedded model (shapes), a pipeline folder, or a Hub id that can be loaded here"
-EMBEDDED = {"shapes": Path(__file__).parent.parent / "models" / "shapes" / "weights"}
+_UNKNOWN = f"not an embedded model ({', '.join(EMBEDDED)}), a pipeline folder, or a Hub id that can be loaded here"
 
 
 def load_pipeline(
@@ -38,7 +38,8 @@ def load_pipeline(
     if "_class_name" not in config:
         raise ModelError(f"model {model}: its model_index.json names no pipeline class (_class_name)")
     _require_libraries(model, config)
-    cls = _embedded_class(config["_class_name"]) or DiffusionPipeline
+    embedded = find_pipeline(config["_class_name"])
+    cls = DiffusionPipeline if embedded is None else embedded.code().pipeline_class()
     with _loading(model), _no_random_weights(model):
         pipeline = cls.from_pretrained(
             _source(model),
@@ -69,12 +70,13 @@ def load_config(model: str, component: str | None = None) -> dict[str, Any]:
 
 def absolute(model: str) -> str:
     """What the user wrote, good from every working folder: a folder's whole path."""
-    return str(Path(model).resolve()) if model not in EMBEDDED and Path(model).is_dir() else model
+    return str(Path(model).resolve()) if find(model) is None and Path(model).is_dir() else model
 
 
 def _source(model: str) -> str:
     """The folder or Hub id of a model."""
-    folder = EMBEDDED.get(model, Path(model))
+    embedded = find(model)
+    folder = embedded.weights if embedded else Path(model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ModelError(f"model {model}: the folder holds no pipeline (no model_index.json)")
     if not folder.is_dir() and model.count("/") != 1:
@@ -123,11 +125,3 @@ def _require_libraries(model: str, config: Mapping[str, Any]) -> None:
             raise RuntimeUnavailableError(
                 f"model {model}: its {component} needs the package {package}; pip install 'recache-compile[hub]'"
             )
-
-
-def _embedded_class(name: str) -> Any:
-    if name != "ShapesPipeline":
-        return None
-    from recache_compile.models.shapes.pipeline import ShapesPipeline
-
-    return ShapesPipeline

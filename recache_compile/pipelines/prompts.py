@@ -1,10 +1,10 @@
 """Captions to look for schedules with, where the user gives none."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 from recache_compile.errors import ModelError
+from recache_compile.models.registry import EmbeddedModel, find, find_pipeline
 
 GENERAL = (
     "a photo of a cat in a garden", "a red bicycle leaning against a brick wall", "a bowl of fruit on a wooden table",
@@ -19,29 +19,20 @@ GENERAL = (
 )  # fmt: skip
 """Twenty-four captions of many kinds."""
 
-BY_PIPELINE = {
-    "ShapesPipeline": (
-        "a red circle left of a blue square on a dark background",
-        "a yellow triangle above a magenta ring on a checkered background",
-        "a green cross right of a cyan diamond on a striped background",
-        "a blue ring below a yellow square on a light background",
-    )
-}
-"""Captions that pipelines of these classes understand."""
-
 
 def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Captions to choose schedules on, and others to judge them on.
 
     Args:
-        model: what the user wrote; the embedded model knows one kind of sentence only.
+        model: what the user wrote; an embedded model may know one kind of sentence only.
         file: one caption a line; every fourth is held out.  Without one, captions of our own.
 
     Raises:
         ModelError: the file cannot be read or has fewer than two captions.
     """
-    if file is None and model == "shapes":
-        captions = _of_shapes()
+    embedded = find(model)
+    if file is None and embedded is not None:
+        captions = embedded.code().captions()
         return captions[: len(captions) // 2], captions[len(captions) // 2 :]
     captions = GENERAL if file is None else _read(file)
     if len(captions) < 2:
@@ -52,37 +43,35 @@ def training_and_held_out(model: str, file: Path | None) -> tuple[tuple[str, ...
 
 def captions_for(pipeline: Any) -> tuple[str, ...]:
     """Captions to compare and to calibrate with, where the user gives none."""
-    return BY_PIPELINE.get(type(pipeline).__name__, ("a photo of a cat in a garden",))
+    embedded = find_pipeline(type(pipeline).__name__)
+    return GENERAL[:1] if embedded is None else embedded.captions
 
 
 def captions_of(model: str, file: Path | None) -> tuple[str, ...]:
-    """Captions to judge a model on: those of a file, or our own (of shapes, those that `train` holds out).
+    """Captions to judge a model on: those of a file, or our own (of an embedded model, those that `train` holds out).
 
     Raises:
         ModelError: the file cannot be read or has none.
     """
+    embedded = find(model)
     if file is None:
-        return training_and_held_out(model, None)[1] if model == "shapes" else GENERAL
+        return GENERAL if embedded is None else training_and_held_out(model, None)[1]
     captions = _read(file)
     if not captions:
         raise ModelError(f"prompts {file}: no captions; give at least one, one a line")
-    if model == "shapes":
-        from recache_compile.models.shapes.scenes import parse_caption
-
-        for caption in captions:
-            try:
-                parse_caption(caption)
-            except ValueError as error:
-                raise ModelError(f"prompts {file}: {error}") from None
+    if embedded is not None:
+        _check(embedded, captions, file)
     return captions
 
 
-def _of_shapes() -> tuple[str, ...]:
-    """Different sentences that the embedded model knows."""
-    from recache_compile.models.shapes.scenes import sample_scene
-
-    rng = random.Random(20_260)
-    return tuple(dict.fromkeys(sample_scene(rng).caption() for _ in range(2048)))
+def _check(embedded: EmbeddedModel, captions: tuple[str, ...], file: Path) -> None:
+    """Raise `ModelError` unless an embedded model can draw every caption of a file."""
+    check_caption = embedded.code().check_caption
+    for caption in captions:
+        try:
+            check_caption(caption)
+        except ValueError as error:
+            raise ModelError(f"prompts {file}: {error}") from None
 
 
 def _read(file: Path) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from recache_compile.artifact.inspect import with_unit
-from recache_compile.evaluation.result import Line, Result
+from recache_compile.evaluation.result import EvaluationLine, EvaluationResult
 from recache_compile.evaluation.wording import UNSURE, percent, plain, target_line
+from recache_compile.models.registry import EMBEDDED, find
 from recache_compile.report.contents import GAIN, Contents, heat_scale, read_contents
 from recache_compile.support.files import writing
 
@@ -41,7 +42,7 @@ def html_of(page: Contents, folder: Path) -> str:
     environment.filters |= {"percent": percent, "plain": plain, "unit": with_unit}
     parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     result = page.result
-    best = _best(result, page.policies[0])
+    best, embedded = _best(result, page.policies[0]), find(result.model)
     return environment.get_template("page.html").render(
         page=page,
         folder=folder,
@@ -54,20 +55,24 @@ def html_of(page: Contents, folder: Path) -> str:
         scale=heat_scale(),
         gain=GAIN,
         unsure=UNSURE,
+        features="" if embedded is None else embedded.features,
+        own_metrics=[
+            f"{judge.name} of {each.name}" for each in EMBEDDED.values() for judge in each.judges if judge.counts
+        ],
         peak=max(1e-9, *(taken for row in page.times for taken in row.steps)),
         most=max(1, *(line.history_bytes + line.table_bytes for line in result.lines)),
         **{name: Markup(text) for name, text in parts.items()},
     )
 
 
-def _best(result: Result, policy: str) -> Line:
+def _best(result: EvaluationResult, policy: str) -> EvaluationLine:
     """The line that is shown first: the smallest budget that meets the target, else the largest."""
     lines = sorted((line for line in result.lines if line.policy == policy), key=lambda line: line.budget)
     budget = result.smallest(policy)
     return next((line for line in lines if line.budget == budget), lines[-1])
 
 
-def _headline(result: Result, best: Line) -> str:
+def _headline(result: EvaluationResult, best: EvaluationLine) -> str:
     name, losses = Path(result.model).name, [loss for loss in best.losses.values() if loss.value is not None]
     if not best.target.startswith("pass") or not losses:
         return f"{name} at fixed compute: what every budget gives and costs"
@@ -76,7 +81,7 @@ def _headline(result: Result, best: Line) -> str:
     return f"{name}: {best.budget} of {result.num_steps} steps recomputed, {speed} times as fast, loss {worst}"
 
 
-def _tiles(result: Result, best: Line) -> list[tuple[str, str]]:
+def _tiles(result: EvaluationResult, best: EvaluationLine) -> list[tuple[str, str]]:
     """The numbers that are looked for first."""
     tiles = [(f"k = {best.budget}", f"of {result.num_steps} steps recomputed, {best.policy}")]
     tiles.append((f"÷ {best.macs_reduction:.1f}", "multiply-accumulates"))

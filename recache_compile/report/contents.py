@@ -13,11 +13,12 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import Tensor
 
-from recache_compile.bench.page import Bench, read_bench
+from recache_compile.bench.page import read_bench
+from recache_compile.bench.session import BenchResult
 from recache_compile.errors import ArtifactError
 from recache_compile.evaluation.metrics import METRICS, Metric
 from recache_compile.evaluation.profile import PROFILE, Profile
-from recache_compile.evaluation.result import Line, Result, read_result
+from recache_compile.evaluation.result import EvaluationLine, EvaluationResult, read_result
 from recache_compile.evaluation.runner import PICTURES, Values, read_values
 from recache_compile.evaluation.setting import Setting, read_setting
 from recache_compile.ir.schedule import Schedule
@@ -116,9 +117,9 @@ class Contents:
         times: of every budget, uncached last.
     """
 
-    result: Result
+    result: EvaluationResult
     setting: Setting
-    bench: Bench | None
+    bench: BenchResult | None
     metrics: tuple[Metric, ...]
     policies: tuple[str, ...]
     budgets: tuple[int, ...]
@@ -157,7 +158,7 @@ def read_contents(folder: Path, bench: Path | None) -> Contents:
     )
 
 
-def _samples(folder: Path, setting: Setting, result: Result) -> tuple[tuple[Sample, ...], int]:
+def _samples(folder: Path, setting: Setting, result: EvaluationResult) -> tuple[tuple[Sample, ...], int]:
     """Those whose pictures were kept, and the pixels of their longer side."""
     found: list[Sample] = []
     side = 0
@@ -174,7 +175,7 @@ def _samples(folder: Path, setting: Setting, result: Result) -> tuple[tuple[Samp
     return tuple(found), side
 
 
-def _pictures(values: Values, place: int, setting: Setting, result: Result) -> tuple[Picture, ...]:
+def _pictures(values: Values, place: int, setting: Setting, result: EvaluationResult) -> tuple[Picture, ...]:
     full = values[setting.full][PICTURES][place]
     pictures = [Picture("", setting.num_steps, _source(full), "", "")]
     for line in result.lines:
@@ -191,7 +192,7 @@ def difference_map(picture: Tensor, reference: Tensor) -> Tensor:
     return ((picture.int() - reference.int()).abs().amax(0) * GAIN).clamp(max=255).byte()
 
 
-def _mask(line: Line, setting: Setting) -> str:
+def _mask(line: EvaluationLine, setting: Setting) -> str:
     return Schedule(line.recompute_steps, setting.num_steps).mask
 
 
@@ -249,7 +250,7 @@ def heat_scale(count: int = 24) -> tuple[str, ...]:
     return tuple(to_hex(colormaps[HEAT](each)) for each in np.linspace(DARKEST, LIGHTEST, count))
 
 
-def _times(profile: Profile, result: Result) -> tuple[TimeRow, ...]:
+def _times(profile: Profile, result: EvaluationResult) -> tuple[TimeRow, ...]:
     """Fewest recompute steps first, and none for budgets of an earlier run of the same evaluation."""
     shown = {line.budget for line in result.lines} | {result.num_steps}
     return tuple(

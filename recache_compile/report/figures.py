@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from recache_compile.evaluation.metrics import Metric
-from recache_compile.evaluation.result import Result
+from recache_compile.evaluation.result import EvaluationResult
 
 INK, QUIET, GRID = "#010101", "#020202", "#030303"
 SERIES = ("#040401", "#040402", "#040403", "#040404", "#040405", "#040406")
@@ -23,7 +23,7 @@ SIZE = (4.4, 3.1)
 """Inches of 72 points; the page scales it to its column."""
 
 
-def pareto(result: Result, metric: Metric) -> str:
+def pareto(result: EvaluationResult, metric: Metric) -> str:
     """Quality against compute: one line a policy, one point a budget, with standard errors."""
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasSVG(figure)

@@ -13,6 +13,7 @@ from recache_compile.config import CompileConfig
 from recache_compile.errors import DispatchError, ModelError, ScheduleError
 from recache_compile.ir.forecasters import Forecaster, check_forecaster, get_forecaster
 from recache_compile.ir.schedule import Schedule, check_budgets
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.policies.base import Calibration, Policy, Problem, make_schedules
@@ -29,7 +30,7 @@ CALIBRATIONS = 4
 FIRST_SEED = 1 << 40
 """Seed of the first of them, far from those that users choose."""
 
-SHIPPED = {"ShapesPipeline": Path(__file__).parent.parent / "models" / "shapes" / "policies"}
+SHIPPED = {each.pipeline: each.policies for each in EMBEDDED.values()}
 """Policies that come with the package, by the class of the pipeline that they were trained for."""
 
 AnyPolicy = str | Mapping[int, Sequence[int]] | Policy

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recache_compile.artifact.store import load_own
-from recache_compile.errors import ArtifactError, ModelError
-from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.errors import ModelError
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.evaluation.rewards import get_reward
 from recache_compile.ir.forecasters import Forecaster, get_forecaster
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.engines import engines_of_pipeline
@@ -22,7 +21,7 @@ from recache_compile.pipelines.rollout import Rollouts
 from recache_compile.policies.base import Calibration
 from recache_compile.policies.calibration import load_calibration, save_calibration
 from recache_compile.search.study import Study, Task, read_study, write_study
-from recache_compile.support.files import writing
+from recache_compile.support.tensors import read_tensors, write_tensors
 
 
 def build_study_engines(study: Study, folder: Path, pipeline: Any) -> None:
@@ -109,11 +108,7 @@ class StudyRunner:
         file = self._folder / "samples" / f"{number}.safetensors"
         if not file.exists():
             full = self._rollouts.uncached(self.study.batch(number))
-            with writing(file) as partial:
-                save_file({"noise": self._rollouts.noise().cpu().contiguous(), "full": full.contiguous()}, partial)
+            write_tensors({"noise": self._rollouts.noise().cpu(), "full": full}, file)
             self._rollouts.forget()
-        try:
-            tensors = load_file(file)
-            return tensors["noise"], tensors["full"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ArtifactError(f"{file}: damaged ({error}); remove it, it is then made anew") from None
+        tensors = read_tensors(file, ("noise", "full"))
+        return tensors["noise"], tensors["full"]

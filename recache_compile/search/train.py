@@ -13,7 +13,8 @@ import torch
 from recache_compile._version import __version__
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ScheduleError
-from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.evaluation.rewards import get_reward
 from recache_compile.ir.forecasters import check_forecaster
 from recache_compile.ir.schedule import Schedule, check_budgets
 from recache_compile.pipelines.load import absolute, load_pipeline

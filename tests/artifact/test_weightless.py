@@ -14,7 +14,7 @@ from recache_compile.artifact.specs import WeightlessModel, on_meta
 from recache_compile.artifact.weightless import PlanFacts, find_weightless, plan_model, print_plan
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Kind
-from recache_compile.pipelines.load import EMBEDDED
+from recache_compile.models.registry import EMBEDDED
 from tests.conftest import NUM_STEPS, flux_inputs, tiny_flux
 
 OPTIONS = compile_options((3, NUM_STEPS), NUM_STEPS, "taylor", 1, "uniform", "stack", True)
@@ -79,7 +79,7 @@ def test_the_tables_name_programs_and_budgets(planned: PlanFacts) -> None:
 
 def test_a_pipeline_is_planned_without_the_weights_of_its_transformer(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
-    shutil.copytree(EMBEDDED["shapes"], folder)
+    shutil.copytree(EMBEDDED["shapes"].weights, folder)
     for file in (folder / "transformer").glob("*.safetensors"):
         file.unlink()
     call = {"prompt": "a red circle left of a blue square on a dark background"}

@@ -14,14 +14,15 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import recache_compile as rc
-from recache_compile.bench.page import summary
-from recache_compile.bench.session import Line, Result, run
+from recache_compile.bench.page import read_bench, summary
+from recache_compile.bench.session import BenchLine, BenchResult, run
 from recache_compile.bench.subjects import OURS, SUBJECTS, available
 from recache_compile.bench.workload import Request, make_workload, of_artifact, peers_schedule
 from recache_compile.cli.app import main
 from recache_compile.errors import ModelError
 
 T, K = 8, 3
+COMMITTED = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
 SPEC = {
     "name": "tiny",
@@ -176,13 +177,13 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, artifac
     assert "Traceback" not in result.output
 
 
-def a_line(name: str, loop: float, cached: float | None, ideal: float) -> Line:
-    return Line(name, loop, (0.9 * loop, 1.1 * loop), 0.2, cached, 1.0, 5.0, ideal, 3, 2, 1, 10**7, 10**9, None)
+def a_line(name: str, loop: float, cached: float | None, ideal: float) -> BenchLine:
+    return BenchLine(name, loop, (0.9 * loop, 1.1 * loop), 0.2, cached, 1.0, 5.0, ideal, 3, 2, 1, 10**7, 10**9, None)
 
 
-def a_result() -> Result:
+def a_result() -> BenchResult:
     lines = (a_line("eager", 4.0, None, 4.0), a_line(OURS, 1.0, 0.001, 0.98), a_line("cache-dit", 1.5, 0.02, 1.0))
-    return Result(
+    return BenchResult(
         "2026-01-01", "a machine", {"torch": "2"}, request("flux-small"), (0, 2, 5), 3, lines, {"other": "other: no"}
     )
 
@@ -213,3 +214,23 @@ def test_json_has_ratios_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(result.stdout)
     assert [line["speedup"] for line in facts["lines"]] == [1, 4, 4 / 1.5]
     assert (facts["best_peer"], facts["times_faster"]) == ("cache-dit", 1.5)
+
+
+def test_a_run_that_was_kept_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**a_result().json(), "best_peer": "cache-dit", "of a later release": 1}))
+    assert read_bench(file) == a_result()
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    for text in ("{", "{}", "[1]", '{"lines": []}'):
+        file.write_text(text)
+        with pytest.raises(ModelError, match=r"run.json: is no result of bench --json \(.+\)") as caught:
+            read_bench(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted(COMMITTED.glob("bench-*.json")), ids=lambda file: file.stem)
+def test_committed_runs_are_read(file: Path) -> None:
+    assert read_bench(file).request.model == file.stem.removeprefix("bench-")

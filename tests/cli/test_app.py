@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from recache_compile.cli.app import main
-from recache_compile.pipelines.load import EMBEDDED
+from recache_compile.models.registry import EMBEDDED
 from tests.conftest import PROMPT
 
 SMALL = ["--steps", "6", "--runtime", "eager", "--prompt", PROMPT]
@@ -157,7 +157,7 @@ def test_a_picture_never_replaces_a_device(artifact: Path, tmp_path: Path) -> No
 
 
 def test_a_local_folder_works_as_the_embedded_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(EMBEDDED["shapes"], tmp_path / "mine")
+    shutil.copytree(EMBEDDED["shapes"].weights, tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     result = run("mine", "--budgets", "2", *SMALL[:4], "--output", "out")
     assert result.exit_code == 0, result.output
@@ -167,7 +167,7 @@ def test_a_local_folder_works_as_the_embedded_model_does(tmp_path: Path, monkeyp
 
 
 def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(EMBEDDED["shapes"], tmp_path / "mine"))
+    folder = Path(shutil.copytree(EMBEDDED["shapes"].weights, tmp_path / "mine"))
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(
         {name: value for name, value in load_file(file).items() if name != "proj_out.weight"}, file, {"format": "pt"}

@@ -1,6 +1,5 @@
-"""Distances and rewards against independent references, and one sample at a time."""
+"""Distances against independent references, and one sample at a time."""
 
-import random
 from itertools import pairwise
 
 import numpy as np
@@ -10,20 +9,12 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from recache_compile.errors import ModelError, RuntimeUnavailableError
-from recache_compile.evaluation import distances as quality
-from recache_compile.evaluation.distances import get_distance, get_reward
-from recache_compile.models.shapes.evaluate import load_classifier
-from recache_compile.models.shapes.scenes import Scene, render, sample_scene
+from recache_compile.evaluation import distances as module
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.models.shapes.classifier import load_classifier
+from tests.evaluation.scenes import scenes
 
 DISTANCES = ("mse", "ssim", "features")
-
-
-def scenes(count: int, seed: int = 0) -> tuple[list[Scene], Tensor]:
-    """Scenes and pictures of them (count, 3, 32, 32) in [0, 1]."""
-    rng = random.Random(seed)
-    drawn = [sample_scene(rng) for _ in range(count)]
-    attributes = torch.tensor([scene.attributes() for scene in drawn])
-    return drawn, (render(attributes, torch.Generator().manual_seed(seed)) + 1) / 2
 
 
 @pytest.fixture(scope="module")
@@ -114,73 +105,29 @@ def test_auto_is_features_for_shapes() -> None:
 
 
 def test_auto_is_lpips_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(quality.DISTANCES, "lpips", lambda: quality.mean_squared_error)
+    monkeypatch.setitem(module.DISTANCES, "lpips", lambda: module.mean_squared_error)
     assert get_distance("auto", "some/model").name == "lpips"
 
 
 def test_auto_is_ssim_where_lpips_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> quality.PictureDistance:
+    def missing() -> module.PictureDistance:
         raise RuntimeUnavailableError("no weights")
 
-    monkeypatch.setitem(quality.DISTANCES, "lpips", missing)
+    monkeypatch.setitem(module.DISTANCES, "lpips", missing)
     assert get_distance("auto", "some/model").name == "ssim"
 
 
-def test_no_reward_is_zero(reference: Tensor) -> None:
-    rewards = get_reward("none", "some/model")(reference, ["a"] * 4)
-    assert rewards.dtype == torch.float64
-    assert rewards.tolist() == [0.0] * 4
-
-
-def test_the_right_caption_is_rewarded_most() -> None:
-    drawn, pictures = scenes(16)
-    captions, reward = [scene.caption() for scene in drawn], get_reward("caption", "shapes")
-    right = reward(pictures, captions)
-    assert right.le(0).all()
-    assert all(right.gt(reward(pictures, captions[by:] + captions[:by])).all() for by in range(1, 16))
-
-
-def test_the_caption_reward_is_the_mean_of_six_log_probabilities() -> None:
-    (scene, *_), pictures = scenes(1)
-    with torch.no_grad():
-        heads = [head[0].double().softmax(0) for head in load_classifier()(pictures * 2 - 1)]
-    expected = np.mean([head[index].log().item() for head, index in zip(heads, scene.attributes(), strict=True)])
-    reward = get_reward("caption", "shapes")(pictures, [scene.caption()]).item()
-    assert reward == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def test_a_caption_reward_knows_no_other_sample() -> None:
-    drawn, pictures = scenes(4)
-    captions, reward = [scene.caption() for scene in drawn], get_reward("caption", "shapes")
-    noisy = (pictures + 0.3 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    alone = torch.cat([reward(noisy[[row]], [captions[row]]) for row in range(4)])
-    torch.testing.assert_close(reward(noisy, captions), alone, rtol=1e-4, atol=1e-6)
-
-
-def test_a_video_is_rewarded_for_its_frames_in_the_mean() -> None:
-    (scene, *_), pictures = scenes(4)
-    reward, caption = get_reward("caption", "shapes"), scene.caption()
-    video = reward(pictures[None], [caption])
-    torch.testing.assert_close(video, reward(pictures, [caption] * 4).mean(0, keepdim=True), rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize(
-    ("get", "name", "model", "message"),
+    ("name", "model", "message"),
     [
-        (get_distance, "psnr", "shapes", "distance 'psnr' is unknown; choose auto, mse, ssim, lpips, features"),
-        (
-            get_reward,
-            "beauty",
-            "shapes",
-            "reward 'beauty' is unknown; choose none, caption, attributes, clip, hpsv2, imagereward",
-        ),
-        (get_distance, "features", "a/b", "judges pictures of shapes only, not of a/b; choose auto, mse, ssim, lpips"),
-        (get_reward, "caption", "a/b", "judges pictures of shapes only, not of a/b; choose none, clip, hpsv2"),
+        ("psnr", "shapes", "distance 'psnr' is unknown; choose auto, mse, ssim, lpips, features"),
+        ("caption", "a/b", "distance 'caption' is unknown; choose auto, mse, ssim, lpips"),
+        ("features", "a/b", "judges pictures of shapes only, not of a/b; choose auto, mse, ssim, lpips"),
     ],
 )
-def test_a_name_that_does_not_fit_is_told_its_alternatives(get, name: str, model: str, message: str) -> None:
+def test_a_name_that_does_not_fit_is_told_its_alternatives(name: str, model: str, message: str) -> None:
     with pytest.raises(ModelError) as caught:
-        get(name, model)
+        get_distance(name, model)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -193,13 +140,3 @@ def test_pictures_of_another_size_are_refused(reference: Tensor) -> None:
 def test_what_is_no_picture_is_refused(reference: Tensor) -> None:
     with pytest.raises(ModelError, match=r"expected pictures \(batch, 3, H, W\) or videos .* shape \(4, 1, 32, 32\)"):
         get_distance("ssim", "shapes")(reference[:, :1], reference[:, :1])
-
-
-def test_every_sample_needs_a_prompt(reference: Tensor) -> None:
-    with pytest.raises(ModelError, match="reward none: 1 prompts for 4 samples; give one for each"):
-        get_reward("none", "shapes")(reference, ["a"])
-
-
-def test_a_prompt_that_is_no_caption_is_told_the_form(reference: Tensor) -> None:
-    with pytest.raises(ModelError, match="reward caption: caption 'a cat': expected 'a COLOR SHAPE"):
-        get_reward("caption", "shapes")(reference[:1], ["a cat"])

@@ -18,13 +18,14 @@ from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.evaluation import pretrained
 from recache_compile.evaluation.metrics import (
     METRICS,
-    SCENES,
     features_of_folder,
-    features_of_scenes,
+    features_of_reference,
     judge_of,
     usual_metrics,
 )
-from recache_compile.models.shapes.evaluate import load_classifier
+from recache_compile.models.registry import EMBEDDED
+from recache_compile.models.shapes.classifier import load_classifier
+from recache_compile.models.shapes.judges import SCENES
 from recache_compile.models.shapes.scenes import parse_caption, render
 
 CAPTIONS = (
@@ -195,7 +196,7 @@ def test_the_frechet_distance_of_videos_is_that_of_their_middle_frames() -> None
 
 
 def test_the_reference_of_shapes_is_scenes_of_the_captions() -> None:
-    found = features_of_scenes(CAPTIONS)
+    found = features_of_reference(EMBEDDED["shapes"], CAPTIONS)
     assert found.shape == (SCENES, 64)
     drawn = judge_of("fid", "shapes")(scenes(), scenes(), CAPTIONS).double().numpy()
     own = np.linalg.norm(found[0::2].mean(0) - drawn[0]) + np.linalg.norm(found[1::2].mean(0) - drawn[1])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.evaluation import pretrained
-from recache_compile.evaluation.distances import Distance, Reward, get_distance, get_reward
+from recache_compile.evaluation.distances import Distance, get_distance
+from recache_compile.evaluation.rewards import Reward, get_reward
 
 PROMPTS = ["a red cat", "dog", "a sentence that goes on and on and on"]
 

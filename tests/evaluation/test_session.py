@@ -13,14 +13,15 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.evaluation import session
-from recache_compile.evaluation.metrics import features_of_scenes, judge_of
+from recache_compile.evaluation.metrics import features_of_reference, judge_of
 from recache_compile.evaluation.request import Request
-from recache_compile.evaluation.result import Result, read_result
+from recache_compile.evaluation.result import EvaluationResult, read_result
 from recache_compile.evaluation.runner import KEPT, PICTURES, read_values
 from recache_compile.evaluation.session import evaluate
 from recache_compile.evaluation.setting import FIRST_OF_REFERENCE, read_setting
 from recache_compile.evaluation.statistics import frechet
 from recache_compile.ir.schedule import Schedule
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.prompts import captions_of
 from recache_compile.pipelines.rollout import Rollouts
@@ -47,7 +48,7 @@ def own(evaluated: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(evaluated: Path) -> Result:
+def result(evaluated: Path) -> EvaluationResult:
     return read_result(evaluated)
 
 
@@ -83,7 +84,7 @@ def drawn(evaluated: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["psnr", "ssim", "attributes"])
 def test_values_are_the_means_of_samples_that_the_pipeline_itself_draws(
-    name: str, result: Result, drawn: dict[str, Tensor]
+    name: str, result: EvaluationResult, drawn: dict[str, Tensor]
 ) -> None:
     captions = captions_of("shapes", None)[:SAMPLES]
     for line in result.lines:
@@ -96,24 +97,29 @@ def test_values_are_the_means_of_samples_that_the_pipeline_itself_draws(
         assert line.values[name].error == pytest.approx(values.std(ddof=1) / SAMPLES**0.5, rel=0.02, abs=1e-9)
 
 
-def test_fid_is_the_distance_to_rendered_scenes_of_the_captions(result: Result, drawn: dict[str, Tensor]) -> None:
+def test_fid_is_the_distance_to_rendered_scenes_of_the_captions(
+    result: EvaluationResult, drawn: dict[str, Tensor]
+) -> None:
     features = {name: judge_of("fid", "shapes")(each, each, ()).double().numpy() for name, each in drawn.items()}
-    expected = frechet(features["uncached"], features_of_scenes(captions_of("shapes", None)))
+    expected = frechet(features["uncached"], features_of_reference(EMBEDDED["shapes"], captions_of("shapes", None)))
     assert result.uncached["fid"].value == pytest.approx(expected, rel=1e-3)
     for line in result.lines:
-        cached = frechet(features[f"{line.policy} {line.budget}"], features_of_scenes(captions_of("shapes", None)))
+        cached = frechet(
+            features[f"{line.policy} {line.budget}"],
+            features_of_reference(EMBEDDED["shapes"], captions_of("shapes", None)),
+        )
         assert line.values["fid"].value == pytest.approx(cached, rel=1e-3)
         assert "fid" not in line.losses  # there are fewer samples than features
 
 
-def test_every_policy_is_evaluated_at_every_budget(result: Result) -> None:
+def test_every_policy_is_evaluated_at_every_budget(result: EvaluationResult) -> None:
     assert [(line.policy, line.budget) for line in result.lines] == [
         ("uniform", 2), ("uniform", 4), ("front-loaded", 2), ("front-loaded", 4),
     ]  # fmt: skip
     assert [line.recompute_steps for line in result.lines[:2]] == [(0, 4), (0, 2, 4, 6)]
 
 
-def test_costs_are_those_of_the_artifact(result: Result, evaluated: Path) -> None:
+def test_costs_are_those_of_the_artifact(result: EvaluationResult, evaluated: Path) -> None:
     compiled = rc.load(evaluated / "engines")
     for line in result.lines:
         cost = compiled.reschedule({line.budget: Schedule(line.recompute_steps, STEPS)}).cost(line.budget)
@@ -134,7 +140,7 @@ def test_what_is_kept_is_not_drawn_again(own: Path, no_generation: None) -> None
     assert json.loads((own / "result.json").read_text())["lines"] == json.loads(before)["lines"]
 
 
-def test_a_stopped_evaluation_goes_on(own: Path, result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_evaluation_goes_on(own: Path, result: EvaluationResult, monkeypatch: pytest.MonkeyPatch) -> None:
     (own / "batches" / "1.safetensors").unlink()
     (own / "result.json").unlink()
     made: list[Schedule] = []
@@ -161,7 +167,7 @@ def test_another_metric_takes_only_what_it_needs(own: Path) -> None:
     assert "unknown" in again.stdout
 
 
-def test_another_policy_joins_those_that_are_known(own: Path, result: Result) -> None:
+def test_another_policy_joins_those_that_are_known(own: Path, result: EvaluationResult) -> None:
     again = evaluation(own, "--policy", "0,1,7", "--budgets", "3")
     assert again.exit_code == 0, again.output
     assert [(line.policy, line.budget) for line in read_result(own).lines] == [
@@ -342,7 +348,7 @@ def test_a_damaged_batch_is_named(own: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_find_the_same(own: Path, result: Result) -> None:
+def test_workers_find_the_same(own: Path, result: EvaluationResult) -> None:
     pytest.importorskip("ray")
     shutil.rmtree(own / "batches")
     found = evaluation(own, "--workers", 2)

@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from recache_compile.evaluation.estimates import Reference
-from recache_compile.evaluation.result import Line, Result
+from recache_compile.evaluation.result import EvaluationLine, EvaluationResult
 from recache_compile.evaluation.statistics import (
     Estimate,
     Verdict,
@@ -152,8 +152,8 @@ def test_a_set_tells_a_loss_where_it_is_real_and_large() -> None:
     assert not Reference("samples", features(50, 0), False).tells_loss(50)
 
 
-def line(budget: int, target: Verdict, speedup: float = 3.0) -> Line:
-    return Line("p", budget, (0,), 4.0, speedup, 1.0, 0, 0, {}, {}, target)
+def line(budget: int, target: Verdict, speedup: float = 3.0) -> EvaluationLine:
+    return EvaluationLine("p", budget, (0,), 4.0, speedup, 1.0, 0, 0, {}, {}, target)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,10 @@ def line(budget: int, target: Verdict, speedup: float = 3.0) -> Line:
         ((), None),
     ],
 )
-def test_the_smallest_budget_is_one_from_which_on_all_pass(lines: tuple[Line, ...], expected: int | None) -> None:
-    assert Result.smallest(SimpleNamespace(lines=lines), "p") == expected  # type: ignore[arg-type]
+def test_the_smallest_budget_is_one_from_which_on_all_pass(
+    lines: tuple[EvaluationLine, ...], expected: int | None
+) -> None:
+    assert EvaluationResult.smallest(SimpleNamespace(lines=lines), "p") == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

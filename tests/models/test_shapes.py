@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from recache_compile.errors import RecacheError
+from recache_compile.models.registry import EMBEDDED
 from recache_compile.models.shapes import train
-from recache_compile.models.shapes.evaluate import classifier_accuracy, draw, held_out_scenes, load_classifier
+from recache_compile.models.shapes.classifier import load_classifier
+from recache_compile.models.shapes.evaluate import classifier_accuracy, draw, held_out_scenes
 from recache_compile.models.shapes.pipeline import pack, unpack
 from recache_compile.models.shapes.scenes import ATTRIBUTES, parse_caption, render, sample_scene
 from recache_compile.models.shapes.train import flow_matching_loss, new_pipeline
-from recache_compile.pipelines.load import EMBEDDED
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -101,7 +102,7 @@ def test_an_interrupted_training_resumes_where_it_was(tmp_path: Path, monkeypatc
 
 
 def test_weights_are_small() -> None:
-    size = sum(file.stat().st_size for file in Path(EMBEDDED["shapes"]).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in EMBEDDED["shapes"].weights.rglob("*") if file.is_file())
     assert size <= 10_000_000
 
 

@@ -51,12 +51,16 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `bench`, as it is kept."""
-    line = {"name": "eager", "loop": 2.0, "recompute_step": 0.1, "cached_step": None, "graphs": 0, "graph_breaks": 0,
-            "recompiles": 0, "held_bytes": 1, "peak_bytes": 5_000_000, "disk_bytes": None}  # fmt: skip
+    line = {"name": "eager", "loop": 2.0, "spread": [1.9, 2.1], "recompute_step": 0.1, "cached_step": None,
+            "prepare_seconds": 1.0, "first_loop": 3.0, "ideal": 2.0, "graphs": 0, "graph_breaks": 0, "recompiles": 0,
+            "held_bytes": 1, "peak_bytes": 5_000_000, "disk_bytes": None, "more": {}, "over_ideal": 1.0}  # fmt: skip
     lines = [line, {**line, "name": "recache-compile", "loop": 0.5, "cached_step": 0.001}]
-    request = {"model": "flux-small", "num_steps": 20, "budget": 5, "dtype": "float32"}
+    request = {"model": "flux-small", "num_steps": 20, "budget": 5, "runtime": "eager", "device": "cpu",
+               "dtype": "float32", "call": {}}  # fmt: skip
+    run = {"date": "2026-01-01", "machine": "a machine", "versions": {}, "request": request,
+           "recompute_steps": [0, 5, 9, 13, 17], "rounds": 3, "lines": lines, "failed": {}, "best_peer": "-"}  # fmt: skip
     file = tmp_path_factory.mktemp("bench") / "bench.json"
-    file.write_text(json.dumps({"machine": "a machine", "rounds": 3, "request": request, "lines": lines}))
+    file.write_text(json.dumps(run))
     return file
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.errors import ArtifactError, ModelError, RecacheError
-from recache_compile.evaluation.distances import get_distance, get_reward
+from recache_compile.evaluation.distances import get_distance
+from recache_compile.evaluation.rewards import get_reward
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.search.objective import Losses

@@ -1,24 +1,27 @@
-"""How much a feature changes."""
+"""Tensors in files of their own."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from recache_compile.support.tensors import relative_change
+from recache_compile.errors import ArtifactError
+from recache_compile.support.tensors import read_tensors, write_tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_change_is_relative_to_the_feature_before(dtype: torch.dtype) -> None:
-    past = torch.tensor([[1.0, -3.0], [0.0, 4.0]], dtype=dtype)
-    now = torch.tensor([[2.0, -1.0], [0.0, 5.0]], dtype=dtype)
-    assert relative_change(now, past).item() == pytest.approx(4 / 8)
-    assert relative_change(now, past).dtype is torch.float32
-    assert relative_change(3 * now, 3 * past).item() == pytest.approx(4 / 8)
+def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
+    given = {"a": torch.randn(3, 4).T, "b": torch.arange(3).byte()}
+    write_tensors(given, tmp_path / "folder" / "x.safetensors")
+    found = read_tensors(tmp_path / "folder" / "x.safetensors", ("a",))
+    assert set(found) == {"a", "b"}
+    assert all(torch.equal(found[name], given[name]) for name in given)
 
 
-def test_large_features_of_half_precision_do_not_overflow() -> None:
-    past = torch.full((1000,), 60_000.0, dtype=torch.float16)
-    assert relative_change(-past, past).item() == pytest.approx(2)
-
-
-def test_a_feature_that_stays_zero_does_not_change() -> None:
-    assert relative_change(torch.zeros(2), torch.zeros(2)).item() == 0
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    write_tensors({"a": torch.zeros(8)}, file)
+    with pytest.raises(ArtifactError, match=r"x\.safetensors: damaged \(no b, c\); remove it, it is then made anew"):
+        read_tensors(file, ("a", "b", "c"))
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ArtifactError, match=r"x\.safetensors: damaged \(.+\); remove it, it is then made anew"):
+        read_tensors(file)

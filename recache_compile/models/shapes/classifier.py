@@ -1,11 +1,16 @@
 """Reads a scene's attributes off a picture: the judge of what `shapes` draws."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 from recache_compile.models.shapes.scenes import ATTRIBUTES, SIZE
+
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 class SceneClassifier(ModelMixin, ConfigMixin):
@@ -47,3 +52,10 @@ class SceneClassifier(ModelMixin, ConfigMixin):
         """
         read = torch.stack([logits.argmax(1) for logits in self(pictures)], 1)
         return read == attributes.to(read.device)
+
+
+def load_classifier(folder: Path = WEIGHTS) -> SceneClassifier:
+    """The classifier of a pipeline's folder, in float32."""
+    lean = find_spec("accelerate") is not None  # without it, asking for little memory only warns
+    model = SceneClassifier.from_pretrained(folder / "classifier", dtype=torch.float32, low_cpu_mem_usage=lean)
+    return model.eval()  # type: ignore[no-any-return]

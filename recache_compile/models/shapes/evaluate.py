@@ -5,7 +5,6 @@ python -m recache_compile.models.shapes.evaluate --captions 256 --grid docs/shap
 
 import json
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -13,19 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recache_compile.models.shapes.classifier import SceneClassifier
+from recache_compile.models.registry import find
+from recache_compile.models.shapes.classifier import SceneClassifier, load_classifier
 from recache_compile.models.shapes.scenes import ATTRIBUTES, Scene, render, sample_scene
-from recache_compile.pipelines.load import EMBEDDED, load_pipeline
+from recache_compile.pipelines.load import load_pipeline
 
 HELD_OUT_SEED = 2**40
 """Far from training's seeds, which are step numbers."""
-
-
-def load_classifier(folder: Path = EMBEDDED["shapes"]) -> SceneClassifier:
-    """The judge, in float32."""
-    lean = find_spec("accelerate") is not None  # without it, asking for little memory only warns
-    model = SceneClassifier.from_pretrained(folder / "classifier", dtype=torch.float32, low_cpu_mem_usage=lean)
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def held_out_scenes(count: int, seed: int = HELD_OUT_SEED) -> tuple[list[Scene], Tensor]:
@@ -73,7 +66,8 @@ def tile(pictures: Tensor, columns: int, scale: int = 3, gap: int = 1) -> Image.
 @click.option("--grid", type=click.Path(path_type=Path), help="Write a picture of the first 40 samples.")
 def main(captions: int, steps: int, folder: str, grid: Path | None) -> None:
     """Print one JSON object with the share of attributes recognised."""
-    classifier = load_classifier(EMBEDDED.get(folder, Path(folder)))
+    embedded = find(folder)
+    classifier = load_classifier(embedded.weights if embedded else Path(folder))
     scenes, attributes = held_out_scenes(captions)
     pictures = draw([scene.caption() for scene in scenes], steps, folder=folder)
     recognised = classifier.recognised(pictures * 2 - 1, attributes).float()
