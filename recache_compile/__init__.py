@@ -1,7 +1,7 @@
 """A compiler for diffusion transformers: budgets in, engines of exactly that cost out."""
 
 from recache_compile._version import __version__
-from recache_compile.api import compile, inspect, plan
+from recache_compile.api import accelerate, compile, inspect, plan
 from recache_compile.artifact.rebuild import rebuild
 from recache_compile.artifact.store import load
 from recache_compile.compiler.build import build_engines
@@ -9,7 +9,7 @@ from recache_compile.compiler.compiled import Compiled, Engines
 from recache_compile.config import CompileConfig
 from recache_compile.errors import RecacheError
 from recache_compile.ir.schedule import Schedule
-from recache_compile.pipelines.accelerate import accelerate
+from recache_compile.pipelines.accelerate import restore
 
 __all__ = [
     "CompileConfig",
@@ -25,4 +25,5 @@ __all__ = [
     "load",
     "plan",
     "rebuild",
+    "restore",
 ]

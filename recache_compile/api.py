@@ -1,4 +1,4 @@
-"""The public functions: compile a module or pipeline."""
+"""The public functions: compile, accelerate, plan, inspect."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,11 @@ from recache_compile.compiler.compiled import Compiled, Engines
 from recache_compile.compiler.examples import given_examples
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
-from recache_compile.ir.forecasters import anchors_of, check_forecaster
+from recache_compile.ir.forecasters import Taylor, anchors_of, check_forecaster
+from recache_compile.pipelines.accelerate import Fallback, install
+from recache_compile.pipelines.engine_cache import cached_engines, keep_schedules, key_of, known_schedule
 from recache_compile.pipelines.engines import engines_of_pipeline
-from recache_compile.pipelines.record import denoiser_of
+from recache_compile.pipelines.record import denoiser_of, denoisers_of, record_examples
 from recache_compile.pipelines.weightless import find_weightless
 from recache_compile.runtimes.base import Runtime
 from recache_compile.runtimes.registry import get_runtime
@@ -87,7 +89,7 @@ def compile(
         RecacheError: naming what cannot be done and the remedy.
     """
     check_forecaster(forecaster, order)
-    calls = [call or {}] if call is None or isinstance(call, Mapping) else list(call)
+    calls = _calls(call)
     config = CompileConfig(
         num_steps=num_steps,
         anchors=anchors_of(forecaster, order),
@@ -126,10 +128,78 @@ def _engines(
     return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
 
 
+def _calls(call: Calls | None) -> list[Mapping[str, Any]]:
+    """Several pipeline calls, at least one."""
+    several = [] if call is None else [call] if isinstance(call, Mapping) else list(call)
+    return several or [{}]
+
+
 def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:
     """What an artifact keeps of a pipeline call: plain values beside the prompt."""
     plain = (bool, int, float, str, type(None))
     return {name: value for name, value in call.items() if isinstance(value, plain) and not name.startswith("prompt")}
+
+
+def accelerate(
+    pipeline: Any,
+    compiled: Compiled | Mapping[str, Compiled] | None = None,
+    budget: int | None = None,
+    *,
+    fallback: Fallback | None = None,
+    num_steps: int = 50,
+    call: Calls | None = None,
+    runtime: str | Runtime = "auto",
+) -> Any:
+    """Let a pipeline run on compiled engines, in place.
+
+    Afterwards `pipeline(...)` works as before; `pipeline(..., budget=10)` changes the budget
+    for one call, and `restore(pipeline)` gives it its own transformer back.  With `compiled`
+    the pipeline's own transformer may be None: its weights are not needed.
+
+    Args:
+        pipeline: a `diffusers` pipeline.
+        compiled: what `compile` or `load` returned for its transformer; a mapping from
+            component to that where it has several ("transformer", "transformer_2").  None:
+            it is compiled now, or taken from the cache on disk where the same model was
+            compiled for the same calls and versions before.
+        budget: number of recompute steps; by default the smallest compiled one, or 10.
+        fallback: "eager" runs the original transformer, with a warning, where a call is not
+            of a kind that was compiled; by default that is an error.
+        num_steps, call, runtime: as of `compile`, where it is compiled now.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        DispatchError: the budget was not compiled.
+        ModelError: the pipeline has no such component, or there is nothing to fall back to.
+    """
+    if compiled is None:
+        budget = min(10, num_steps) if budget is None else budget
+        compiled = {
+            name: _from_cache(pipeline, name, budget, num_steps, call, runtime) for name in denoisers_of(pipeline)
+        }
+    return install(pipeline, compiled, budget, fallback)
+
+
+def _from_cache(
+    pipeline: Any, component: str, budget: int, num_steps: int, call: Calls | None, runtime: str | Runtime
+) -> Compiled:
+    """One transformer compiled with the usual choices, or what the disk has of that."""
+    calls = _calls(call)
+    config = CompileConfig(num_steps=num_steps, component=component, call=_recorded(calls[0]))
+    choice = choose_policy("auto", (budget,), "taylor", 1, config, type(pipeline).__name__)
+    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=4))
+    module = denoiser_of(pipeline, component)
+    examples = [each for one in calls for each in record_examples(pipeline, num_steps, one, component)]
+    key = key_of(module, examples, config, backend)
+    engines = cached_engines(key, module, examples, config, backend)
+    schedule = known_schedule(key, budget, num_steps)
+    if schedule is not None:
+        return engines.with_plans({budget: schedule}, Taylor(1), choice.name)
+    compiled = plan_pipeline(engines, choice, pipeline, [calls[0]] * CALIBRATIONS)
+    keep_schedules(key, compiled)
+    return compiled
 
 
 def plan(

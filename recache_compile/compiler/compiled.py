@@ -1,5 +1,6 @@
 """The two types: engines, which know no budget, and engines with plans, which run one."""
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,6 +154,11 @@ class Engines:
         replace_weights(self.weights, self.description.weights, state_dict, strict)
         self.revision.number += 1
 
+    def __repr__(self) -> str:
+        """One line: what they are and what they were built for."""
+        programs = ", ".join(self.variants[0].programs)
+        return f"Engines of {self.description.model} ({programs}; {len(self.variants)} kinds of calls)"
+
     def _check(self, plan: Plan) -> None:
         """Raise unless a plan can be run here."""
         steps, where = plan.schedule.num_steps, f"schedule {list(plan.schedule.recompute_steps)}"
@@ -245,7 +251,52 @@ class Compiled:
 
         save(self, Path(folder))
 
+    def push_to_hub(self, repository: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Upload an artifact to the Hugging Face Hub; see `artifact.hub.push_to_hub`."""
+        from recache_compile.artifact.hub import push_to_hub
+
+        return push_to_hub(self, repository, private=private, revision=revision)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What `pickle` keeps; see `artifact.pickling`."""
+        from recache_compile.artifact.pickling import reduce
+
+        return reduce(self)
+
+    def __copy__(self) -> "Compiled":
+        """The same: engines and weights are shared, dispatchers have a state of their own."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """The same: engines and weights are shared, dispatchers have a state of their own."""
+        return self
+
+    def __repr__(self) -> str:
+        """A few lines: what was compiled, and the steps of every budget."""
+        return "\n".join([self._title(), *(f"  k = {budget}: {each.mask}" for budget, each in self.schedules.items())])
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks, the steps as a row of cells, recomputed ones dark."""
+        rows = "".join(
+            f"<tr><td>k = {budget}</td><td>{''.join(map(_cell, schedule.mask))}</td></tr>"
+            for budget, schedule in self.schedules.items()
+        )
+        return f"<div>{html.escape(self._title())}</div><table>{rows}</table>"
+
+    def _title(self) -> str:
+        config, size = self.engines.config, sum(weight.nbytes for weight in self.weights.values())
+        return (
+            f"Compiled {self.description.model}: {config.num_steps} steps, {self.forecaster.name} order"
+            f" {self.forecaster.order}, policy {self.policy}, {config.granularity} sites, {config.dtype},"
+            f" {config.runtime} on {config.device}, {size / 1e6:.3g} MB of weights"
+        )
+
     def _plan(self, budget: int) -> Plan:
         if budget not in self.plans:
             raise DispatchError(f"budget {budget!r} was not compiled; there are {', '.join(map(str, self.plans))}")
         return self.plans[budget]
+
+
+def _cell(bit: str) -> str:
+    color = "#1f4e79" if bit == "1" else "#dce6f0"
+    return f'<span style="display:inline-block;width:8px;height:14px;margin-right:1px;background:{color}"></span>'

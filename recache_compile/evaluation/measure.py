@@ -14,7 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.distances import mean_squared_error
-from recache_compile.pipelines.accelerate import accelerate
+from recache_compile.pipelines.accelerate import install
 from recache_compile.pipelines.record import DENOISER
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ def compare(
         no pictures where the pipeline makes something else.
     """
     pipeline.set_progress_bar_config(disable=True)
-    pipelines = {
-        budget: accelerate(copy.copy(pipeline), {component: compiled}, budget) for budget in compiled.plans
-    } | {None: pipeline}
+    pipelines = {budget: install(copy.copy(pipeline), {component: compiled}, budget) for budget in compiled.plans} | {
+        None: pipeline
+    }
     pictures: dict[int | None, list[Tensor]] = {}
     for budget in (None, *compiled.plans):
         log.info("drawing uncached" if budget is None else f"drawing with budget {budget}")

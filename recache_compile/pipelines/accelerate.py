@@ -1,8 +1,8 @@
-"""Take a transformer's place in a `diffusers` pipeline."""
+"""Let a `diffusers` pipeline run on compiled engines, and give it its own transformer back."""
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from recache_compile.compiler.compiled import Compiled
@@ -12,24 +12,13 @@ from recache_compile.pipelines.transformer import CompiledTransformer
 Fallback = Literal["eager"]
 
 
-def accelerate(
+def install(
     pipeline: Any,
     compiled: Compiled | Mapping[str, Compiled],
     budget: int | None = None,
     fallback: Fallback | None = None,
 ) -> Any:
-    """Let a pipeline run on compiled engines, in place.
-
-    Afterwards `pipeline(...)` works as before; `pipeline(..., budget=10)` changes the budget
-    for one call.  The pipeline's own transformer may be None: its weights are not needed.
-
-    Args:
-        pipeline: a `diffusers` pipeline.
-        compiled: what `compile` or `load` returned for its transformer; a mapping from
-            component to that where it has several ("transformer", "transformer_2").
-        budget: number of recompute steps; by default the smallest compiled one.
-        fallback: "eager" runs the original transformer, with a warning, where a call is not
-            of a kind that was compiled; by default that is an error.
+    """Put compiled engines in the place of a pipeline's transformers; see `recache_compile.accelerate`.
 
     Raises:
         DispatchError: the budget was not compiled.
@@ -47,24 +36,58 @@ def accelerate(
             original = original.original
         if fallback and original is None:
             raise ModelError(
-                f"fallback 'eager' needs the original weights, but the pipeline has no {name} of its own any more; put"
-                f" the original back (pipeline.{name} = ...) or accelerate with the fallback at once"
+                f"fallback 'eager' needs the original weights, but the pipeline has no {name} of its own; load it with"
+                f" its {name}, or put one there (pipeline.{name} = ...)"
             )
         chosen = min(each.plans) if budget is None else budget
-        transformers[name] = CompiledTransformer(each, pipeline, chosen, original if fallback else None)
+        transformers[name] = CompiledTransformer(each, pipeline, chosen, original, falls_back=fallback is not None)
     for name, transformer in transformers.items():
         setattr(pipeline, name, transformer)
-    _accept_budget(pipeline)
+    pipeline.__class__ = accelerated_class(_own_class(pipeline))
     return pipeline
 
 
-def _accept_budget(pipeline: Any) -> None:
-    """Give the pipeline's call a `budget`, and let its transformers know where a generation begins."""
-    base = getattr(type(pipeline), "_recache_base", type(pipeline))
+def restore(pipeline: Any) -> Any:
+    """Give a pipeline its own transformers back, in place.
+
+    Raises:
+        ModelError: it runs on no engines, or had no transformer of its own.
+    """
+    installed = compiled_transformers(pipeline)
+    if not installed:
+        raise ModelError(f"{_own_class(pipeline).__name__}: runs on no engines; there is nothing to restore")
+    for name, transformer in installed.items():
+        if transformer.original is None:
+            raise ModelError(
+                f"{_own_class(pipeline).__name__}: had no {name} of its own that could be given back; set one"
+                f" (pipeline.{name} = ...), or load the pipeline again"
+            )
+    for name, transformer in installed.items():
+        setattr(pipeline, name, transformer.original)
+    pipeline.__class__ = _own_class(pipeline)
+    return pipeline
+
+
+def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
+    """The components of a pipeline that run on engines, by name."""
+    return {name: each for name, each in pipeline.components.items() if isinstance(each, CompiledTransformer)}
+
+
+def _own_class(pipeline: Any) -> Any:
+    """The pipeline's class as `diffusers` has it."""
+    return getattr(type(pipeline), "_recache_base", type(pipeline))
+
+
+@functools.cache
+def accelerated_class(base: Any) -> Any:
+    """A pipeline class whose call takes a `budget` and lets its transformers know where a generation begins.
+
+    Its pipelines can be pickled, copied and saved.
+    """
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
-        transformers = [each for each in self.components.values() if isinstance(each, CompiledTransformer)]
+        transformers = compiled_transformers(self).values()
         if budget is not None and not transformers:
             raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
         with contextlib.ExitStack() as stack:
@@ -72,6 +95,50 @@ def _accept_budget(pipeline: Any) -> None:
                 stack.enter_context(each.generation(self, budget))
             return base.__call__(self, *args, **kwargs)
 
-    pipeline.__class__ = type(
-        base.__name__, (base,), {"__call__": call, "_recache_base": base, "__module__": base.__module__}
-    )
+    @functools.wraps(base.save_pretrained)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _originals(self):
+            return base.save_pretrained(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _new_accelerated, (base,), dict(vars(self))
+
+    members = {
+        "__call__": call,
+        "save_pretrained": save_pretrained,
+        "__reduce_ex__": reduce,
+        "_recache_base": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _new_accelerated(base: Any) -> Any:
+    """A pipeline without its components, which unpickling and copying put there."""
+    kind = accelerated_class(base)
+    return kind.__new__(kind)
+
+
+@contextlib.contextmanager
+def _originals(pipeline: Any) -> Iterator[None]:
+    """While it is saved, a pipeline has its own transformers: engines are saved by `Compiled.save`.
+
+    Raises:
+        ModelError: it had none.
+    """
+    installed = compiled_transformers(pipeline)
+    if lost := [name for name, each in installed.items() if each.original is None]:
+        raise ModelError(
+            f"{_own_class(pipeline).__name__}: has no weights of its own {lost[0]} to save; save the engines with"
+            f" compiled.save(FOLDER), or load the pipeline with its {lost[0]}"
+        )
+    try:
+        for name, transformer in installed.items():
+            setattr(pipeline, name, transformer.original)
+        pipeline.__class__ = _own_class(pipeline)
+        yield
+    finally:
+        for name, transformer in installed.items():
+            setattr(pipeline, name, transformer)
+        pipeline.__class__ = accelerated_class(_own_class(pipeline))

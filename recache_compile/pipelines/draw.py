@@ -8,7 +8,7 @@ import torch
 from recache_compile.artifact.store import load
 from recache_compile.errors import ModelError
 from recache_compile.ir.schedule import Schedule
-from recache_compile.pipelines.accelerate import accelerate
+from recache_compile.pipelines.accelerate import install
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.support.files import check_file, writing
@@ -52,7 +52,7 @@ def draw(
     compiled = load(artifact, offload_prologue=offload_prologue, cuda_graphs=cuda_graphs)
     model, config = compiled.description.model, compiled.engines.config
     pipeline = load_pipeline(model, getattr(torch, config.dtype), compiled.engines.device, **{config.component: None})
-    accelerate(pipeline, {config.component: compiled}, budget)
+    install(pipeline, {config.component: compiled}, budget)
     pipeline.set_progress_bar_config(disable=True)
     log.info("drawing")
     arguments = {**prompted(pipeline, caption, config.call), "num_inference_steps": config.num_steps}

@@ -4,9 +4,15 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recache_compile.errors import DispatchError, MismatchError
+
+ELSEWHERE = (
+    "this call comes from a loop that does not move the scheduler of the accelerated pipeline: another pipeline, or a"
+    " loop of its own; rc.accelerate(...) the pipeline that is called, or step its scheduler"
+)
 
 
 class StepTracker:
@@ -26,10 +32,6 @@ class StepTracker:
         self._told: int | None = None
         self._last: int | None = None
 
-    def restart(self) -> None:
-        """The next call begins a generation, whatever its step."""
-        self._last = None
-
     @contextlib.contextmanager
     def telling(self, step: int | None) -> Iterator[None]:
         """The step of the calls inside; None: the scheduler knows it."""
@@ -39,60 +41,94 @@ class StepTracker:
         finally:
             self._told = before
 
-    def advance(self, scheduler: Any, leaves: Mapping[str, Any]) -> tuple[int, bool]:
+    def advance(self, scheduler: Any, leaves: Mapping[str, Any], in_call: bool = True) -> tuple[int, bool]:
         """The step of a call, and whether a generation begins with it.
 
-        One begins with the first call of all, the first one after `restart`, and with a call
-        of an earlier step than the last one.
+        One begins with the first call of all, and with a call of an earlier step than the last one.
 
         Args:
             scheduler: of the pipeline, its timesteps set.
             leaves: of the call's arguments, by dotted name.
+            in_call: whether it is known to be the scheduler of the pipeline that makes the call.
 
         Raises:
             MismatchError: the scheduler makes another number of steps than was compiled.
             DispatchError: the scheduler does not tell its step, and its table does not either.
         """
-        step = self._step(scheduler, leaves)
+        step = self._step(scheduler, leaves, in_call)
         begins = self._last is None or step < self._last
         self._last = step
         return step, begins
 
-    def _step(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
+    def _step(self, scheduler: Any, leaves: Mapping[str, Any], in_call: bool) -> int:
+        if not in_call and getattr(scheduler, "num_inference_steps", 0) is None:
+            raise DispatchError(ELSEWHERE)
+        self._check_length(scheduler)
+        if self._told is not None:
+            return self._told
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            return self._first_or_found(scheduler, leaves)
+        if not in_call:  # else the table is not looked at: on a GPU, reading a timestep would stall the loop
+            places = self._places(scheduler, leaves)
+            if index >= self._num_steps or (places and index not in places):
+                raise DispatchError(ELSEWHERE)
+        return int(index)
+
+    def _check_length(self, scheduler: Any) -> None:
+        """Raise unless the loop has as many steps as were compiled."""
         steps, compiled = len(scheduler.timesteps), self._num_steps
-        if steps != compiled:
+        spare = getattr(scheduler, "num_inference_steps", None) == compiled == steps - 1
+        if steps != compiled and not (spare and has_spare_timestep(scheduler)):
             raise MismatchError(
                 f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
             )
-        if self._told is not None:
-            return self._told
-        if not hasattr(scheduler, "step_index"):
-            return self._step_of_timestep(scheduler, leaves)
-        if scheduler.step_index is not None:
-            return int(scheduler.step_index)
-        begin = getattr(scheduler, "begin_index", None)
-        return min(self._places(scheduler, leaves), default=0) if begin is None else int(begin)
 
-    def _step_of_timestep(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
-        """Look the timestep up, for schedulers that do not tell their step."""
-        found = self._places(scheduler, leaves)
-        if len(found) != 1:
-            raise DispatchError(
-                f"{type(scheduler).__name__} does not tell its step, and the timestep is"
-                f" {'at several places' if found else 'not'} in its table; use another scheduler"
-            )
-        return found.pop()
+    def _first_or_found(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
+        """The step where the scheduler does not tell one: its first, or where the timestep is in its table."""
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is not None and self._last is None:
+            return int(begin)
+        places = self._places(scheduler, leaves)
+        if begin is not None and not places:
+            return int(begin)
+        if len(places) == 1:
+            return places.copy().pop()
+        if hasattr(scheduler, "step_index") and self._last is None:
+            return min(places, default=0)
+        raise DispatchError(
+            f"{type(scheduler).__name__} does not tell its step, and the timestep is"
+            f" {'at several places' if places else 'not'} in its table; use another scheduler, step it in the loop, or"
+            " name the step with transformer.cache_context(NAME, step_index=...)"
+        )
 
     def _places(self, scheduler: Any, leaves: Mapping[str, Any]) -> set[int]:
-        """Where in the scheduler's table the timestep is."""
-        table = scheduler.timesteps
+        """Where in the scheduler's table the timestep is, as it is or in units of the training's steps.
+
+        Tokens may have timesteps of their own: those of frames that are given are smaller, so
+        the largest is the loop's.
+        """
         given = [leaves.get(name) for name in self._timesteps]
-        return {
-            int(at)
-            for tensor in given
-            if isinstance(tensor, Tensor)
-            for at in (table == tensor.flatten()[0].to(table.device)).nonzero()
-        }
+        values = [tensor.max() for tensor in given if isinstance(tensor, Tensor) and tensor.numel()]
+        if not values:
+            return set()
+        table = torch.as_tensor(scheduler.timesteps)[: self._num_steps].double()
+        train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
+        for scale in (1.0, 1.0 / train):
+            scaled = table * scale
+            found = {
+                int(at)
+                for value in values
+                for at in torch.isclose(scaled, value.to(scaled), rtol=1e-5, atol=0.0).nonzero()
+            }
+            if found:
+                return found
+        return set()
+
+
+def has_spare_timestep(scheduler: Any) -> bool:
+    """Whether a scheduler's table ends with a timestep of zero, where nothing is left to denoise (`SCMScheduler`)."""
+    return bool(scheduler.timesteps[-1] == 0)
 
 
 def _remedy(scheduler: Any, compiled: int) -> str:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import MismatchError
+from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves
 from recache_compile.pipelines.branches import Branches
+from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.step_tracker import StepTracker
 from recache_compile.runtimes.dispatcher import Dispatcher
 
@@ -21,15 +22,16 @@ class CompiledTransformer(nn.Module):
     """Takes a transformer's place in a pipeline: same call, same configuration, compiled engines.
 
     The step is what the pipeline tells through `cache_context`, else what its scheduler knows;
-    see `StepTracker`.
-    The guidance branch is what the pipeline tells, else it is known by its conditioning.
-    The first step of a generation is recomputed, wherever in the schedule it is.
+    see `StepTracker`.  The guidance branch is what the pipeline tells, else it is known by its
+    conditioning.  The first step of a generation is recomputed, wherever in the schedule it
+    is.  Generations may run at the same time, in threads or inside one another.
 
     Args:
-        compiled: the engines.
+        compiled: the engines and plans.
         pipeline: the pipeline, for its scheduler.
         budget: number of recompute steps; may be set later.
-        original: runs what was not compiled; None: that is an error.
+        original: the transformer that was here before, if any.
+        falls_back: whether it runs calls of a kind that was not compiled; otherwise they are errors.
         dispatcher: runs this budget, instead of a new one.
     """
 
@@ -39,23 +41,30 @@ class CompiledTransformer(nn.Module):
         pipeline: Any,
         budget: int,
         original: nn.Module | None = None,
+        falls_back: bool = False,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self._compiled = compiled
         self._pipeline = pipeline
-        self._dispatchers: dict[int, Dispatcher] = {} if dispatcher is None else {budget: dispatcher}
-        self._branch: str | None = None
-        self._branches = Branches()
-        self._steps = StepTracker(compiled.num_steps, compiled.variants[0].names(Role.TIMESTEP))
-        self._warned = False  # in this generation
+        self._generations = Generations(compiled.dispatcher)
+        self._budgets = set(compiled.plans)
+        if dispatcher is not None:
+            self._generations.lend(budget, dispatcher)
+            self._budgets.add(budget)
         self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
+        self.falls_back = falls_back
         self.budget = budget
 
     @property
+    def compiled(self) -> Compiled:
+        """The engines and plans."""
+        return self._compiled
+
+    @property
     def original(self) -> nn.Module | None:
-        """What calls fall back to."""
+        """The transformer that was here before."""
         return self._original[0]
 
     @property
@@ -65,8 +74,10 @@ class CompiledTransformer(nn.Module):
 
     @budget.setter
     def budget(self, budget: int) -> None:
-        if budget not in self._dispatchers:
-            self._dispatchers[budget] = self._compiled.dispatcher(budget)
+        if budget not in self._budgets:
+            raise DispatchError(
+                f"budget {budget!r} was not compiled; there are {', '.join(map(str, self._compiled.plans))}"
+            )
         self._budget = budget
 
     @property
@@ -85,7 +96,7 @@ class CompiledTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the engines run."""
-        return self._compiled.variants[0].device
+        return self._compiled.engines.device
 
     def __getattr__(self, name: str) -> Any:
         """Entries of the configuration, as the models of `diffusers` give them out."""
@@ -100,40 +111,47 @@ class CompiledTransformer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
         """Move and cast what calls fall back to; engines stay where and what they are."""
-        if self.original is not None:
+        if self.falls_back and self.original is not None:
             self.original._apply(fn, recurse)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
-        """One with a state of its own, on the same engines and weights."""
+        """Another one on the same engines and weights."""
         pipeline = memo.get(id(self._pipeline), self._pipeline)
-        return CompiledTransformer(self._compiled, pipeline, self._budget, self.original)
+        return CompiledTransformer(self._compiled, pipeline, self._budget, self.original, self.falls_back)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What is pickled: no generation that is under way."""
+        return self._compiled, self._pipeline, self._budget, self.original, self.falls_back
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Begin anew with the same engines."""
+        self.__init__(*state)  # type: ignore[misc]
 
     @contextlib.contextmanager
     def generation(self, pipeline: Any, budget: int | None = None) -> Iterator[None]:
-        """One call of a pipeline, under a budget of its own if it is given one.
+        """One call of a pipeline, under a budget of its own if it is given one; its first step is whatever comes first.
 
-        Its first step is whatever comes first.
+        Raises:
+            DispatchError: the budget was not compiled.
         """
-        before = self._pipeline, self._budget
-        self.budget = before[1] if budget is None else budget
-        self._pipeline, self._warned = pipeline, False
-        self._steps.restart()
-        try:
+        before = self._budget
+        if budget is not None:
+            self.budget = budget  # checks it
+            self.budget = before
+        with self._generations.begin(pipeline, before if budget is None else budget, self._new_steps()):
             yield
-        finally:
-            self._dispatchers[self._budget].reset(start=None)  # history is not kept for a generation that is over
-            self._pipeline, self._budget = before
 
     @contextlib.contextmanager
     def cache_context(self, name: str, step_index: int | None = None, **facts: Any) -> Iterator[None]:
         """Name the guidance branch (and, in newer pipelines, the step) of the calls inside."""
-        before, self._branch = self._branch, name
+        generation = self._generation()
+        before, generation.branch = generation.branch, name
         try:
-            with self._steps.telling(step_index):
+            with generation.steps.telling(step_index):
                 yield
         finally:
-            self._branch = before
+            generation.branch = before
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """One model call; arguments as the original's.
@@ -142,14 +160,15 @@ class CompiledTransformer(nn.Module):
             MismatchError: the call is of a kind that was not compiled, and there is no fallback.
         """
         inputs = dict(zip(self._compiled.engines.signature.parameters, args, strict=False)) | kwargs
+        generation = self._generation()
         try:
-            result = self._run(inputs)
+            result = self._run(generation, inputs)
         except MismatchError as error:
-            if self.original is None:
+            if not self.falls_back or self.original is None:
                 raise
-            if not self._warned:
+            if not generation.warned:
                 warnings.warn(f"running the original transformer: {error}", stacklevel=2)
-            self._warned = True
+            generation.warned = True
             return self.original(*args, return_dict=return_dict, **kwargs)
         if not return_dict:
             return result
@@ -157,14 +176,21 @@ class CompiledTransformer(nn.Module):
 
         return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
 
-    def _run(self, inputs: Mapping[str, Any]) -> Any:
-        dispatcher, leaves = self._dispatchers[self._budget], named_leaves(inputs)
-        step, begins = self._steps.advance(self._pipeline.scheduler, leaves)
+    def _generation(self) -> Generation:
+        return self._generations.current(self._pipeline, self._budget, self._new_steps)
+
+    def _new_steps(self) -> StepTracker:
+        return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Role.TIMESTEP))
+
+    def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
+        leaves = named_leaves(inputs)
+        step, begins = generation.steps.advance(generation.pipeline.scheduler, leaves, generation.in_call)
         if begins:
-            dispatcher.reset(start=None)
-            self._branches = Branches()
-        branch = self._branch
+            generation.dispatcher.reset(start=None)
+            generation.branches = Branches()
+        branch = generation.branch
         if branch is None:
             this = self._compiled.variants[0]
-            branch = self._branches.find(step, leaves, {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)})
-        return dispatcher(step=step, branch=branch, **inputs)
+            changing = {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)}
+            branch = generation.branches.find(step, leaves, changing)
+        return generation.dispatcher(step=step, branch=branch, **inputs)

@@ -1,0 +1,47 @@
+"""Compiled models between processes: by their folder where they have one, else with all of their files.
+
+What is pickled holds an artifact, which is checked like any other; no code of it is unpickled.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from recache_compile.artifact.manifest import MANIFEST, read_manifest
+from recache_compile.artifact.store import load
+from recache_compile.compiler.compiled import Compiled
+from recache_compile.errors import ArtifactError
+
+Reduced = tuple[Any, tuple[Any, ...]]
+
+
+def reduce(compiled: Compiled) -> Reduced:
+    """What `pickle` keeps of a compiled model.
+
+    One that was loaded from a folder is found there again; the files of another travel along.
+    """
+    folder, device = compiled.engines.folder, str(compiled.engines.device)
+    if (folder / MANIFEST).is_file():
+        return _from_folder, (str(folder), read_manifest(folder).digest, device)
+    with tempfile.TemporaryDirectory(prefix="recache-") as place:
+        made = Path(place, "artifact")
+        compiled.save(made)
+        files = {str(file.relative_to(made)): file.read_bytes() for file in sorted(made.rglob("*")) if file.is_file()}
+    return _from_files, (files, device)
+
+
+def _from_folder(folder: str, digest: str, device: str) -> Compiled:
+    if read_manifest(Path(folder)).digest != digest:
+        raise ArtifactError(f"{folder}: is another artifact than the one that was pickled; load it instead")
+    return load(folder, device=device)
+
+
+def _from_files(files: dict[str, bytes], device: str) -> Compiled:
+    place = tempfile.TemporaryDirectory(prefix="recache-")
+    for name, content in files.items():
+        file = Path(place.name, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    compiled = load(place.name, device=device, verify="always")
+    object.__setattr__(compiled.engines, "keep", place)
+    return compiled

@@ -1,0 +1,118 @@
+"""Engines and schedules that `accelerate` has made before, on the user's disk.
+
+engines/KEY/            an artifact with engines for one model, its calls, choices and versions
+schedules/KEY-K.json    recompute steps of budget K, as the default policy has found them
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recache_compile.artifact.store import load
+from recache_compile.compiler.build import build_engines
+from recache_compile.compiler.compiled import Compiled, Engines
+from recache_compile.compiler.examples import Example
+from recache_compile.config import CompileConfig
+from recache_compile.errors import ArtifactError, ScheduleError
+from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.signature import named_leaves
+from recache_compile.runtimes.base import Runtime
+from recache_compile.support.files import cache_folder, writing
+from recache_compile.support.machine import versions
+
+log = logging.getLogger(__name__)
+
+
+def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime) -> str:
+    """What engines are for, as one hash: weights and all.
+
+    Args:
+        module: the model.
+        examples: calls that engines are built for; values of timesteps count, and of what else
+            a model may decide by (whole numbers and truth values).
+        config: the choices.
+        runtime: the backend.
+    """
+    digest = hashlib.sha256()
+    facts = {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "model": dict(getattr(module, "config", {})),
+        "config": asdict(config),
+        "runtime": repr(runtime),
+        "requirements": dict(runtime.build_requirements(examples[0].device)),
+        "versions": versions(),
+    }
+    digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
+    for example in examples:
+        for inputs in (example.inputs, example.timesteps, *example.others):
+            _add(digest, named_leaves(inputs).items())
+    _add(digest, module.state_dict().items(), values=True)
+    return digest.hexdigest()[:32]
+
+
+def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -> None:
+    for name, leaf in leaves:
+        digest.update(f"{name}:".encode())
+        if not isinstance(leaf, Tensor):
+            digest.update(repr(leaf).encode())
+            continue
+        digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+        if values or not leaf.is_floating_point() or "timestep" in name:
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def cached_engines(
+    key: str, module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime
+) -> Engines:
+    """Engines from the disk, or built and kept there; several processes may do so at the same time.
+
+    Raises:
+        RecacheError: they cannot be built.
+    """
+    folder = cache_folder() / "engines" / key
+    if folder.exists():
+        try:
+            found = load(folder, device=str(examples[0].device)).engines
+            log.info("engines from %s", folder)
+            return found
+        except ArtifactError as error:
+            log.info("engines are built anew: %s", error)
+    engines = build_engines(module, examples, config, runtime)
+    cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        engines.uncached().save(folder)
+    except ArtifactError as error:
+        log.info("engines are not kept: %s", error)
+    return engines
+
+
+def known_schedule(key: str, budget: int, num_steps: int) -> Schedule | None:
+    """The schedule that was found before for these engines."""
+    try:
+        steps = json.loads(_schedule_file(key, budget).read_text(encoding="utf-8"))
+        schedule = Schedule(tuple(steps), num_steps)
+    except (OSError, ValueError, TypeError, ScheduleError):
+        return None
+    return schedule if schedule.budget == budget else None
+
+
+def keep_schedules(key: str, compiled: Compiled) -> None:
+    """Remember the schedules of engines; a disk that cannot be written to is done without."""
+    schedules: Mapping[int, Schedule] = compiled.schedules
+    for budget, schedule in schedules.items():
+        try:
+            with writing(_schedule_file(key, budget)) as partial:
+                partial.write_text(json.dumps(schedule.recompute_steps), encoding="utf-8")
+        except ArtifactError as error:
+            log.info("schedules are not kept: %s", error)
+
+
+def _schedule_file(key: str, budget: int) -> Path:
+    return cache_folder() / "schedules" / f"{key}-{budget}.json"

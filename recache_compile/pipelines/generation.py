@@ -1,0 +1,81 @@
+"""What one generation carries from call to call: a state of its own, however many run at the same time."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from recache_compile.pipelines.branches import Branches
+from recache_compile.pipelines.step_tracker import StepTracker
+from recache_compile.runtimes.dispatcher import Dispatcher
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One generation of a pipeline.
+
+    Args:
+        pipeline: for its scheduler.
+        dispatcher: runs the steps; nobody else uses it meanwhile.
+        steps: tells which step a call belongs to.
+        in_call: whether an accelerated pipeline's call began it, and will end it.
+        branches: the guidance branches that were met, where the pipeline does not name them.
+        branch: the one that the pipeline has named.
+        warned: whether the user was told that the original runs.
+    """
+
+    pipeline: Any
+    dispatcher: Dispatcher
+    steps: StepTracker
+    in_call: bool
+    branches: Branches = field(default_factory=Branches)
+    branch: str | None = None
+    warned: bool = False
+
+
+class Generations:
+    """The generations of one compiled transformer; each thread, and each call inside a call, has its own.
+
+    Args:
+        make_dispatcher: a new one for a budget.
+    """
+
+    _active: ContextVar[Mapping[int, Generation]] = ContextVar("generations", default={})  # noqa: B039 - never changed
+
+    def __init__(self, make_dispatcher: Callable[[int], Dispatcher]) -> None:
+        self._make = make_dispatcher
+        self._free: dict[int, list[Dispatcher]] = {}
+        self._own = threading.local()
+        self._lock = threading.Lock()
+
+    def lend(self, budget: int, dispatcher: Dispatcher) -> None:
+        """Use this dispatcher for a budget, instead of a new one."""
+        self._free.setdefault(budget, []).append(dispatcher)
+
+    @contextlib.contextmanager
+    def begin(self, pipeline: Any, budget: int, steps: StepTracker) -> Iterator[None]:
+        """One call of a pipeline; its history is not kept when it is over."""
+        with self._lock:
+            free = self._free.setdefault(budget, [])
+            dispatcher = free.pop() if free else None
+        generation = Generation(pipeline, dispatcher or self._make(budget), steps, in_call=True)
+        token = self._active.set({**self._active.get(), id(self): generation})
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+            generation.dispatcher.reset(start=None)
+            with self._lock:
+                free.append(generation.dispatcher)
+
+    def current(self, pipeline: Any, budget: int, make_steps: Callable[[], StepTracker]) -> Generation:
+        """The generation that a call belongs to: the accelerated call that runs, or this thread's own loop."""
+        active = self._active.get().get(id(self))
+        if active is not None:
+            return active
+        own: dict[int, Generation] = self._own.__dict__.setdefault("by_budget", {})
+        if budget not in own:
+            own[budget] = Generation(pipeline, self._make(budget), make_steps(), in_call=False)
+        return own[budget]
