@@ -13,7 +13,7 @@ from recache_compile.ir.program import Kind
 from recache_compile.runtimes.base import Runtime, Variant
 
 Call = Callable[[], Sequence[Tensor]]
-Capture = Callable[[Call], tuple[Callable[[], None], Sequence[Tensor]]]
+Recorder = Callable[[Call], tuple[Callable[[], None], Sequence[Tensor]]]
 """Records a call: what runs it again, and the tensors that each run writes."""
 
 
@@ -41,12 +41,12 @@ class CudaGraphs:
 
     Args:
         variant: the engines.
-        capture: records a call.
+        recorder: records a call; None: as a CUDA graph on the device of the engines.
     """
 
-    def __init__(self, variant: Variant, capture: Capture | None = None) -> None:
+    def __init__(self, variant: Variant, recorder: Recorder | None = None) -> None:
         self._variant = variant
-        self._capture = CudaGraphRecorder(variant.device) if capture is None else capture
+        self._recorder = CudaGraphRecorder(variant.device) if recorder is None else recorder
         self._recorded: dict[str, RecordedCall] = {}
         self._slots: dict[tuple[int | None, int | None], Tensor] = {}
 
@@ -83,7 +83,7 @@ class CudaGraphs:
         ]
         engine = self._variant.engines[name].concurrent()
         try:
-            replay, outputs = self._capture(lambda: engine(places))
+            replay, outputs = self._recorder(lambda: engine(places))
         except RuntimeError as error:
             raise DispatchError(
                 f"{name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with cuda_graphs=False"
@@ -111,17 +111,17 @@ class CudaGraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._aside = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """Run once, so that every kernel is loaded, then record."""
         with self._recording, torch.cuda.device(self._device):
-            self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 call()
-            torch.cuda.current_stream().wait_stream(self._aside)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = call()
         return graph.replay, outputs
 

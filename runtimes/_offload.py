@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recache_compile.runtimes.base import Engine
 
@@ -37,14 +38,14 @@ class OffloadedEngine(Engine):
         with self._all_on_device() as present:
             self._engine = load(present)
 
+    @override
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Copy, run, give back."""
         with self._running, self._all_on_device() as present:
             self._engine.use(present)
             return self._engine(inputs)
 
+    @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
-        """Bring others from now on."""
         self._weights = weights
 
     @contextlib.contextmanager

@@ -68,7 +68,8 @@ class TensorRTEngine(Engine):
         for name, weight in own.items():
             if weight.data_ptr() % ALIGNMENT:
                 raise RuntimeUnavailableError(
-                    f"TensorRT: weight {name} does not begin at a multiple of {ALIGNMENT} bytes; save the artifact and load it"
+                    f"TensorRT: weight {name} does not begin at a multiple of {ALIGNMENT} bytes; save the artifact and"
+                    " load it"
                 )
         with self._enqueuing:
             self._weights = own

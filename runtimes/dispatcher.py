@@ -233,8 +233,8 @@ class Dispatcher:
             if all(value.still_equals(tensors[name]) for name, value in fixed.items()):
                 return number
         raise MismatchError(
-            f"the values of {', '.join(map(repr, variants[0].fixed))} are not those compiled, and the model's code decides"
-            " by them; compile for them too"
+            f"the values of {', '.join(map(repr, variants[0].fixed))} are not those compiled, and the model's code"
+            " decides by them; compile for them too"
         )
 
     def _graphs_of(self, place: Place) -> CudaGraphs | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from recache_compile.ir.signature import call_kind
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 
 
@@ -50,7 +51,7 @@ def _are(seen: Mapping[str, TensorSnapshot], tensors: Mapping[str, Tensor]) -> b
 
 def _still_are(seen: Mapping[str, TensorSnapshot], tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are the tensors that were seen, or others with their values."""
-    kinds = {name: (each.values.shape, each.values.dtype) for name, each in seen.items()}
-    return kinds == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} and all(
+    remembered = {name: each.values for name, each in seen.items()}
+    return call_kind(remembered) == call_kind(tensors) and all(
         each.still_equals(tensors[name]) for name, each in seen.items()
     )

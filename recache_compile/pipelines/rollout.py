@@ -34,7 +34,7 @@ class Batch:
 
     @classmethod
     def taken(cls, prompts: Sequence[str], number: int, size: int, seed: int, first: int = 0) -> "Batch":
-        """Batch `number` of `size` samples: prompts in turn, beginning anew at batch `first`; seeds count up over all."""
+        """Batch `number` of `size` samples: prompts in turn, anew from batch `first` on; seeds count up over all."""
         places = range(number * size, (number + 1) * size)
         return cls(
             tuple(prompts[(at - first * size) % len(prompts)] for at in places), tuple(seed + at for at in places)

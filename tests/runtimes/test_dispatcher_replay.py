@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import recache_compile as rc
-from recache_compile.errors import DispatchError
+from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import get_forecaster
 from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.moves import random_schedule
+from recache_compile.runtimes.dispatcher_observer import FeatureChanges, Observer, StepRecorder
 from recache_compile.runtimes.dispatcher_replay import ReplayDispatcher
 from recache_compile.runtimes.dispatcher_tables import Tables
 from tests.compiler.test_build import counted, relative_error
@@ -270,3 +271,59 @@ def test_a_generation_goes_on_where_its_begin_was_called_alone(eager: rc.Compile
     for number, schedule in enumerate((one, other, one)):
         run.begin(schedule, same=number > 0)
         assert close(generation(run, ONE, begins=False), fresh(eager, schedule))
+
+
+def replaying(compiled: rc.Compiled, observer: Observer) -> ReplayDispatcher:
+    sites = len(next(iter(compiled.plans.values())).steps[0].pattern)
+    return ReplayDispatcher(
+        compiled.forecaster, sites, NUM_STEPS, compiled.variants, compiled.signature, observers=(observer,)
+    )
+
+
+def test_observers_are_told_of_what_engines_run(eager: rc.Compiled) -> None:
+    told = StepRecorder()
+    run, (one, *_, late) = replaying(eager, told), schedules(4)
+    shared = next(step for step in range(NUM_STEPS) if one.mask[step] != late.mask[step])
+    replayed(run, one, same=False)
+    assert sorted(told.records) == sorted(run.records)
+    told.forget()
+    replayed(run, late, same=True)
+    assert sorted(told.records) == [("", step) for step in range(shared, NUM_STEPS)]
+    assert len(run.records) == NUM_STEPS
+
+
+def test_changes_are_none_of_two_generations(eager: rc.Compiled) -> None:
+    """The last step that an observer was told of may be one of the generation before."""
+    changes, schedule = FeatureChanges(NUM_STEPS), Schedule((0, 5), NUM_STEPS)
+    run = replaying(eager, changes)
+    for other in ((0, 4), (0, 5)):
+        replayed(run, Schedule(other, NUM_STEPS), same=True)
+    assert changes.changes() == []
+    replayed(run, FULL, same=False)
+    before = changes.changes()
+    replayed(run, schedule, same=True)
+    assert changes.changes() == before
+
+
+def test_what_was_forgotten_is_run_again(eager: rc.Compiled) -> None:
+    compiled, calls = counted(eager)
+    run, schedule = compiled.replay(), schedules(4)[0]
+    expected = replayed(run, schedule, same=False)
+    run.forget()
+    assert not run.records
+    calls.clear()
+    assert equal(replayed(run, schedule, same=True), expected)
+    assert calls.total() == NUM_STEPS
+
+
+def test_a_generation_with_a_call_that_does_not_fit_is_not_remembered(eager: rc.Compiled) -> None:
+    compiled, calls = counted(eager)
+    run, schedule = compiled.replay(), schedules(4)[0]
+    run.begin(schedule, same=False)
+    run(step=0, **ONE[""])
+    with pytest.raises(MismatchError):
+        run(step=1, **flux_inputs(batch=2))
+    assert not run.records
+    calls.clear()
+    replayed(run, schedule, same=True)
+    assert calls.total() - calls["prologue"] == NUM_STEPS

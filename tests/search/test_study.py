@@ -195,7 +195,7 @@ def test_the_first_and_the_last_training_batch_stay_apart_from_those_held_out() 
 def test_everything_is_made_once(own: Path, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.stat().st_mtime_ns for file in own.rglob("*")}
     monkeypatch.setattr(Rollouts, "uncached", Forbidden())
-    monkeypatch.setattr("recache_compile.search.study.compile", Forbidden())
+    monkeypatch.setattr("recache_compile.search.runner.compile", Forbidden())
     compile_engines(STUDY, own, None)
     study_runner = StudyRunner(own, shapes)
     study_runner.prepare((0, 1, FIRST_HELD_OUT))
