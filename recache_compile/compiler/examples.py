@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recache_compile.errors import CaptureError, ModelError
 from recache_compile.ir.program import Kind, Program, Role
-from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.signature import call_kind, named_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,7 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
     """One example for each kind of call: those of the same shapes and constants are others of the first."""
     kinds: dict[Any, Example] = {}
     for example in examples:
-        leaves = named_leaves(example.inputs)
-        facts = {
-            name: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for name, leaf in leaves.items()
-        }
-        kind = frozenset(facts.items())
+        kind = call_kind(named_leaves(example.inputs))
         first = kinds.setdefault(kind, example)
         if first is not example:
             kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))
