@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Problem
-from recache_compile.policies.moves import relocations
+from recache_compile.policies.moves import climb, relocations
 from recache_compile.policies.uniform import Uniform
 
 
@@ -47,7 +48,7 @@ class Annealing:
         proposals = int(self.share * (self.evaluations - 1))
         hottest = self.temperature * abs(losses.of(start))
         anneal(losses, start, (hottest * self.cooling ** (number / proposals) for number in range(proposals)), random)
-        return climb(losses, losses.best(), self.evaluations, random)
+        return climb(losses.best(), partial(better_neighbour, losses, self.evaluations, random))
 
     def _check(self) -> None:
         if self.evaluations < 1:
@@ -89,18 +90,10 @@ def anneal(losses: KnownLosses, schedule: Schedule, temperatures: Iterable[float
             schedule = moved
 
 
-def climb(losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator) -> Schedule:
-    """Take any move that helps until none does or `evaluations` schedules are known."""
-    better: Schedule | None = schedule
-    while better is not None:
-        schedule = better
-        better = _better_neighbour(losses, schedule, evaluations, random)
-    return schedule
-
-
-def _better_neighbour(
-    losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator
+def better_neighbour(
+    losses: KnownLosses, evaluations: int, random: np.random.Generator, schedule: Schedule
 ) -> Schedule | None:
+    """The first relocation in random order that helps; None when none does or `evaluations` schedules are known."""
     neighbours = relocations(schedule)
     for index in random.permutation(len(neighbours)):
         neighbour = neighbours[index]
