@@ -18,12 +18,12 @@ from recache_compile.policies.uniform import Uniform
 class Annealing:
     """Moves one recompute step at a time, at a fixed price (BudCache, arXiv 2606.13496).
 
-    The search starts from `Uniform` and pays for every distinct schedule it asks the loss
-    of, on all training samples.  It stops early where no single move helps any more.
+    The search starts from `Uniform`.  Every distinct schedule that is run, on all training
+    samples, counts as one evaluation.  It stops early where no single move helps any more.
 
     Args:
-        evaluations: most schedules asked, the first one included.
-        share: part of them that annealing may take; hill climbing from the best has the rest.
+        evaluations: schedules run at most, the first one included.
+        share: part of them for annealing; the rest is for hill climbing from the best.
         temperature: at the start, relative to the size of the first loss.
         cooling: last temperature relative to the first; geometric in between.
     """
@@ -34,7 +34,7 @@ class Annealing:
     cooling: float = 0.01
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
-        """The best schedule asked; the same for the same seed and budget.
+        """The best schedule that was run; the same for the same seed and budget.
 
         Raises:
             ScheduleError: there is no objective, or an option is out of range.
@@ -64,7 +64,7 @@ class Annealing:
 
 @dataclass(slots=True)
 class KnownLosses:
-    """Mean training losses, each schedule asked once."""
+    """Mean training losses; each schedule is run once."""
 
     objective: Objective
     known: dict[Schedule, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class KnownLosses:
         return self.known[schedule]
 
     def best(self) -> Schedule:
-        """The best schedule asked so far, the first of equals."""
+        """The best schedule so far, the first of equals."""
         return min(self.known, key=self.known.__getitem__)
 
 

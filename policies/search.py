@@ -27,7 +27,7 @@ class Climb:
     """Hill climbing on the true loss by moving one recompute step at a time.
 
     Moves are tried in the surrogate's order where there is a calibration, else nearest
-    first, a handful at a time, in a race against the schedule they were made of.
+    first, a handful at a time, in a race against the schedule that they change.
 
     Args:
         evaluations: schedules tried at most.
@@ -132,7 +132,7 @@ class Search:
         return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
-        """The shortlist: the surrogate's best or random schedules, neighbours in budget, and what rules say.
+        """The shortlist: the surrogate's best or random schedules, changed schedules of other budgets, and those of rules.
 
         Rules are the uniform and front-loaded ones and, with a calibration, those of DPCache,
         LeMiCa, MagCache and TeaCache.
@@ -244,7 +244,7 @@ def sorted_by(score: Callable[[Sequence[Schedule]], np.ndarray], schedules: Iter
 def _report_fit(
     problem: Problem, fitted: ReCache, budgets: Sequence[int], evaluated: Mapping[int, Mapping[Schedule, float]]
 ) -> None:
-    """Tell the schedules of a fitted policy and their training losses."""
+    """Report the schedules of a fitted policy and their training losses."""
     for budget in budgets:
         mode = most_likely(fitted.logits, budget)
         problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))

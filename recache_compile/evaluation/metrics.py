@@ -78,7 +78,7 @@ def usual_metrics(model: str, notice: Callable[[str], None]) -> tuple[str, ...]:
 
     Args:
         model: as the user wrote it.
-        notice: told which are left out, and why.
+        notice: called with a line for each metric that is left out, saying why.
     """
     found = []
     embedded = find(model)
