@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import exp
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Objective, Problem
-from recache_compile.policies.moves import relocations
+from recache_compile.policies.moves import climb, relocations
 from recache_compile.policies.uniform import Uniform
 
 
@@ -17,12 +18,12 @@ from recache_compile.policies.uniform import Uniform
 class Annealing:
     """Moves one recompute step at a time, at a fixed price (BudCache, arXiv 2606.13496).
 
-    The search starts from `Uniform` and pays for every distinct schedule it asks the loss
-    of, on all training samples.  It stops early where no single move helps any more.
+    The search starts from `Uniform`.  Every distinct schedule that is run, on all training
+    samples, counts as one evaluation.  It stops early where no single move helps any more.
 
     Args:
-        evaluations: most schedules asked, the first one included.
-        share: part of them that annealing may take; hill climbing from the best has the rest.
+        evaluations: schedules run at most, the first one included.
+        share: part of them for annealing; the rest is for hill climbing from the best.
         temperature: at the start, relative to the size of the first loss.
         cooling: last temperature relative to the first; geometric in between.
     """
@@ -33,7 +34,7 @@ class Annealing:
     cooling: float = 0.01
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
-        """The best schedule asked; the same for the same seed and budget.
+        """The best schedule that was run; the same for the same seed and budget.
 
         Raises:
             ScheduleError: there is no objective, or an option is out of range.
@@ -47,7 +48,7 @@ class Annealing:
         proposals = int(self.share * (self.evaluations - 1))
         hottest = self.temperature * abs(losses.of(start))
         anneal(losses, start, (hottest * self.cooling ** (number / proposals) for number in range(proposals)), random)
-        return climb(losses, losses.best(), self.evaluations, random)
+        return climb(losses.best(), partial(better_neighbour, losses, self.evaluations, random))
 
     def _check(self) -> None:
         if self.evaluations < 1:
@@ -63,7 +64,7 @@ class Annealing:
 
 @dataclass(slots=True)
 class KnownLosses:
-    """Mean training losses, each schedule asked once."""
+    """Mean training losses; each schedule is run once."""
 
     objective: Objective
     known: dict[Schedule, float] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class KnownLosses:
         return self.known[schedule]
 
     def best(self) -> Schedule:
-        """The best schedule asked so far, the first of equals."""
+        """The best schedule so far, the first of equals."""
         return min(self.known, key=self.known.__getitem__)
 
 
@@ -89,18 +90,10 @@ def anneal(losses: KnownLosses, schedule: Schedule, temperatures: Iterable[float
             schedule = moved
 
 
-def climb(losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator) -> Schedule:
-    """Take any move that helps until none does or `evaluations` schedules are known."""
-    better: Schedule | None = schedule
-    while better is not None:
-        schedule = better
-        better = _better_neighbour(losses, schedule, evaluations, random)
-    return schedule
-
-
-def _better_neighbour(
-    losses: KnownLosses, schedule: Schedule, evaluations: int, random: np.random.Generator
+def better_neighbour(
+    losses: KnownLosses, evaluations: int, random: np.random.Generator, schedule: Schedule
 ) -> Schedule | None:
+    """The first relocation in random order that helps; None when none does or `evaluations` schedules are known."""
     neighbours = relocations(schedule)
     for index in random.permutation(len(neighbours)):
         neighbour = neighbours[index]

@@ -1,4 +1,4 @@
-"""Small changes of a schedule, and descent by them."""
+"""Small changes of a schedule, and climbing by them."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,20 +21,40 @@ def relocations(schedule: Schedule) -> list[Schedule]:
     ]
 
 
+def climb(start: Schedule, better: Callable[[Schedule], Schedule | None]) -> Schedule:
+    """Hill climbing: go on to a better schedule until none is known.
+
+    Args:
+        start: where the climb begins.
+        better: tries what is near a schedule, in its own order, and gives one that it accepts.
+
+    Returns:
+        The schedule for which `better` gives none.
+    """
+    while (found := better(start)) is not None:
+        start = found
+    return start
+
+
 def descend(start: Schedule, score: Score) -> tuple[Schedule, float]:
     """Relocate one step at a time, the best of all moves first, until none is better.
 
     Returns:
         The local minimum and its score.
     """
-    best, lowest = start, float(score([start])[0])
-    while moves := relocations(best):
-        scores = score(moves)
+    lowest = float(score([start])[0])
+
+    def better(schedule: Schedule) -> Schedule | None:
+        nonlocal lowest
+        moves = relocations(schedule)
+        scores = score(moves) if moves else np.array([np.inf])
         first = int(scores.argmin())
         if not scores[first] < lowest:
-            break
-        best, lowest = moves[first], float(scores[first])
-    return best, lowest
+            return None
+        lowest = float(scores[first])
+        return moves[first]
+
+    return climb(start, better), lowest
 
 
 def random_schedule(num_steps: int, budget: int, random: np.random.Generator) -> Schedule:

@@ -3,16 +3,17 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import comb
 
 import numpy as np
 
 from recache_compile.ir.schedule import Schedule
-from recache_compile.policies.base import Objective, Policy, Problem, Progress, check_options
+from recache_compile.policies.base import Policy, Problem, Progress, check_options
 from recache_compile.policies.dynamic import DynamicProgram, Minimax
 from recache_compile.policies.front_loaded import FrontLoaded
 from recache_compile.policies.gram import Gram
-from recache_compile.policies.moves import descend, random_schedule, relocations
+from recache_compile.policies.moves import climb, descend, random_schedule, relocations
 from recache_compile.policies.race import race
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import Reinforce, fit, new_logits
@@ -26,7 +27,7 @@ class Climb:
     """Hill climbing on the true loss by moving one recompute step at a time.
 
     Moves are tried in the surrogate's order where there is a calibration, else nearest
-    first, a handful at a time, in a race against the schedule they were made of.
+    first, a handful at a time, in a race against the schedule that they change.
 
     Args:
         evaluations: schedules tried at most.
@@ -50,39 +51,23 @@ class Climb:
         """All schedules that ran on every training batch, with their mean losses."""
         objective = problem.need_objective("climb")
         rank = _ranking(problem)
-        best = start
         known = {start: float(objective.losses([start], objective.training).mean())}
         tried = {start}
-        while len(tried) < self.evaluations:
-            moves = [move for move in rank(best) if move not in tried][: self.patience]
-            better = self._first_better(problem, objective, best, moves, known, tried)
-            if better is None:
-                break
-            best = better
-        return known
 
-    def _first_better(
-        self,
-        problem: Problem,
-        objective: Objective,
-        best: Schedule,
-        moves: Sequence[Schedule],
-        known: dict[Schedule, float],
-        tried: set[Schedule],
-    ) -> Schedule | None:
-        """The best of the first handful of moves that holds a better one than `best`."""
-        for first in range(0, len(moves), self.handful):
-            left = self.evaluations - len(tried)
-            handful = list(moves[first : first + min(self.handful, left)])
-            if not handful:
-                return None
-            tried.update(handful)
-            known.update(race([best, *handful], objective, keep=1))
-            winner = best_of(known)
-            problem.report(Progress("climb", best.budget, winner, known[winner]))
-            if known[winner] < known[best]:
-                return winner
-        return None
+        def better(best: Schedule) -> Schedule | None:
+            """The best of the first handful of moves that holds a better one."""
+            moves = iter([move for move in rank(best) if move not in tried][: self.patience])
+            while handful := list(islice(moves, min(self.handful, self.evaluations - len(tried)))):
+                tried.update(handful)
+                known.update(race([best, *handful], objective, keep=1))
+                winner = best_of(known)
+                problem.report(Progress("climb", best.budget, winner, known[winner]))
+                if known[winner] < known[best]:
+                    return winner
+            return None
+
+        climb(start, better)
+        return known
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +132,7 @@ class Search:
         return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
-        """The shortlist: the surrogate's best or random schedules, neighbours in budget, and what rules say.
+        """The shortlist: the surrogate's best or random schedules, changed schedules of other budgets, and those of rules.
 
         Rules are the uniform and front-loaded ones and, with a calibration, those of DPCache,
         LeMiCa, MagCache and TeaCache.
@@ -259,7 +244,7 @@ def sorted_by(score: Callable[[Sequence[Schedule]], np.ndarray], schedules: Iter
 def _report_fit(
     problem: Problem, fitted: ReCache, budgets: Sequence[int], evaluated: Mapping[int, Mapping[Schedule, float]]
 ) -> None:
-    """Tell the schedules of a fitted policy and their training losses."""
+    """Report the schedules of a fitted policy and their training losses."""
     for budget in budgets:
         mode = most_likely(fitted.logits, budget)
         problem.report(Progress("fit", budget, mode, evaluated[budget].get(mode, float("nan"))))

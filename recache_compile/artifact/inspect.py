@@ -1,4 +1,4 @@
-"""What a compiled model will do, told before it does it."""
+"""What a compiled model does and costs, known before it runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,7 +168,7 @@ def print_programs(programs: Sequence[ProgramFacts], console: Console) -> None:
 
 
 def _names(names: Sequence[str]) -> str:
-    """A few names in full, many in short: there can be hundreds of features."""
+    """Up to twelve names as they are, more of them shortened: there can be hundreds of features."""
     return " ".join(names) if len(names) <= 12 else f"{' '.join(names[:6])} ... {names[-1]} ({len(names)})"
 
 

@@ -47,7 +47,7 @@ def check_same(other: BenchResult, request: BenchRequest, file: Path) -> None:
 
 
 def print_result(result: BenchResult, other: BenchResult | None, page: Console) -> None:
-    """Speed first, then what it takes."""
+    """Print two tables, speed and what it takes, then the subjects that were not measured."""
     request = result.request
     steps = " ".join(map(str, result.recompute_steps))
     page.print(
@@ -107,7 +107,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def best_peer(lines: Mapping[str, BenchLine], ours: BenchLine) -> tuple[str, float] | None:
-    """The fastest of those that cache, beside ours, and how many times ours is faster."""
+    """The fastest other subject that caches, and how many times `ours` is as fast."""
     peers = {name: line for name, line in lines.items() if line.cached_step is not None and line is not ours}
     if not peers:
         return None
@@ -116,7 +116,7 @@ def best_peer(lines: Mapping[str, BenchLine], ours: BenchLine) -> tuple[str, flo
 
 
 def summary(result: BenchResult, ours: str) -> dict[str, Any]:
-    """What decides: ours against the ideal and against the best peer."""
+    """The two numbers that count: recache-compile against its ideal, and against the fastest other cache."""
     lines = {line.name: line for line in result.lines}
     if ours not in lines:
         return {}

@@ -1,4 +1,4 @@
-"""Each subject lives in a process of its own: what it compiles, counts and holds is its own."""
+"""Runs each subject in a process of its own, so that compilations, counters and memory are not mixed."""
 
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ LONE_CALLS = 5
 
 
 class Process:
-    """A subject in a child process that runs one generation whenever it is asked to.
+    """A subject in a child process, which runs one generation whenever `ask` says so.
 
     Args:
         name: of the subject.
@@ -38,10 +38,10 @@ class Process:
     def __init__(self, name: str, request: BenchRequest, schedule: Schedule) -> None:
         self.name = name
         context = get_context("spawn")
-        self._here, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, name, request, schedule), daemon=True)
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, name, request, schedule), daemon=True)
         self._process.start()
-        there.close()
+        other_end.close()
 
     def ask(self, what: str) -> Mapping[str, Any]:
         """The answer to "prepare", "generation" or "facts".
@@ -50,8 +50,8 @@ class Process:
             ModelError: the subject failed, or its process died.
         """
         try:
-            self._here.send(what)
-            answer: Mapping[str, Any] = self._here.recv()
+            self._pipe.send(what)
+            answer: Mapping[str, Any] = self._pipe.recv()
         except (EOFError, OSError):
             raise ModelError(f"{self.name}: its process died; there may be too little memory for it") from None
         if "error" in answer:
@@ -60,14 +60,14 @@ class Process:
 
     def close(self) -> None:
         """End the process."""
-        self._here.close()
+        self._pipe.close()
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
 
 
 def _serve(pipe: Connection, name: str, request: BenchRequest, schedule: Schedule) -> None:
-    """The child's loop: answers until the other side hangs up."""
+    """The child's loop: answers until the parent closes the pipe."""
     if request.threads:
         torch.set_num_threads(request.threads)
     child = _Child(name, request, schedule)
@@ -91,7 +91,7 @@ class _Child:
         self._start = 0
 
     def answer(self, what: str) -> dict[str, Any]:
-        """Do what was asked; errors of all kinds become one line."""
+        """Do what was asked; an error of any kind becomes a `ModelError` of one line."""
         try:
             if what == "prepare":
                 return self._prepare()
@@ -115,7 +115,7 @@ class _Child:
 
 
 def _generation(subject: Subject, request: BenchRequest) -> dict[str, Any]:
-    """Seconds of every step, and of ours the engines' alone."""
+    """Seconds of every step; of recache-compile also of its engines, called alone."""
     seconds(subject.begin)
     with _no_collection():
         steps = [seconds(partial(subject.step, step)) for step in range(request.num_steps)]
@@ -161,7 +161,7 @@ def peak(device: str) -> int:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage collector does not run in the middle of a step."""
+    """Keep Python's garbage collector from running in the middle of a step."""
     gc.collect()
     gc.disable()
     try:

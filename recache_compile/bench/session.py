@@ -28,12 +28,12 @@ class BenchLine:
         recompute_step, cached_step: of one step; the first of a loop is left out.
         prepare_seconds: until the first step could be called.
         first_loop: the first generation, just-in-time compilation included.
-        ideal: k recompute steps; of ours, k recompute engines and the prologue's, called alone.
+        ideal: k recompute steps; of recache-compile, k calls of its recompute engine and one of its prologue, called alone.
         graphs, graph_breaks, recompiles: as Dynamo counts them.
         held_bytes: memory beyond the model's after the last round, on the device or the host.
         peak_bytes: the most memory of the process.
-        disk_bytes: what is shipped, beside a checkpoint; of ours instead of it.
-        more: what only this subject tells.
+        disk_bytes: of what is shipped beside a checkpoint; of recache-compile instead of one.
+        more: facts that only this subject has.
     """
 
     name: str
@@ -93,7 +93,7 @@ class BenchResult:
 def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], rounds: int) -> BenchResult:
     """Measure subjects side by side.
 
-    A subject that fails is reported and left out; ours failing is an error.
+    A subject that fails is reported and left out; if recache-compile itself fails, that is an error.
 
     Args:
         request: what is measured.
@@ -102,7 +102,7 @@ def run(request: BenchRequest, schedule: Schedule, subjects: Sequence[str], roun
         rounds: timed generations of each; one more warms up.
 
     Raises:
-        ModelError: the model cannot be made, or ours failed.
+        ModelError: the model cannot be made, or recache-compile failed.
     """
     processes: dict[str, Process] = {}
     prepared: dict[str, float] = {}

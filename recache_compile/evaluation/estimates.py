@@ -32,14 +32,14 @@ class Reference:
         features: (pictures, features).
         is_real: whether it stands for what the model should draw.  To other samples of the
             model itself the true distance is zero, and what is measured is what the number of
-            samples makes of it: no loss can be told beside that.
+            samples makes of it: no loss can be seen beside that.
     """
 
     name: str
     features: np.ndarray
     is_real: bool
 
-    def tells_loss(self, samples: int) -> bool:
+    def shows_loss(self, samples: int) -> bool:
         """Whether so many samples are enough: more than there are features, without which covariances are singular."""
         return self.is_real and min(samples, len(self.features)) > self.features.shape[1]
 
@@ -61,18 +61,18 @@ def estimates(
     Args:
         setting: what was evaluated.
         schedules: by policy and budget.
-        judged: batches.
+        judged: the values of every batch.
         reference: the reference set, where a metric is about sets.
         compiled: the engines.
-        times: of the original and of every budget.
+        times: of the uncached pipeline and of every budget.
     """
-    full = _columns(judged, setting.full, setting.metrics)
+    uncached = _columns(judged, setting.full, setting.metrics)
     lines = []
     for policy, of_policy in schedules.items():
         costs = compiled.engines.with_plans(of_policy, compiled.forecaster)
         for budget, schedule in of_policy.items():
             cost, cached = costs.cost(budget), _columns(judged, schedule.mask, setting.metrics)
-            losses = _losses(cached, full, reference)
+            losses = _losses(cached, uncached, reference)
             speedup = times.speedup(budget)
             lines.append(
                 EvaluationLine(
@@ -91,7 +91,7 @@ def estimates(
                     ),
                 )
             )
-    return _values(full, setting.metrics, reference), tuple(lines)
+    return _values(uncached, setting.metrics, reference), tuple(lines)
 
 
 def features_in(judged: Sequence[Values], mask: str) -> np.ndarray:
@@ -116,16 +116,16 @@ def _values(columns: Columns, metrics: Sequence[str], reference: Reference | Non
     return found
 
 
-def _losses(cached: Columns, full: Columns, reference: Reference | None) -> dict[str, Estimate]:
+def _losses(cached: Columns, uncached: Columns, reference: Reference | None) -> dict[str, Estimate]:
     """By how much those metrics that count are worse than uncached."""
     found = {}
     for name, metric in METRICS.items():
         if not metric.counts or name not in cached:
             continue
         if metric.against != "set":
-            loss = relative_loss(cached[name], full[name], metric.higher)
-        elif reference is not None and reference.tells_loss(len(cached[name])):
-            loss = relative_loss_of_sets(cached[name], full[name], reference.features)
+            loss = relative_loss(cached[name], uncached[name], metric.higher)
+        elif reference is not None and reference.shows_loss(len(cached[name])):
+            loss = relative_loss_of_sets(cached[name], uncached[name], reference.features)
         else:
             loss = None
         if loss is not None:

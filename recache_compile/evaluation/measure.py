@@ -114,7 +114,7 @@ def compare(
 
 
 def unmeasured(compiled: Compiled) -> list[Measured]:
-    """What is known of every budget without running it."""
+    """Every budget where the engines cannot be run: no speed and no pictures."""
     return [
         Measured(budget, plan.schedule.recompute_steps, compiled.cost(budget).macs_reduction, None, None, None)
         for budget, plan in compiled.plans.items()

@@ -11,7 +11,7 @@ from recache_compile.evaluation.wording import UNSURE, percent, plain, target_li
 
 
 def print_result(result: EvaluationResult, console: Console) -> None:
-    """Quality beside cost, then who meets the target."""
+    """Print the tables of quality and of cost, then the policies and budgets that meet the target."""
     console.print(
         f"{result.model}, T = {result.num_steps}, {result.forecaster} order {result.order}, {result.granularity}"
         f" sites, {result.runtime}, {result.samples} samples in batches of {result.batch_size}, {result.dtype} on"

@@ -21,7 +21,7 @@ class EvaluationLine:
         budget: number of recompute steps k.
         recompute_steps: which they are.
         macs_reduction: times fewer multiply-accumulates per generation.
-        speedup: of a pipeline call, over the original's; the same for all policies, as cost is.
+        speedup: of a pipeline call, over that of the uncached pipeline; the same for all policies, as cost is.
         seconds: of a pipeline call that makes one batch.
         history_bytes, table_bytes: held by one guidance branch.
         values: by metric, of the cached samples.
@@ -62,7 +62,7 @@ class EvaluationResult:
         samples: that values are means of.
         reference: what the Frechet distance is to; "" where it was not asked for.
         uncached: values of the uncached samples.
-        uncached_seconds: of a call of the original pipeline, and of the engines when every step is recomputed.
+        uncached_seconds: of a call of the uncached pipeline, which is not compiled, and of the engines when every step is recomputed.
         lines: by policy and budget.
         facts: about what was compiled.
         machine, versions, date, command: where, with what, when and how it was measured.
@@ -101,7 +101,7 @@ class EvaluationResult:
 
 
 def facts_about(compiled: Compiled) -> CompiledFacts:
-    """What is told of the programs."""
+    """Facts about the engines that an evaluation runs."""
     facts = facts_of(compiled)
     return CompiledFacts(
         compiled.description.model_class,
@@ -113,7 +113,7 @@ def facts_about(compiled: Compiled) -> CompiledFacts:
 
 
 def write_result(result: EvaluationResult, folder: Path) -> None:
-    """Keep a result, whole or not at all."""
+    """Write `result.json`; if that fails, an earlier one stays as it was."""
     write_record(result, folder / RESULT)
 
 

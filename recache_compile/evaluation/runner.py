@@ -1,4 +1,4 @@
-"""Draws the samples of an evaluation and has them judged; each process that does so has a runner of its own."""
+"""Generates the samples of an evaluation and judges them; every process has a runner of its own."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ class SampleRunner:
         self._judges = {name: judge_of(name, self._setting.model) for name in self._setting.metrics}
 
     def run(self, numbers: Iterable[int]) -> Iterator[int]:
-        """Draw and judge batches; each is on disk when its number is given out."""
+        """Generate and judge batches; a number is yielded once the values of its batch are on disk."""
         for number in numbers:
             known = read_values(self._folder, number)
             if missing := missing_of(self._setting, number, known):
@@ -100,7 +100,7 @@ def read_values(folder: Path, number: int) -> dict[str, dict[str, Tensor]]:
 
 
 def write_values(folder: Path, number: int, values: Values) -> None:
-    """Keep what is known of a batch, whole or not at all."""
+    """Write what is known of a batch; if that fails, the earlier file stays as it was."""
     tensors = {f"{mask}.{name}": value for mask, of_mask in values.items() for name, value in of_mask.items()}
     write_tensors(tensors, _file(folder, number))
 

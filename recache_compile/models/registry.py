@@ -1,6 +1,8 @@
 """The models that ship with the package: one entry each, and all that other files know about them.
 
 Importing this file imports no model: the code of one (`EmbeddedCode`) is loaded when it is first needed.
+A new model takes a folder beside `shapes` whose module `embedded` offers `EmbeddedCode`, an entry in
+`EMBEDDED`, and its packages and files in `pyproject.toml`.
 """
 
 from collections.abc import Callable, Sequence

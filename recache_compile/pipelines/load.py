@@ -69,7 +69,7 @@ def load_config(model: str, component: str | None = None) -> dict[str, Any]:
 
 
 def absolute(model: str) -> str:
-    """What the user wrote, good from every working folder: a folder's whole path."""
+    """The model as the user wrote it; of a folder the absolute path, which holds in every working folder."""
     return str(Path(model).resolve()) if find(model) is None and Path(model).is_dir() else model
 
 
@@ -86,7 +86,7 @@ def _source(model: str) -> str:
 
 @contextlib.contextmanager
 def _loading(model: str) -> Iterator[None]:
-    """One line for whatever stops a model from being loaded."""
+    """Turn whatever stops a model from being loaded into a `ModelError` of one line."""
     try:
         yield
     except RecacheError:
@@ -98,12 +98,12 @@ def _loading(model: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_random_weights(model: str) -> Iterator[None]:
-    """Refuse a checkpoint that lacks weights: `diffusers` would make them up and only log it."""
-    told: list[str] = []
+    """Refuse a checkpoint that lacks weights: `diffusers` would draw them at random and only log it."""
+    logged: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            logged.append(record.getMessage())
 
     listener, logger = Listener(), logging.getLogger("diffusers")
     logger.addHandler(listener)
@@ -111,12 +111,12 @@ def _no_random_weights(model: str) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(listener)
-    if missing := [message for message in told if "newly initialized" in message]:
+    if missing := [message for message in logged if "newly initialized" in message]:
         raise ModelError(f"model {model}: weights are missing: {' '.join(missing[0].split())[:300]}")
 
 
 def _require_libraries(model: str, config: Mapping[str, Any]) -> None:
-    """Name the missing package before `diffusers` stumbles over it."""
+    """Raise `RuntimeUnavailableError` naming a missing package, which `diffusers` would report less clearly."""
     for component, entry in config.items():
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
             continue

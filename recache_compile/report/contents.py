@@ -64,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A rectangle of a heat map: column, colour, and what is said when pointed at."""
+    """A rectangle of a heat map: column, colour, and the text shown when the pointer is on it."""
 
     column: int
     color: str
@@ -176,13 +176,13 @@ def _samples(folder: Path, setting: Setting, result: EvaluationResult) -> tuple[
 
 
 def _pictures(values: Values, place: int, setting: Setting, result: EvaluationResult) -> tuple[Picture, ...]:
-    full = values[setting.full][PICTURES][place]
-    pictures = [Picture("", setting.num_steps, _source(full), "", "")]
+    uncached = values[setting.full][PICTURES][place]
+    pictures = [Picture("", setting.num_steps, _source(uncached), "", "")]
     for line in result.lines:
         of_mask = values[_mask(line, setting)]
         if PICTURES in of_mask:
             made = of_mask[PICTURES][place]
-            difference = _source(difference_map(made, full)[None])
+            difference = _source(difference_map(made, uncached)[None])
             pictures.append(Picture(line.policy, line.budget, _source(made), difference, _facts(of_mask, place)))
     return tuple(pictures)
 

@@ -146,10 +146,10 @@ def test_values_that_are_not_finite_are_told_as_such() -> None:
 
 
 def test_a_set_tells_a_loss_where_it_is_real_and_large() -> None:
-    assert Reference("pictures", features(50, 0), True).tells_loss(7)
-    assert not Reference("pictures", features(50, 0), True).tells_loss(6)
-    assert not Reference("pictures", features(6, 0), True).tells_loss(50)
-    assert not Reference("samples", features(50, 0), False).tells_loss(50)
+    assert Reference("pictures", features(50, 0), True).shows_loss(7)
+    assert not Reference("pictures", features(50, 0), True).shows_loss(6)
+    assert not Reference("pictures", features(6, 0), True).shows_loss(50)
+    assert not Reference("samples", features(50, 0), False).shows_loss(50)
 
 
 def line(budget: int, target: Verdict, speedup: float = 3.0) -> EvaluationLine:
