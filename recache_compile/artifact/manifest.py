@@ -13,7 +13,7 @@ from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
 from recache_compile.ir.signature import Signature
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -48,7 +48,7 @@ class Manifest(_Facts):
         digest: hash of all that the manifest says.
     """
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     recache_version: str
     engines_for: dict[str, str]
     device: str
