@@ -71,7 +71,7 @@ at its peak.  One call is one guidance branch, or both where the pipeline batche
     text += "| model | tensor | bytes |\n|---|---|---:|\n"
     for facts, _ in planned:
         for name, size in facts.boundary.items():
-            text += f"| {facts.model} | `{name}` | {with_unit(size)}B{' a row' if '.row_' in name else ''} |\n"
+            text += f"| {facts.model} | `{name}` | {with_unit(size)}B{' a row' if name in facts.row_tables else ''} |\n"
     return text
 
 

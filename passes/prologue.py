@@ -31,8 +31,9 @@ class PackedInput:
     def value(self, rows: int | None) -> Value:
         """The prologue's result that fills it."""
         size = sum(padded(prod(node.meta["val"].shape)) for node in self.members)
-        shape = (rows, size) if self.kind is Kind.TABLE_ROW else (size,)
-        return Value(f"{self.table}.{self.name}", Kind.TABLE, shape, self.members[0].meta["val"].dtype)
+        kind, shape = (Kind.TABLE, (rows, size)) if self.kind is Kind.TABLE_ROW else (Kind.FIXED, (size,))
+        dtype = self.members[0].meta["val"].dtype
+        return Value(f"{self.table}.{self.name}", kind, shape, dtype, table=self.table, source=self.name)
 
 
 def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
@@ -69,7 +70,7 @@ def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -
     values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table, rows)]
     values += [node.meta["value"] for node in prologue.conditioning]
     free = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
-    shapes = tuple({0: free[value.name.rpartition("@")[2]]} if None in value.shape else {} for value in values)
+    shapes = tuple({0: free[value.table]} if None in value.shape and value.table else {} for value in values)
     exported = export_module(
         prologue, prologue.example(values), {}, dynamic_shapes=(shapes,) if values else None, decompose=True
     )
@@ -166,7 +167,10 @@ def _packed_inputs(annotated: Program, table: str, step: Program) -> list[Packed
 def _row_values(timesteps: Sequence[fx.Node], table: str, rows: int | None) -> list[Value]:
     """The timesteps of one table's rows."""
     facts = [node.meta["value"] for node in timesteps]
-    return [Value(f"{fact.name}@{table}", Kind.TIMESTEP, (rows, *fact.shape), fact.dtype) for fact in facts]
+    return [
+        Value(f"{fact.name}@{table}", Kind.TIMESTEP, (rows, *fact.shape), fact.dtype, table=table, source=fact.name)
+        for fact in facts
+    ]
 
 
 def _flat_rows(value: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
     Raises:
         PassError: naming the program and what is wrong with it.
     """
-    made = {value.name: value for value in prologue.outputs}
+    made = {(value.table, value.source): value for value in prologue.outputs}
     for table, programs in steps.items():
         for program in programs:
             for value in program.inputs:
                 if value.kind not in (Kind.TABLE_ROW, Kind.FIXED):
                     continue
-                match = made.get(f"{table}.{value.name}")
+                match = made.get((table, value.name))
                 if match is None or (match.shape[-1], match.dtype) != (value.shape[-1], value.dtype):
                     raise PassError(f"split of {program.name}: it reads {value}, the prologue makes {match}")
             left = independent_matmuls(program)

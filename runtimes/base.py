@@ -185,13 +185,13 @@ def free_sizes(program: Program) -> list[dict[int, Any]]:
 def new_outputs(program: Program, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Memory for the results of a call: a table has as many rows as its timesteps."""
     rows = {
-        value.name.rpartition("@")[2]: tensor.shape[0]
+        value.table: tensor.shape[0]
         for value, tensor in zip(program.inputs, inputs, strict=True)
         if None in value.shape
     }
     return [
         torch.empty(
-            [rows[value.name.partition(".")[0]] if size is None else size for size in value.shape],
+            [rows[value.table] if size is None else size for size in value.shape],
             dtype=value.dtype,
             device=device,
         )

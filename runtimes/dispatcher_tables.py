@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Kind, Value, makes_one_row, table_name
+from recache_compile.ir.program import MIN_ROWS, Kind, Value, table_name
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
 
@@ -36,7 +36,7 @@ class Tables:
         self._computed_at: int | None = None
         self._weights = tuple(variant.programs["prologue"].weights.values())
         self._versions = 0
-        tables = {value.name.partition(".")[0] for value in variant.programs["prologue"].outputs}
+        tables = {value.table for value in variant.programs["prologue"].outputs if value.table is not None}
         self._every = tuple(sorted(tables)) if every else ()
         self.follow(plan)
         names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
@@ -45,8 +45,8 @@ class Tables:
             for name in names
         }
         self._conditioning: dict[str, TensorSnapshot] = {}
-        self._fixed: dict[str, Tensor] = {}
-        self._rows: dict[tuple[int, str, str], Tensor] = {}
+        self._fixed: dict[tuple[str | None, str | None], Tensor] = {}
+        self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}
         self._differs: Tensor | None = None
 
     def follow(self, plan: Plan) -> None:
@@ -60,7 +60,7 @@ class Tables:
     def read(self, value: Value, step: int) -> Tensor:
         """What a step program reads as its packed input `value`."""
         if value.kind is Kind.FIXED:
-            return self._fixed[f"{self._tables[step]}.{value.name}"]
+            return self._fixed[self._tables[step], value.name]
         return self._rows[step, self._tables[step], value.name]
 
     def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class Tables:
     def _run(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Fill the rows of those steps whose timesteps are known."""
         known = [step for step in steps if all(column[step] is not None for column in self._timesteps.values())]
-        one_by_one = makes_one_row(self._variant.programs["prologue"])
+        one_by_one = self._variant.programs["prologue"].makes_one_row
         for group in [[step] for step in known] if one_by_one else [known]:
             self._fill(group, tensors, 1 if one_by_one else MIN_ROWS)
 
@@ -150,17 +150,16 @@ class Tables:
         arguments = []
         for value in program.inputs:
             if value.kind is Kind.TIMESTEP:
-                name, _, table = value.name.rpartition("@")
-                column = self._timesteps[name]
-                stack = [tensor for step in readers.get(table, steps[:1]) if (tensor := column[step]) is not None]
+                assert value.source is not None and value.table is not None
+                column = self._timesteps[value.source]
+                stack = [tensor for step in readers.get(value.table, steps[:1]) if (tensor := column[step]) is not None]
                 arguments.append(torch.stack([*stack, *stack[:1] * (min_rows - len(stack))]))
             else:
                 arguments.append(tensors[value.name].contiguous())
         results = self._variant.engines["prologue"](arguments)
         for value, result in zip(program.outputs, results, strict=True):
-            table, _, name = value.name.partition(".")
-            if len(value.shape) == 1:
-                self._fixed[value.name] = result
+            if value.kind is Kind.FIXED:
+                self._fixed[value.table, value.source] = result
                 continue
-            for step, row in zip(readers.get(table, ()), result, strict=False):
-                self._rows[step, table, name] = row
+            for step, row in zip(readers.get(value.table or "", ()), result, strict=False):
+                self._rows[step, value.table, value.source] = row

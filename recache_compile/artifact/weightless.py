@@ -26,7 +26,7 @@ from recache_compile.errors import PassError
 from recache_compile.ir.cost import cost_of, count_macs
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import Granularity
+from recache_compile.ir.program import Granularity, Kind
 from recache_compile.ir.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class PlanFacts:
         step_parameters: read by the recompute step; the others run once per generation.
         call_macs: multiply-accumulates of one call of the original.
         boundary: bytes of every prologue output, of one row where it has rows.
+        row_tables: names of those outputs that have rows.
         sites, programs, budgets: see there.
     """
 
@@ -77,6 +78,7 @@ class PlanFacts:
     step_parameters: int
     call_macs: int
     boundary: dict[str, int]
+    row_tables: tuple[str, ...]
     sites: tuple[GranularityFacts, ...]
     programs: tuple[ProgramFacts, ...]
     budgets: tuple[BudgetFacts, ...]
@@ -118,6 +120,7 @@ def plan_weightless(
         step_parameters=sum(weight.numel() for name, weight in programs["recompute"].weights.items() if name in names),
         call_macs=macs,
         boundary={value.name: value.nbytes for value in prologue.outputs} if prologue else {},
+        row_tables=tuple(value.name for value in prologue.outputs if value.kind is Kind.TABLE) if prologue else (),
         sites=sites,
         programs=tuple(program_facts(program, META) for program in programs.values()),
         budgets=tuple(
@@ -164,4 +167,6 @@ def print_plan(facts: PlanFacts, console: Console) -> None:
     print_programs(facts.programs, console)
     print_budgets(facts.budgets, console)
     for name, size in facts.boundary.items():
-        console.print(f"{name}: {with_unit(size)}B{' a row' if '.row_' in name else ''}", highlight=False, markup=False)
+        console.print(
+            f"{name}: {with_unit(size)}B{' a row' if name in facts.row_tables else ''}", highlight=False, markup=False
+        )

@@ -225,7 +225,7 @@ def lone_calls(compiled: Compiled, budget: int) -> dict[str, Callable[[], Any]]:
 
     def call(name: str) -> Callable[[], Any]:
         shapes = [
-            [max(rows[value.name.rpartition("@")[2]], MIN_ROWS) if size is None else size for size in value.shape]
+            [max(rows[value.table or ""], MIN_ROWS) if size is None else size for size in value.shape]
             for value in variant.programs[name].inputs
         ]
         inputs = [

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Kind, Program, makes_one_row, table_name
+from recache_compile.ir.program import MIN_ROWS, Kind, Program, table_name
 
 _COUNTED: WeakKeyDictionary[fx.GraphModule, dict[tuple[tuple[int, ...], ...], int]] = WeakKeyDictionary()
 """Multiply-accumulates of a graph by the shapes of its inputs; passes never change a graph that they are given."""
@@ -27,7 +27,7 @@ def count_macs(program: Program, device: torch.device, rows: Mapping[str, int] |
     """
     shapes = []
     for value in program.inputs:
-        free = max((rows or {}).get(value.name.rpartition("@")[2], 0), MIN_ROWS)
+        free = MIN_ROWS if rows is None or value.table is None else max(rows.get(value.table, 0), MIN_ROWS)
         shapes.append(tuple(free if size is None else size for size in value.shape))
     known = _COUNTED.setdefault(program.module, {})
     if tuple(shapes) not in known:
@@ -89,8 +89,9 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, c
     tables = prologue_macs = 0
     if prologue is not None:
         for value in prologue.outputs:
-            tables += value.nbytes * (rows.get(value.name.partition(".")[0], 0) if len(value.shape) > 1 else 1)
-        calls = len(plan.steps) if makes_one_row(prologue) else 1
+            assert value.table is not None
+            tables += value.nbytes * (rows.get(value.table, 0) if value.kind is Kind.TABLE else 1)
+        calls = len(plan.steps) if prologue.makes_one_row else 1
         prologue_macs = calls * count_macs(prologue, device, rows)
     steps = tuple(each[step.program] for step in plan.steps)
     full = capture_macs * len(plan.steps)

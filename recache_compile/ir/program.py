@@ -23,7 +23,11 @@ class Role(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a program's input or output is."""
+    """What a program's input or output is.
+
+    A prologue's outputs are of kind TABLE (rows, size) or FIXED (size,); the step programs
+    read a TABLE_ROW (size,) of the one, and the other as it is.
+    """
 
     LATENTS = "latents"
     TIMESTEP = "timestep"
@@ -66,6 +70,9 @@ class Value:
         dtype: element type.
         site: cache site that a HISTORY input or FEATURE output belongs to.
         slot: history slot of a HISTORY input.
+        table: of a prologue's input or output, the table that its rows belong to.
+        source: of a prologue's input, the model's input that it stands for; of a prologue's
+            output, the packed input of the step programs that it fills.
     """
 
     name: str
@@ -74,6 +81,8 @@ class Value:
     dtype: torch.dtype
     site: int | None = None
     slot: int | None = None
+    table: str | None = None
+    source: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -127,32 +136,28 @@ class Program:
         """Number of operator calls in the graph."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
+    @property
+    def makes_one_row(self) -> bool:
+        """Whether a call of this prologue makes one row of its tables, and not any number of rows."""
+        return any(value.kind is Kind.TABLE and value.shape[0] is not None for value in self.outputs)
+
     def renamed(self, name: str) -> "Program":
         """The same program under another name."""
         return replace(self, name=name)
 
 
-def makes_one_row(prologue: Program) -> bool:
-    """Whether a call of a prologue makes one row of its tables, and not any number of rows."""
-    return any(value.shape[0] == 1 for value in prologue.outputs if len(value.shape) == 2)
-
-
 def pattern_name(pattern: SitePattern) -> str:
-    """ "recompute" and "forecast_h" for uniform rows; mixed rows are spelled out."""
+    """ "recompute" and "forecast_h" for uniform patterns; mixed ones are spelled out."""
     kinds = set(pattern)
     if len(kinds) > 1:
-        return "row_" + "_".join(map(str, pattern))
+        return "pattern_" + "_".join(map(str, pattern))
     (kind,) = kinds
     return f"forecast_{kind}" if kind else "recompute"
 
 
 def table_name(pattern: SitePattern) -> str:
     """Name of the prologue table that a pattern's program reads: it depends on which sites are recomputed."""
-    return (
-        pattern_name(tuple(min(kind, 1) for kind in pattern)).removesuffix("_1")
-        if len(set(pattern)) == 1
-        else pattern_name(pattern)
-    )
+    return "forecast" if len(set(pattern)) == 1 and any(pattern) else pattern_name(pattern)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

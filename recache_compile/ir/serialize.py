@@ -159,7 +159,8 @@ def value_to_json(value: Value) -> dict[str, Any]:
     """Facts about an input or output as JSON."""
     facts = {"name": value.name, "kind": value.kind.value, "shape": list(value.shape)}
     facts |= {"dtype": str(value.dtype).removeprefix("torch.")}
-    return facts | {key: at for key, at in (("site", value.site), ("slot", value.slot)) if at is not None}
+    optional = {"site": value.site, "slot": value.slot, "table": value.table, "source": value.source}
+    return facts | {key: fact for key, fact in optional.items() if fact is not None}
 
 
 def read_value(entry: dict[str, Any]) -> Value:
@@ -167,4 +168,5 @@ def read_value(entry: dict[str, Any]) -> Value:
     dtype = getattr(torch, entry["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ArtifactError(f"not a program: {entry['dtype']!r} is no dtype")
-    return Value(entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, entry.get("site"), entry.get("slot"))
+    optional = {key: entry.get(key) for key in ("site", "slot", "table", "source")}
+    return Value(entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, **optional)

@@ -62,7 +62,7 @@ def do_damage(data: st.DataObject, folder: Path) -> None:
         case "unlisted":
             edit_manifest(folder, files={name: listed[name] for name in list(listed)[at % len(listed) + 1 :]})
         case "newer":
-            edit_manifest(folder, format_version=data.draw(st.integers(4, 1000)), invention=1)
+            edit_manifest(folder, format_version=data.draw(st.integers(5, 1000)), invention=1)
 
 
 @pytest.mark.parametrize("runtime", ["eager", "tensorrt", pytest.param("onnxruntime", marks=pytest.mark.slow)])

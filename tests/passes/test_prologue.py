@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Granularity, Kind, Program, Value, makes_one_row
+from recache_compile.ir.program import Granularity, Kind, Program, Value
 from recache_compile.passes.hoist import Entry
 from recache_compile.passes.prologue import build_prologue
 from tests.passes.tiny import (
@@ -84,14 +84,14 @@ return [cat, cat_1]"""
 
 def test_inputs_and_results_are_described(attention: Split) -> None:
     assert attention.prologue.inputs == (
-        Value("timestep@recompute", Kind.TIMESTEP, (None, 1), torch.float32),
-        Value("timestep@forecast", Kind.TIMESTEP, (None, 1), torch.float32),
+        Value("timestep@recompute", Kind.TIMESTEP, (None, 1), torch.float32, table="recompute", source="timestep"),
+        Value("timestep@forecast", Kind.TIMESTEP, (None, 1), torch.float32, table="forecast", source="timestep"),
         Value("encoder_hidden_states", Kind.CONDITIONING, (1, 2, WIDTH), torch.float32),
     )
     assert attention.prologue.outputs == (
-        Value("recompute.row_float32", Kind.TABLE, (None, 192), torch.float32),
-        Value("recompute.fixed_float32", Kind.TABLE, (256,), torch.float32),
-        Value("forecast.row_float32", Kind.TABLE, (None, 64), torch.float32),
+        Value("recompute.row_float32", Kind.TABLE, (None, 192), torch.float32, table="recompute", source="row_float32"),
+        Value("recompute.fixed_float32", Kind.FIXED, (256,), torch.float32, table="recompute", source="fixed_float32"),
+        Value("forecast.row_float32", Kind.TABLE, (None, 64), torch.float32, table="forecast", source="row_float32"),
     )
     assert attention.prologue.provenance[-1] == "build-prologue"
 
@@ -309,7 +309,7 @@ def test_where_an_operator_cannot_be_mapped_a_call_makes_one_row() -> None:
         ("recompute.row_float32", (1, 64)),
         ("recompute.fixed_float32", (64,)),
     ]
-    assert makes_one_row(parts.prologue)
+    assert parts.prologue.makes_one_row
     assert_rows_equal(parts, module, 1)
 
 
@@ -321,9 +321,9 @@ def test_several_tables_of_one_row() -> None:
 
 
 def test_with_a_free_number_of_rows_a_call_makes_them_all(attention: Split) -> None:
-    assert not makes_one_row(attention.prologue)
+    assert not attention.prologue.makes_one_row
     fixed, _ = split_of(lambda self, hidden, timestep, context: hidden + self.linear(context).mean(1))
-    assert not makes_one_row(fixed.prologue)
+    assert not fixed.prologue.makes_one_row
 
 
 def test_work_on_weights_alone_needs_no_input() -> None:

@@ -243,7 +243,7 @@ def test_the_given_program_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize("row", [(), (0,), (0, 0, 0, 0)])
 def test_a_row_of_another_length_is_refused(row: SitePattern) -> None:
-    message = rf"pass specialise on capture: the row has {len(row)} entries, the graph 3 cache sites"
+    message = rf"pass specialise on capture: the pattern has {len(row)} entries, the graph 3 cache sites"
     with pytest.raises(PassError, match=message):
         Specialise(row)(annotated(Heads(3)))
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import recache_compile as rc
-from recache_compile.ir.program import makes_one_row
+from recache_compile.ir.program import Kind, Program, Value
+from recache_compile.runtimes.base import new_outputs
 from tests.compiler.test_build import counted
 
 STEPS = 5
@@ -64,7 +65,7 @@ def test_rows_are_made_once_and_again_when_the_conditioning_changes(
 ) -> None:
     model = kind()
     this, calls = counted(compiled(model, known))
-    assert makes_one_row(this.variants[0].programs["prologue"]) is (kind is OneRow)
+    assert this.variants[0].programs["prologue"].makes_one_row is (kind is OneRow)
     run = this.dispatcher(budget=STEPS)
     check(model, run)
     assert calls["prologue"] == (calls_a_generation if known else STEPS)  # unknown timesteps come one by one
@@ -99,3 +100,22 @@ def test_one_row_at_a_time_costs_what_all_rows_cost() -> None:
     assert mapped.prologue_macs == STEPS * 4
     assert one_row.prologue_macs == STEPS * (4 + 12)
     assert one_row.table_bytes == mapped.table_bytes
+
+
+def test_what_belongs_to_which_table_is_told_by_facts_and_not_by_names() -> None:
+    """A table's results have as many rows as its own timesteps, whatever they are called."""
+
+    def value(kind: Kind, name: str, table: str) -> Value:
+        return Value(name, kind, (None, 4), torch.float32, table=table)
+
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in "ab"]
+    output = graph.output(given[::-1])
+    tables = ("first.x@second", "second.x@first")
+    for node, name, table in zip(given, ("a@nothing", "b@nothing"), tables, strict=True):
+        node.meta["value"] = value(Kind.TIMESTEP, name, table)
+    output.meta["values"] = tuple(value(Kind.TABLE, f"nothing.{table}", table) for table in reversed(tables))
+    program = Program("prologue", fx.GraphModule({}, graph))
+    outputs = new_outputs(program, [torch.zeros(2, 4), torch.zeros(5, 4)], torch.device("cpu"))
+    assert [tuple(tensor.shape) for tensor in outputs] == [(5, 4), (2, 4)]
+    assert not program.makes_one_row
