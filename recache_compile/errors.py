@@ -49,6 +49,13 @@ def importing(who: str, install: str) -> Iterator[None]:
         raise RuntimeUnavailableError(f"{who}: {reason_of(error)}; {install}") from error
 
 
-def reason_of(error: Exception) -> str:
+def root_cause(error: BaseException) -> str:
+    """What the first error of a chain says, on one line: wrappers tell where, it tells why."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return f"{type(error).__name__}: {reason_of(error)}"
+
+
+def reason_of(error: BaseException) -> str:
     """What another library's error says, on one line."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.capture.export import export_module, quiet
-from recache_compile.errors import RuntimeUnavailableError, importing
+from recache_compile.errors import RuntimeUnavailableError, importing, reason_of, root_cause
 from recache_compile.ir.program import Program
 from recache_compile.runtimes.base import example_inputs, free_sizes
 
@@ -70,13 +70,19 @@ def export_onnx(program: Program, device: torch.device, file: Path) -> None:
                 output_names=[value.name for value in program.outputs],
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeUnavailableError(f"ONNX: {program.name} cannot be exported: {reason}") from error
+            raise RuntimeUnavailableError(
+                f"ONNX: {program.name} cannot be exported: {root_cause(error)}; choose runtime inductor or eager"
+            ) from error
     assert made is not None
     describe_nodes(made.model)
     made.model.graph.name = program.name
     ir.save(made.model, file)
-    onnx.checker.check_model(file, full_check=True)
+    try:
+        onnx.checker.check_model(file, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RuntimeUnavailableError(
+            f"ONNX: {program.name} was exported wrongly: {reason_of(error)}; choose runtime inductor or eager"
+        ) from error
 
 
 def lift_weights(program: Program) -> tuple[fx.GraphModule, dict[str, Tensor]]:

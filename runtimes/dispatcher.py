@@ -201,6 +201,11 @@ class Dispatcher:
 
     def _state(self, branch: str, step: int, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], State]:
         """The tensor inputs by name, and the state of their branch and kind, which may begin with this step."""
+        if torch.is_autocast_enabled(self._device.type):
+            raise DispatchError(
+                "torch.autocast is on, which engines do not follow; call them outside of it, and compile the model in"
+                " bfloat16 or float16 for half precision"
+            )
         leaves = named_leaves(model_inputs)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         constants = self._signature.constants(model_inputs, leaves)
@@ -213,9 +218,13 @@ class Dispatcher:
         number = self._matching(self._variants[key], tensors, branch, key)
         place = branch, key, number
         state, start = self._states.get(place), self._begins(branch, step)
-        if state is None or (state.last_step is None and state.start != start):
+        if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
             state = self._states[place] = self._new_state(place, start)
         return tensors, state
+
+    def _comes_back(self, state: State, step: int) -> bool:
+        """Whether a branch was left out for some steps: it then begins anew, and recomputes, where it comes back."""
+        return self._start is None and state.last_step is not None and step > state.last_step + 1
 
     def _begins(self, branch: str, step: int) -> int:
         """The first step of a generation of this branch that is called in `step`."""

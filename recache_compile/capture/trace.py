@@ -48,7 +48,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
     """
     tensors = {name: leaf for name, leaf in named_leaves(arguments).items() if isinstance(leaf, Tensor)}
     # Parts that are compiled already would hide what they do.
-    with _evaluating(module), torch.compiler.set_stance("force_eager"):
+    with evaluating(module), torch.compiler.set_stance("force_eager"):
         given = _copied(arguments)
         attributes = _attributes(given)
         try:
@@ -105,7 +105,7 @@ def _is_unknown(size: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every submodule gets its own mode back."""
     modes = {child: child.training for child in module.modules()}
     module.eval()

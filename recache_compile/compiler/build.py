@@ -3,22 +3,25 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recache_compile.capture.adapters import fused_adapters
-from recache_compile.capture.capture import Captured, capture
+from recache_compile.capture.adapters import adapter_scale, fused_adapters
+from recache_compile.capture.capture import ROLE_NAMES, Captured, capture
+from recache_compile.capture.check import check_modes, check_program, check_stateless, check_untouched
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
+from recache_compile.compiler.refit import hash_of_weight
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
 from recache_compile.ir.cost import count_macs
-from recache_compile.ir.program import Kind, Program, dtype_name
+from recache_compile.ir.program import Kind, Program, Role, dtype_name
 from recache_compile.ir.signature import named_leaves
 from recache_compile.runtimes._cuda_graphs import check_graphs
 from recache_compile.runtimes.base import Runtime, Variant
@@ -44,9 +47,11 @@ def build_engines(
     backend = get_runtime(config.runtime) if runtime is None else runtime
     if config.cuda_graphs:
         check_graphs(backend, examples[0].device)
-    with fused_adapters(module):
+    check_modes()
+    check_untouched(module, type(module).__name__)
+    with fused_adapters(module, adapter_scale(each.inputs for each in examples)):
         captures = capture_examples(module, distinct(examples), config)
-        names = tuple(module.state_dict())
+        state = dict(module.state_dict())
     annotated = [annotate(captured, config) for _, captured in captures]
     check_same_model([captured for _, captured in captures], annotated)
     log.info(describe_sites(annotated[0]))
@@ -57,7 +62,7 @@ def build_engines(
         for (example, captured), program in zip(captures, annotated, strict=True)
     )
     return Engines(
-        description=describe(module, names, variants[0], config, backend),
+        description=describe(module, state, variants[0], config, backend, lowering),
         signature=captures[0][1].signature,
         variants=variants,
         weights=lowering.weights,
@@ -98,9 +103,19 @@ def capture_examples(
                 continue
             log.info("capturing")
             label = f"{number}_{len(own)}" if own else str(number)  # tells the constants of several apart
-            own.append(capture(module, inputs, {**example.roles, **config.roles}, label))
+            roles, who = {**example.roles, **config.roles}, type(module).__name__
+            check_stateless(module, inputs, latents_among(leaves, roles), who)
+            captured = capture(module, inputs, roles, label)
+            check_program(module, inputs, captured, who)
+            own.append(captured)
         captures += [(example, each) for each in own]
     return captures
+
+
+def latents_among(leaves: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
+    """Names of the latents inputs."""
+    usual = ROLE_NAMES[Role.LATENTS]
+    return [name for name in leaves if roles.get(name, "latents" if name in usual else "") == "latents"]
 
 
 def check_same_model(captures: Sequence[Captured], annotated: Sequence[Program]) -> None:
@@ -116,14 +131,20 @@ def check_same_model(captures: Sequence[Captured], annotated: Sequence[Program])
 
 
 def describe(
-    module: nn.Module, names: tuple[str, ...], variant: Variant, config: CompileConfig, runtime: Runtime
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    variant: Variant,
+    config: CompileConfig,
+    runtime: Runtime,
+    lowering: Lowering,
 ) -> Description:
-    """What was compiled."""
+    """What was compiled; `state` is the module's state dict, adapters merged."""
     latents = next(value for value in variant.inputs if value.kind is Kind.LATENTS)
     return Description(
         model=type(module).__name__,
         model_class=f"{type(module).__module__}.{type(module).__qualname__}",
         model_config=json.loads(json.dumps(dict(getattr(module, "config", {})), default=str)),
         config=config.resolved(runtime.name, dtype_name(latents.dtype), str(variant.device)),
-        weights=names,
+        weights=tuple(state),
+        unread={name: hash_of_weight(weight) for name, weight in state.items() if name not in lowering.weights},
     )

@@ -36,6 +36,7 @@ class Description:
         model_config: the module's configuration, where it has one.
         config: the choices of the compilation; runtime, dtype and device are those that it found.
         weights: names of the module's parameters and stored buffers, read by a program or not.
+        unread: hash of those that no program reads, by name: new values of them would have no effect.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Description:
     model_config: Mapping[str, Any]
     config: CompileConfig
     weights: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -149,9 +151,10 @@ class Engines:
             strict: expect every weight of the module.  False: the others stay as they are.
 
         Raises:
-            ModelError: a weight is missing, unknown or of another shape; nothing has changed then.
+            ModelError: a weight is missing, unknown, of another shape, or one that no engine reads;
+                nothing has changed then.
         """
-        replace_weights(self.weights, self.description.weights, state_dict, strict)
+        replace_weights(self.weights, self.description.weights, self.description.unread, state_dict, strict)
         self.revision.number += 1
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """New values for the weights that engines share."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
@@ -9,18 +10,24 @@ from recache_compile.errors import ModelError
 
 
 def replace_weights(
-    weights: Mapping[str, Tensor], names_of_module: Collection[str], state_dict: Mapping[str, Tensor], strict: bool
+    weights: Mapping[str, Tensor],
+    names_of_module: Collection[str],
+    unread: Mapping[str, str],
+    state_dict: Mapping[str, Tensor],
+    strict: bool,
 ) -> None:
     """Write new values into weights, all of them or none.
 
     Args:
         weights: that programs read, by name.
         names_of_module: of the module's parameters and stored buffers.
+        unread: hash, at the time of compiling, of those that no program reads.
         state_dict: the new values; cast to the dtype that is there.
         strict: expect every weight of the module.
 
     Raises:
-        ModelError: a weight is missing, unknown or of another shape; nothing has changed then.
+        ModelError: a weight is missing, unknown, of another shape, or a new value of one that no
+            engine reads; nothing has changed then.
     """
     if not isinstance(state_dict, Mapping):
         raise ModelError(f"refit: expected a state dict, got {type(state_dict).__name__}; nothing was changed")
@@ -33,15 +40,36 @@ def replace_weights(
         if isinstance(state_dict[name], Tensor) and state_dict[name].shape != weights[name].shape
     ]
     unusable = sorted(name for name in known & set(state_dict) if not _is_usable(state_dict[name]))
-    wrong = {"unknown": unknown, "missing": missing, "of another shape": shapes, "no dense tensor": unusable}
+    lost = sorted(name for name in set(state_dict) & set(unread) if hash_of_weight(state_dict[name]) != unread[name])
+    wrong = {
+        "unknown": unknown,
+        "missing": missing,
+        "of another shape": shapes,
+        "no dense tensor": unusable,
+        "read by no engine": lost,
+    }
     for what, names in wrong.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(f"refit: {what}: {', '.join(names[:3])}{more}; nothing was changed")
-    for name in known & set(state_dict):
-        weights[name].copy_(state_dict[name])
+            raise ModelError(
+                f"refit: {what}: {', '.join(names[:3])}{more}; engines read {', '.join(sorted(known)[:3])} ...; nothing was"
+                " changed"
+            )
+    with torch.no_grad():
+        for name in known & set(state_dict):
+            weights[name].copy_(state_dict[name])
 
 
 def _is_usable(value: object) -> bool:
     """Whether a weight can be taken from here: a dense tensor of numbers that has values."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_complex()
+
+
+def hash_of_weight(weight: object) -> str:
+    """SHA-256 of a weight's values as float32, or as they are where they are whole numbers; "" of what is no weight."""
+    if not _is_usable(weight):
+        return ""
+    assert isinstance(weight, Tensor)
+    values = weight.detach().cpu().contiguous()
+    values = values.float() if values.is_floating_point() else values
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.capture import ROLE_NAMES
+from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import Role
@@ -25,7 +26,8 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's transformers by the name of their component."""
     names = [name for name in getattr(pipeline, "components", {}) if name.startswith(DENOISER)] or [DENOISER]
     found = {name: getattr(pipeline, name, None) for name in names}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    plain = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}  # as torch.compile wraps it
+    return {name: module for name, module in plain.items() if isinstance(module, nn.Module)}
 
 
 def denoiser_of(pipeline: Any, component: str) -> nn.Module:
@@ -41,8 +43,7 @@ def denoiser_of(pipeline: Any, component: str) -> nn.Module:
     module, who = found[component], f"{type(pipeline).__name__}: its {component}"
     if not any(parameter.numel() for parameter in module.parameters()):
         raise ModelError(f"{who} has no weights; give it back the one it was made of")
-    if hasattr(module, "_hf_hook"):
-        raise ModelError(f"{who} is offloaded, which cannot be traced; call remove_all_hooks() before compiling")
+    check_untouched(module, who)
     return module
 
 
@@ -66,6 +67,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     Raises:
         ModelError: the pipeline cannot be called so, or never called the transformer.
     """
+    check_modes()
     denoiser_of(pipeline, component)
     arguments = _accepted(pipeline, {"num_inference_steps": num_steps, "output_type": "latent"}) | dict(call)
     if not any(name.startswith(("prompt", "class_labels")) for name in call):

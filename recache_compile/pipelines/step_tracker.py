@@ -61,9 +61,7 @@ class StepTracker:
         return step, begins
 
     def _step(self, scheduler: Any, leaves: Mapping[str, Any], in_call: bool) -> int:
-        if not in_call and getattr(scheduler, "num_inference_steps", 0) is None:
-            raise DispatchError(ELSEWHERE)
-        self._check_length(scheduler)
+        self._check_length(scheduler, in_call)
         if self._told is not None:
             return self._told
         index = getattr(scheduler, "step_index", None)
@@ -75,13 +73,14 @@ class StepTracker:
                 raise DispatchError(ELSEWHERE)
         return int(index)
 
-    def _check_length(self, scheduler: Any) -> None:
+    def _check_length(self, scheduler: Any, in_call: bool) -> None:
         """Raise unless the loop has as many steps as were compiled."""
         steps, compiled = len(scheduler.timesteps), self._num_steps
         spare = getattr(scheduler, "num_inference_steps", None) == compiled == steps - 1
         if steps != compiled and not (spare and has_spare_timestep(scheduler)):
             raise MismatchError(
                 f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
+                + ("" if in_call else f" (or {ELSEWHERE})")
             )
 
     def _first_or_found(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
