@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import ModelError
+from recache_compile.ir.program import dtype_name
 
 
 def replace_weights(
@@ -40,7 +41,11 @@ def replace_weights(
         if isinstance(state_dict[name], Tensor) and state_dict[name].shape != weights[name].shape
     ]
     unusable = sorted(name for name in known & set(state_dict) if not _is_usable(state_dict[name]))
-    lost = sorted(name for name in set(state_dict) & set(unread) if hash_of_weight(state_dict[name]) != unread[name])
+    lost = sorted(
+        name
+        for name in set(state_dict) & set(unread)
+        if hash_of_weight(state_dict[name], unread[name].partition(":")[0]) != unread[name]
+    )
     wrong = {
         "unknown": unknown,
         "missing": missing,
@@ -65,11 +70,16 @@ def _is_usable(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_complex()
 
 
-def hash_of_weight(weight: object) -> str:
-    """SHA-256 of a weight's values as float32, or as they are where they are whole numbers; "" of what is no weight."""
+def hash_of_weight(weight: object, dtype: str = "") -> str:
+    """SHA-256 of a weight's values, as "DTYPE:HASH"; "" of what is no weight.
+
+    Args:
+        weight: the tensor.
+        dtype: to cast to before; by default its own.
+    """
     if not _is_usable(weight):
         return ""
     assert isinstance(weight, Tensor)
-    values = weight.detach().cpu().contiguous()
-    values = values.float() if values.is_floating_point() else values
-    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    values = weight.detach().to("cpu", getattr(torch, dtype) if dtype else weight.dtype).contiguous()
+    digest = hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return f"{dtype_name(values.dtype)}:{digest}"

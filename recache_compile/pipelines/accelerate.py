@@ -11,6 +11,13 @@ from recache_compile.pipelines.transformer import CompiledTransformer
 
 Fallback = Literal["eager"]
 
+FROZEN = (
+    *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora"),
+    *("enable_lora", "delete_adapters", "load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
+    *("fuse_qkv_projections", "unfuse_qkv_projections", "set_pag_applied_layers", "enable_group_offload"),
+)
+"""Methods of pipelines that change what its transformer computes, which engines do not follow."""
+
 
 def install(
     pipeline: Any,
@@ -103,7 +110,8 @@ def accelerated_class(base: Any) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
         return _new_accelerated, (base,), dict(vars(self))
 
-    members = {
+    members: dict[str, Any] = {name: _refusing(name, getattr(base, name)) for name in FROZEN if hasattr(base, name)}
+    members |= {
         "__call__": call,
         "save_pretrained": save_pretrained,
         "__reduce_ex__": reduce,
@@ -112,6 +120,21 @@ def accelerated_class(base: Any) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _refusing(name: str, method: Any) -> Any:
+    """A method that says what to do instead."""
+
+    @functools.wraps(method)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not compiled_transformers(self):
+            return method(self, *args, **kwargs)
+        raise ModelError(
+            f"{name}: the engines hold what was there when they were compiled; rc.restore(pipeline), change it, and"
+            " compile again (new values of the same weights: compiled.refit)"
+        )
+
+    return refuse
 
 
 def _new_accelerated(base: Any) -> Any:

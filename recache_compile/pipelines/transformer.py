@@ -1,6 +1,7 @@
 """What takes a transformer's place in a `diffusers` pipeline: the same call on compiled engines."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +15,11 @@ from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves
 from recache_compile.pipelines.branches import Branches
 from recache_compile.pipelines.generation import Generation, Generations
+from recache_compile.pipelines.skeleton import skeleton_of
 from recache_compile.pipelines.step_tracker import StepTracker
 from recache_compile.runtimes.dispatcher import Dispatcher
+
+_MISSING: Any = object()
 
 
 class CompiledTransformer(nn.Module):
@@ -99,15 +103,27 @@ class CompiledTransformer(nn.Module):
         return self._compiled.engines.device
 
     def __getattr__(self, name: str) -> Any:
-        """Entries of the configuration, as the models of `diffusers` give them out."""
+        """What pipelines read: entries of the configuration, and values, buffers and parts of the original.
+
+        Its methods are not given out: what they would change, engines do not follow.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "_compiled" and name in self._compiled.description.model_config:
-                return self._compiled.description.model_config[name]
-            raise AttributeError(
-                f"the compiled transformer has no {name!r}: it has its engines and its configuration; ask the original"
-            ) from None
+            if name.startswith("__") or "_original" not in self.__dict__:
+                raise
+        if name in self._compiled.description.model_config:
+            return self._compiled.description.model_config[name]
+        found = getattr(self._original[0] or self._skeleton, name, _MISSING)
+        if found is _MISSING or (callable(found) and not isinstance(found, nn.Module)):
+            what = f"no {name!r}" if found is _MISSING else f"no method {name}(), which its engines would not follow"
+            raise AttributeError(f"the compiled transformer has {what}; rc.restore(pipeline) gives the original back")
+        return found
+
+    @functools.cached_property
+    def _skeleton(self) -> nn.Module | None:
+        """Stands for the original where the pipeline was loaded without it."""
+        return skeleton_of(self._compiled.description, self._compiled.weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
         """Move and cast what calls fall back to; engines stay where and what they are."""
