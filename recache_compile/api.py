@@ -12,7 +12,8 @@ from recache_compile.compiler.build import Example, Options, compile_module, dev
 from recache_compile.compiler.compiled import Compiled, Description
 from recache_compile.errors import DispatchError, ModelError, ScheduleError
 from recache_compile.ir.forecasters import get_forecaster, uncalibrated
-from recache_compile.ir.program import Granularity, Role
+from recache_compile.ir.program import Granularity
+from recache_compile.ir.value import Kind
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.policies.registry import CALIBRATED, get_policy
 from recache_compile.policies.uniform import Uniform
@@ -40,7 +41,7 @@ def compile(
     granularity: str = "stack",
     runtime: str | Runtime = "auto",
     *,
-    roles: Mapping[str, Role | str] | None = None,
+    roles: Mapping[str, Kind | str] | None = None,
     timesteps: Mapping[str, Tensor] | None = None,
     hoist: bool = True,
     residual: bool | None = None,
@@ -159,7 +160,7 @@ def compile_options(
     granularity: str,
     hoist: bool,
     residual: bool | None = None,
-    roles: Mapping[str, Role | str] | None = None,
+    roles: Mapping[str, Kind | str] | None = None,
 ) -> Options:
     """The choices of `compile`, checked before anything is loaded; arguments as there.
 

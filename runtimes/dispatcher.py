@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
-from recache_compile.ir.program import Kind, Value
 from recache_compile.ir.signature import Signature, named_leaves
+from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._cuda_graphs import Graphs
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant

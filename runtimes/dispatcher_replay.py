@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 from recache_compile.errors import DispatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, make_plan
-from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher, State
 from recache_compile.runtimes.dispatcher_tables import Tables
@@ -102,7 +102,7 @@ class ReplayDispatcher(Dispatcher):
             raise
         slot = state.steps[step - state.start].slot
         features = {} if slot is None else {site: each for (site, at), each in state.history.items() if at == slot}
-        latents = tuple(tensors[name].clone() for name in state.variant.names(Role.LATENTS))
+        latents = tuple(tensors[name].clone() for name in state.variant.names(Kind.LATENTS))
         self.records[branch, step] = StepRecord(latents, _copy(result), features)
         return result
 

@@ -31,8 +31,10 @@ from recache_compile.compiler.build import Options
 from recache_compile.compiler.split import annotate, cache_points, specialise
 from recache_compile.errors import ModelError, PassError
 from recache_compile.ir.cost import cost_of, count_macs
+from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import Granularity, Kind
+from recache_compile.ir.program import Granularity
+from recache_compile.ir.value import Kind
 
 META = torch.device("meta")
 ORDERS = (0, 1, 2, 3)
@@ -170,7 +172,7 @@ def _site_facts(captured: Captured, options: Options, granularity: Granularity) 
         points = cache_points(annotate(captured, replace(options.config, granularity=granularity, residual=None)))
     except PassError as error:
         return SiteFacts(granularity.value, 0, 0, {}, str(error))
-    size = sum(point.meta["val"].nbytes for point in points)
+    size = sum(tensor_of(point).nbytes for point in points)
     return SiteFacts(granularity.value, len(points), size, {order: size * (order + 1) for order in ORDERS})
 
 

@@ -15,8 +15,8 @@ from recache_compile.artifact.manifest import MANIFEST
 from recache_compile.artifact.specs import find_spec_file, read_spec, transformer_class
 from recache_compile.artifact.store import check, look
 from recache_compile.errors import ModelError
-from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.value import Kind
 
 WARMUPS = (1, 2, 3)
 """Numbers of first steps that peers are allowed to recompute one after another."""
@@ -68,7 +68,7 @@ class Workload:
     module: nn.Module
     inputs: dict[str, Any]
     timetable: dict[str, Tensor]
-    roles: Mapping[str, Role]
+    roles: Mapping[str, Kind]
 
     def at(self, step: int) -> dict[str, Any]:
         """The arguments of one step."""
@@ -173,7 +173,7 @@ def _of_artifact(request: Request) -> Workload:
             inputs[name] = ast.literal_eval(text)
     timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
     return Workload(module.to(device, getattr(torch, facts.dtype)), inputs, timetable, {
-        value.name: Role(value.kind.value) for value in this.inputs
+        value.name: value.kind for value in this.inputs
     })  # fmt: skip
 
 

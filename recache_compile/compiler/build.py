@@ -18,15 +18,10 @@ from recache_compile.errors import CaptureError, ScheduleError
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import (
-    Granularity,
-    Kind,
-    Program,
-    Role,
-    dtype_name,
-)
+from recache_compile.ir.program import Granularity, Program, dtype_name
 from recache_compile.ir.schedule import Schedule, check_budgets
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from recache_compile.policies.base import Policy, Problem
 from recache_compile.runtimes.base import Engine, Runtime, Variant, lower
 
@@ -47,7 +42,7 @@ class Example:
 
     inputs: Mapping[str, Any]
     timesteps: Mapping[str, Tensor]
-    roles: Mapping[str, Role]
+    roles: Mapping[str, Kind]
     others: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -60,7 +55,7 @@ class Options:
     granularity: Granularity
     residual: bool | None
     hoist: bool
-    roles: Mapping[str, Role | str]
+    roles: Mapping[str, Kind | str]
 
     @property
     def config(self) -> CompileConfig:

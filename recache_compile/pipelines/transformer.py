@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError
-from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from recache_compile.pipelines.branches import Branches
 from recache_compile.runtimes.dispatcher import Dispatcher
 
@@ -80,7 +80,7 @@ class CompiledTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Element type of the latents."""
         this = self._compiled.variants[0]
-        return next(value.dtype for value in this.inputs if value.name == this.names(Role.LATENTS)[0])
+        return next(value.dtype for value in this.inputs if value.name == this.names(Kind.LATENTS)[0])
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +166,7 @@ class CompiledTransformer(nn.Module):
         branch = self._branch
         if branch is None:
             this = self._compiled.variants[0]
-            branch = self._branches.find(step, leaves, {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)})
+            branch = self._branches.find(step, leaves, {*this.names(Kind.LATENTS), *this.names(Kind.TIMESTEP)})
         return dispatcher(step=step, branch=branch, **inputs)
 
     def _step(self, leaves: Mapping[str, Any]) -> int:
@@ -198,7 +198,7 @@ class CompiledTransformer(nn.Module):
     def _places(self, leaves: Mapping[str, Any]) -> set[int]:
         """Where in the scheduler's table the timestep is."""
         table = self._pipeline.scheduler.timesteps
-        given = [leaves.get(name) for name in self._compiled.variants[0].names(Role.TIMESTEP)]
+        given = [leaves.get(name) for name in self._compiled.variants[0].names(Kind.TIMESTEP)]
         return {
             int(at)
             for tensor in given

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Program
+from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.serialize import program_from_json, program_to_json
 from recache_compile.passes.base import Pass, call, copy_module, run_passes, with_values
 from tests.passes.tiny import Attention, Plain, aten, captured, example, show
@@ -105,19 +105,15 @@ def test_a_pass_shares_the_weights(program: Program) -> None:
 
 
 def test_a_pass_is_recorded_and_its_answer_passed_on(program: Program) -> None:
-    result = Nothing()(replace(program, provenance=("negate", "rest")))
+    result = Nothing()(replace(program, provenance=(PassRecord("negate"), PassRecord("rest", "level=3"))))
     assert result.modified is False
-    assert result.program.provenance == ("negate", "rest", "nothing")
+    assert list(map(str, result.program.provenance)) == ["negate", "rest(level=3)", "nothing"]
 
 
 def test_passes_run_in_order(program: Program) -> None:
-    ready = replace(program, provenance=("rest",))
-    assert run_passes(ready, iter((Negate(), Nothing(), Negate()))).provenance == (
-        "rest",
-        "negate",
-        "nothing",
-        "negate",
-    )
+    ready = replace(program, provenance=(PassRecord("rest"),))
+    made = run_passes(ready, iter((Negate(), Nothing(), Negate())))
+    assert [record.name for record in made.provenance] == ["rest", "negate", "nothing", "negate"]
     assert run_passes(program, ()) is program
 
 
