@@ -359,3 +359,23 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(monkeypatch: pytest.
         PassError, match=r"build-prologue: .*\(no such operator\); compile without hoisting: hoist=False"
     ):
         split_of(forward_of_both)
+
+
+def test_an_export_that_is_known_to_fail_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rows there is nothing that a call could make one of."""
+    tried = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(None)
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("recache_compile.passes.prologue.export_module", fail)
+    with pytest.raises(PassError, match="cannot be exported"):
+        split_of(lambda self, hidden, timestep, context: hidden + self.linear(context).mean(1))
+    assert len(tried) == 1
+
+
+def test_why_rows_are_made_one_by_one_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "recache_compile.passes.prologue"):
+        split_of(forward_of_one_row)
+    assert "rows are made one by one" in caplog.text
