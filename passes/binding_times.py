@@ -2,7 +2,9 @@
 
 from torch import fx
 
-from recache_compile.ir.program import Binding, Kind
+from recache_compile.ir.meta import value_of
+from recache_compile.ir.program import Binding
+from recache_compile.ir.value import Kind
 from recache_compile.passes.ops import is_random
 
 _OF_KIND = {
@@ -25,7 +27,7 @@ def binding_times(graph: fx.Graph) -> dict[fx.Node, Binding]:
     times: dict[fx.Node, Binding] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            times[node] = _OF_KIND[node.meta["value"].kind]
+            times[node] = _OF_KIND[value_of(node).kind]
             continue
         time = Binding.LATENTS if is_random(node) else Binding.NOTHING
         for source in node.all_input_nodes:

@@ -1,88 +1,101 @@
 """Decide which values of the graph are cached."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.meta import block_of, origin_of, result_of
 from recache_compile.ir.program import Binding, Granularity
-from recache_compile.passes.base import Pass
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import MATMULS, packet
 from recache_compile.passes.residual_paths import residual_base
 
 
 @dataclass(frozen=True, slots=True)
-class FindCacheSites(Pass):
-    """Number the cache sites of a granularity in `meta["site"]`.
+class CacheSite:
+    """One cached value, as origins of nodes (`ir/meta.py`), which hold in every copy of the graph.
+
+    Args:
+        node: makes the value.
+        base: makes what the feature is a difference to; None: the feature is the value itself.
+    """
+
+    node: int
+    base: int | None = None
+
+
+def find_cache_sites(
+    graph: fx.Graph, granularity: Granularity, containers: tuple[str, ...], residual: bool | None = None
+) -> tuple[CacheSite, ...]:
+    """The cache sites of a captured graph, in graph order.
 
     `output`: the predictions.  `stack`: what the head reads of the repeated blocks.
     `block`: what every block hands on.  `module`: the last matrix product of every branch
     of a block (attention and MLP outputs before their gates).
 
-    With residuals, `meta["base"]` names the value that a site's feature is a difference to:
-    the input of the same stream to the block or to the stack (Delta-DiT, arXiv 2406.01125;
-    TeaCache, arXiv 2411.19108).  A site whose stream is not carried on by additions has none.
+    With residuals, a site's base is the input of the same stream to the block or to the stack
+    (Delta-DiT, arXiv 2406.01125; TeaCache, arXiv 2411.19108).  A site whose stream is not carried
+    on by additions has none.
 
     Args:
+        graph: of a captured program; it stays as it is.
         granularity: where the sites are.
         containers: dotted names of the model's module lists; a block is a member of one.
         residual: cache differences.  None: at `block` only, where absolute features would
             make every block but the last one useless.
+
+    Raises:
+        PassError: there is no such site, or no residual; the message says what to do.
     """
+    found = _FINDERS[granularity](graph, containers)
+    if not found:
+        raise PassError(
+            f"find-cache-sites: no cache site at granularity {granularity.value!r}: {_REASONS[granularity]}"
+        )
+    bases = _bases(graph, found, granularity, containers, residual)
+    return tuple(CacheSite(_origin(node), _origin(bases[node]) if node in bases else None) for node in found)
 
-    granularity: Granularity
-    containers: tuple[str, ...]
-    residual: bool | None = None
-    name: ClassVar[str] = "find-cache-sites"
 
-    def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
-        graph = module.graph
-        find = _FINDERS[self.granularity]
-        found = find(graph, self.containers)
-        if not found:
-            raise PassError(f"no cache site at granularity {self.granularity.value!r}: {_REASONS[self.granularity]}")
-        bases = self._bases(graph, found)
-        before = {
-            node: (node.meta.pop("site"), node.meta.pop("base", None)) for node in graph.nodes if "site" in node.meta
-        }
-        after = {node: (site, bases.get(node)) for site, node in enumerate(found)}
-        for node, (site, base) in after.items():
-            node.meta["site"] = site
-            if base is not None:
-                node.meta["base"] = base
-        return before != after
+def _origin(node: fx.Node) -> int:
+    origin = origin_of(node)
+    if origin is None:
+        raise PassError(f"find-cache-sites: node {node.name} is of no captured program")
+    return origin
 
-    def _bases(self, graph: fx.Graph, sites: list[fx.Node]) -> dict[fx.Node, str]:
-        """Name of the base of every site that has one."""
-        wanted = self.granularity is Granularity.BLOCK if self.residual is None else self.residual
-        if not wanted:
-            return {}
-        if self.granularity not in (Granularity.STACK, Granularity.BLOCK):
-            raise PassError(
-                f"residual caching needs granularity 'stack' or 'block', not {self.granularity.value!r}: only there a"
-                " stream goes in and comes out"
-            )
-        after = _after_blocks(graph, self.containers)
-        bases = {}
-        for node in sites:
-            block = block_of(node, self.containers)
-            inside: Callable[[fx.Node], bool] = (
-                (lambda other, block=block: block_of(other, self.containers) == block)  # type: ignore[misc]
-                if self.granularity is Granularity.BLOCK
-                else after.__contains__
-            )
-            base = residual_base(node, inside)
-            if base is not None:
-                bases[node] = base.name
-        if not bases and self.residual:
-            raise PassError(
-                "no residual to cache: no stream is carried from a block's input to its output by additions"
-            )
-        return bases
+
+def _bases(
+    graph: fx.Graph,
+    sites: Sequence[fx.Node],
+    granularity: Granularity,
+    containers: tuple[str, ...],
+    residual: bool | None,
+) -> dict[fx.Node, fx.Node]:
+    """The base of every site that has one."""
+    wanted = granularity is Granularity.BLOCK if residual is None else residual
+    if not wanted:
+        return {}
+    if granularity not in (Granularity.STACK, Granularity.BLOCK):
+        raise PassError(
+            f"residual caching needs granularity 'stack' or 'block', not {granularity.value!r}: only there a"
+            " stream goes in and comes out"
+        )
+    after = _after_blocks(graph, containers)
+    bases = {}
+    for node in sites:
+        block = block_of(node, containers)
+        inside: Callable[[fx.Node], bool] = (
+            (lambda other, block=block: block_of(other, containers) == block)  # type: ignore[misc]
+            if granularity is Granularity.BLOCK
+            else after.__contains__
+        )
+        base = residual_base(node, inside)
+        if base is not None:
+            bases[node] = base
+    if not bases and residual:
+        raise PassError("no residual to cache: no stream is carried from a block's input to its output by additions")
+    return bases
 
 
 _REASONS = {
@@ -133,15 +146,6 @@ _FINDERS = {
 }
 
 
-def block_of(node: fx.Node, containers: tuple[str, ...]) -> str | None:
-    """Name of the outermost repeated block that made the node ("transformer_blocks.3"), else None."""
-    for path, _ in node.meta.get("nn_module_stack", {}).values():
-        parent, _, index = path.rpartition(".")
-        if index.isdigit() and parent in containers:
-            return str(path)
-    return None
-
-
 def _first_met(graph: fx.Graph, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Walk from the results towards the latents; the nodes where it stops, in graph order."""
     times = binding_times(graph)
@@ -172,4 +176,4 @@ def _after_blocks(graph: fx.Graph, containers: tuple[str, ...]) -> set[fx.Node]:
 
 
 def _is_latents_tensor(node: fx.Node, times: dict[fx.Node, Binding]) -> bool:
-    return Binding.LATENTS in times[node] and isinstance(node.meta.get("val"), Tensor)
+    return Binding.LATENTS in times[node] and isinstance(result_of(node), Tensor)

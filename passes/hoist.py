@@ -7,7 +7,19 @@ from typing import ClassVar
 
 from torch import fx
 
-from recache_compile.ir.program import Binding, Kind, Value
+from recache_compile.errors import PassError
+from recache_compile.ir.meta import (
+    Entry,
+    is_kept_in_step,
+    keep_in_step,
+    layout_of,
+    origin_of,
+    set_layout,
+    tensor_of,
+    value_of,
+)
+from recache_compile.ir.program import Binding
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import aten, is_cheap, memory_of
@@ -18,27 +30,18 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One value inside a packed input."""
-
-    node: str
-    offset: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Hoist(Pass):
     """Let a step program read its latents-independent values from packed inputs.
 
     The values that cross are packed into one flat input per dtype and frequency: `row_*`
     (depends on the timestep: one row per step) and `fixed_*` (once per generation).  Views
     and arithmetic on one tensor stay where they are used, which keeps the number of
-    crossing values small.  The layout is kept in `meta["layout"]` of the new inputs, for
+    crossing values small.  The layout is kept on the new inputs, for
     `build_prologue`.
 
     A row has a price: it is held once for every step.  Where all rows together would take
-    more than `row_bytes` per step, the largest values stay in the step, marked
-    `meta["kept_in_step"]`: the modulation of models whose timestep differs from token to token,
+    more than `row_bytes` per step, the largest values stay in the step, and
+    are marked as kept there: the modulation of models whose timestep differs from token to token,
     for example, is as large as their activations.
 
     Args:
@@ -56,8 +59,8 @@ class Hoist(Pass):
         crossing = affordable_boundary(graph, self.row_bytes)
         for kind, prefix in ((Kind.TABLE_ROW, "row"), (Kind.FIXED, "fixed")):
             timely = [node for node in crossing if (Binding.TIMESTEP in times[node]) == (kind is Kind.TABLE_ROW)]
-            for dtype in dict.fromkeys(node.meta["val"].dtype for node in timely):
-                members = [node for node in timely if node.meta["val"].dtype == dtype]
+            for dtype in dict.fromkeys(tensor_of(node).dtype for node in timely):
+                members = [node for node in timely if tensor_of(node).dtype == dtype]
                 read_packed(graph, members, kind, f"{prefix}_{str(dtype).removeprefix('torch.')}")
         own_results(graph)
         before = len(graph.nodes)
@@ -72,9 +75,9 @@ def affordable_boundary(graph: fx.Graph, row_bytes: int | None) -> list[fx.Node]
         crossing = boundary(graph, times)
         rows = [node for node in crossing if Binding.TIMESTEP in times[node]]
         movable = [node for node in rows if node.op != "placeholder"]
-        if row_bytes is None or not movable or sum(node.meta["val"].nbytes for node in rows) <= row_bytes:
+        if row_bytes is None or not movable or sum(tensor_of(node).nbytes for node in rows) <= row_bytes:
             return crossing
-        max(movable, key=lambda node: node.meta["val"].nbytes).meta["kept_in_step"] = True
+        keep_in_step(max(movable, key=lambda node: tensor_of(node).nbytes))
 
 
 def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]:
@@ -89,7 +92,7 @@ def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]
         if node in visited or stays:
             continue
         visited.add(node)
-        if is_cheap(node) or "kept_in_step" in node.meta:
+        if is_cheap(node) or is_kept_in_step(node):
             pending.extend(node.all_input_nodes)
         else:
             crossing.add(node)
@@ -100,8 +103,11 @@ def layout(nodes: Iterable[fx.Node]) -> tuple[tuple[Entry, ...], int]:
     """Places of the nodes' values in one flat tensor, and its size, in elements."""
     entries, offset = [], 0
     for node in nodes:
-        shape = tuple(node.meta["val"].shape)
-        entries.append(Entry(node.name, offset, shape))
+        shape = tuple(tensor_of(node).shape)
+        origin = origin_of(node)
+        if origin is None:
+            raise PassError(f"node {node.name} is of no captured program")
+        entries.append(Entry(origin, offset, shape))
         offset += padded(prod(shape))
     return tuple(entries), offset
 
@@ -114,8 +120,8 @@ def padded(size: int) -> int:
 def read_packed(graph: fx.Graph, nodes: Sequence[fx.Node], kind: Kind, name: str) -> None:
     """Replace nodes by views into one new flat input."""
     entries, size = layout(nodes)
-    packed = add_input(graph, Value(name, kind, (size,), nodes[0].meta["val"].dtype), nodes[0])
-    packed.meta["layout"] = entries
+    packed = add_input(graph, Value(name, kind, (size,), tensor_of(nodes[0]).dtype), nodes[0])
+    set_layout(packed, entries)
     start = next(node for node in graph.nodes if node.op != "placeholder")
     for node, entry in zip(nodes, entries, strict=True):
         with graph.inserting_before(start):
@@ -128,11 +134,11 @@ def own_results(graph: fx.Graph) -> None:
     """Copy results that lie in a packed input: the caller may write to them."""
     output = graph.output_node()
     for result in dict.fromkeys(output.all_input_nodes):
-        if "layout" in memory_of(result).meta:
+        if layout_of(memory_of(result)):
             with graph.inserting_before(output):
                 copied = call(graph, aten.clone.default, result)
             output.replace_input_with(result, copied)
 
 
 def _is_coefficients(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta["value"].kind is Kind.COEFFICIENTS
+    return node.op == "placeholder" and value_of(node).kind is Kind.COEFFICIENTS

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import aten, packet
 
@@ -37,7 +38,7 @@ class LayOutAttention(Pass):
         return modified
 
     def _is_long(self, node: fx.Node) -> bool:
-        query = node.args[0].meta["val"]  # type: ignore[union-attr]
+        query = tensor_of(node.args[0])
         return query.dim() == 4 and query.shape[2] >= self.min_queries
 
 
@@ -50,6 +51,6 @@ def _lay_out(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _dense(graph: fx.Graph, value: Any) -> Any:
-    tensor = value.meta["val"]
+    tensor = tensor_of(value)
     is_repeated = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return value if tensor.is_contiguous() or is_repeated else call(graph, aten.contiguous.default, value)

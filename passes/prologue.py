@@ -1,6 +1,6 @@
 """Build the program that fills the tables which hoisted step programs read."""
 
-import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -11,10 +11,22 @@ from torch.nn import functional
 
 from recache_compile.capture.export import export_module, flatten
 from recache_compile.errors import PassError
-from recache_compile.ir.program import MIN_ROWS, Binding, Kind, Program, Value
+from recache_compile.ir.meta import (
+    by_origin,
+    describe_input,
+    describe_outputs,
+    layout_of,
+    result_of,
+    tensor_of,
+    value_of,
+)
+from recache_compile.ir.program import MIN_ROWS, Binding, PassRecord, Program
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.hoist import padded
 from recache_compile.passes.map_rows import use_free_row_rules
+
+log = logging.getLogger(__name__)
 
 _EXAMPLE_ROWS = MIN_ROWS + 1
 
@@ -30,9 +42,9 @@ class PackedInput:
 
     def value(self, rows: int | None) -> Value:
         """The prologue's result that fills it."""
-        size = sum(padded(prod(node.meta["val"].shape)) for node in self.members)
+        size = sum(padded(prod(tensor_of(node).shape)) for node in self.members)
         kind, shape = (Kind.TABLE, (rows, size)) if self.kind is Kind.TABLE_ROW else (Kind.FIXED, (size,))
-        dtype = self.members[0].meta["val"].dtype
+        dtype = tensor_of(self.members[0]).dtype
         return Value(f"{self.table}.{self.name}", kind, shape, dtype, table=self.table, source=self.name)
 
 
@@ -52,23 +64,36 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
         PassError: a step program reads a value that the captured program does not have.
     """
     packs = [pack for table, step in steps.items() for pack in _packed_inputs(annotated, table, step)]
-    with contextlib.suppress(Exception):  # torch raises many kinds, depending on the operator
+    has_rows = any(pack.kind is Kind.TABLE_ROW for pack in packs)
+    try:
         return _build(annotated, packs, None)
+    except Exception as error:  # torch raises many kinds, depending on the operator
+        if not has_rows:
+            raise _refusal(error) from error
+        log.debug("rows are made one by one, they cannot be mapped over a free number: %s", _first_line(error))
     try:
         return _build(annotated, packs, 1)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PassError(
-            f"build-prologue: the work that does not depend on the latents cannot be exported ({reason}); compile"
-            " without hoisting: hoist=False, --no-hoist"
-        ) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> PassError:
+    return PassError(
+        "build-prologue: the work that does not depend on the latents cannot be exported"
+        f" ({_first_line(error)}); compile without hoisting: hoist=False, --no-hoist"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of torch says, without the graph that it prints."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -> Program:
     """The prologue for a number of rows; None: free."""
     prologue = _Prologue(annotated.module, packs, rows)
     values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table, rows)]
-    values += [node.meta["value"] for node in prologue.conditioning]
+    values += [value_of(node) for node in prologue.conditioning]
     free = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
     shapes = tuple({0: free[value.table]} if None in value.shape and value.table else {} for value in values)
     exported = export_module(
@@ -77,12 +102,12 @@ def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -
     names = {id(weight): name for name, weight in annotated.weights.items()}
     module = flatten(exported, names, "constant_prologue")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
-        node.meta["value"] = value
+        describe_input(node, value)
         if not node.users:
             module.graph.erase_node(node)
-    module.graph.output_node().meta["values"] = tuple(pack.value(rows) for pack in packs)
+    describe_outputs(module.graph.output_node(), (pack.value(rows) for pack in packs))
     module.recompile()
-    return Program("prologue", module, (*annotated.provenance, "build-prologue"))
+    return Program("prologue", module, (*annotated.provenance, PassRecord("build-prologue")))
 
 
 class _Prologue(nn.Module):
@@ -92,8 +117,8 @@ class _Prologue(nn.Module):
         super().__init__()
         self.num_rows = num_rows
         inputs = module.graph.find_nodes(op="placeholder")
-        self.timesteps = [node for node in inputs if node.meta["value"].kind is Kind.TIMESTEP]
-        self.conditioning = [node for node in inputs if node.meta["value"].kind is Kind.CONDITIONING]
+        self.timesteps = [node for node in inputs if value_of(node).kind is Kind.TIMESTEP]
+        self.conditioning = [node for node in inputs if value_of(node).kind is Kind.CONDITIONING]
         self.packs = packs
         self.rows: dict[str, list[fx.Node]] = {}
         for pack in packs:
@@ -119,7 +144,7 @@ class _Prologue(nn.Module):
             torch.zeros(
                 [_EXAMPLE_ROWS if size is None else size for size in value.shape],
                 dtype=value.dtype,
-                device=node.meta["val"].device,
+                device=tensor_of(node).device,
             )
             for node, value in zip(nodes, values, strict=True)
         )
@@ -148,25 +173,25 @@ class _Prologue(nn.Module):
 
 def _packed_inputs(annotated: Program, table: str, step: Program) -> list[PackedInput]:
     """What a step program reads, as nodes of the captured graph."""
-    nodes = {node.name: node for node in annotated.module.graph.nodes}
+    nodes = by_origin(annotated.module.graph)
     packs = []
     for packed in step.module.graph.find_nodes(op="placeholder"):
-        entries = packed.meta.get("layout", ())
-        missing = [entry.node for entry in entries if entry.node not in nodes]
+        entries = layout_of(packed)
+        missing = [entry for entry in entries if entry.node not in nodes]
         if missing:
             raise PassError(
-                f"build-prologue: {step.name} reads {missing}, which {annotated.name} does not compute; specialise"
-                " and hoist that program"
+                f"build-prologue: {step.name} reads {len(missing)} values of {value_of(packed).name} that"
+                f" {annotated.name} does not compute; specialise and hoist that program"
             )
         if entries:
-            value = packed.meta["value"]
+            value = value_of(packed)
             packs.append(PackedInput(table, value.name, value.kind, tuple(nodes[entry.node] for entry in entries)))
     return packs
 
 
 def _row_values(timesteps: Sequence[fx.Node], table: str, rows: int | None) -> list[Value]:
     """The timesteps of one table's rows."""
-    facts = [node.meta["value"] for node in timesteps]
+    facts = [value_of(node) for node in timesteps]
     return [
         Value(f"{fact.name}@{table}", Kind.TIMESTEP, (rows, *fact.shape), fact.dtype, table=table, source=fact.name)
         for fact in facts
@@ -196,7 +221,7 @@ def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 def _is_shared(node: fx.Node, times: Mapping[fx.Node, Binding]) -> bool:
     """Whether a timestep-dependent value reads this node, which itself is the same for all rows."""
-    if node.op == "get_attr" or Binding.TIMESTEP in times[node] or not isinstance(node.meta.get("val"), Tensor):
+    if node.op == "get_attr" or Binding.TIMESTEP in times[node] or not isinstance(result_of(node), Tensor):
         return False
     return any(Binding.TIMESTEP in times[user] for user in node.users)
 

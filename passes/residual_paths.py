@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+from recache_compile.ir.meta import result_of, tensor_of
 from recache_compile.passes.ops import aten, packet
 
 _SAME_VALUE = {
@@ -48,13 +49,13 @@ def residual_base(node: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node |
         node: a value made inside the region.
         inside: whether a node belongs to the region.
     """
-    target = node.meta["val"]
+    target = tensor_of(node)
     pending: list[tuple[fx.Node, StreamSlice | None]] = [(node, None)]
     visited: set[tuple[fx.Node, StreamSlice | None]] = set()
     while pending:
         state = pending.pop()
         this, window = state
-        value = this.meta.get("val")
+        value = result_of(this)
         if state in visited or not isinstance(value, Tensor):
             continue
         visited.add(state)
@@ -75,8 +76,8 @@ def _before(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, St
     if kind in _SAME_VALUE:
         return [(node.all_input_nodes[0], window)]
     if kind is aten.add and "alpha" not in node.kwargs:
-        shape = node.meta["val"].shape
-        return [(source, window) for source in node.all_input_nodes if source.meta["val"].shape == shape]
+        shape = tensor_of(node).shape
+        return [(source, window) for source in node.all_input_nodes if tensor_of(source).shape == shape]
     if kind is aten.slice:
         source, dim, start, *_ = (*node.args, 0, 0)
         return _of_larger(source, dim, start, window)
@@ -91,7 +92,7 @@ def _of_larger(
     source: Any, dim: Any, start: Any, window: StreamSlice | None
 ) -> list[tuple[fx.Node, StreamSlice | None]]:
     """A slice of `source`: the value is a part of it, or was its part to begin with."""
-    shape = source.meta["val"].shape
+    shape = tensor_of(source).shape
     dim, start = dim % len(shape), start or 0
     start = start + shape[dim] if start < 0 else start
     if window is None:
@@ -103,14 +104,14 @@ def _of_parts(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, 
     """A concatenation: the member that begins where the window does, or all of them as parts."""
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     members: Any = node.args[0]
-    dim, offset = dim % node.meta["val"].dim(), 0
+    dim, offset = dim % tensor_of(node).dim(), 0
     found: list[tuple[fx.Node, StreamSlice | None]] = []
     for member in members:
         if window is None:
             found.append((member, StreamSlice(dim, offset, within=False)))
         elif window == StreamSlice(dim, offset):
             return [(member, None)]
-        offset += member.meta["val"].shape[dim]
+        offset += tensor_of(member).shape[dim]
     return found
 
 
@@ -119,5 +120,5 @@ def _of_split(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, 
     split, index = node.all_input_nodes[0], int(node.args[1])  # type: ignore[arg-type]
     source = split.all_input_nodes[0]
     dim: Any = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
-    sizes = [part.shape[dim] for part in split.meta["val"]]
+    sizes = [part.shape[dim] for part in result_of(split)]
     return _of_larger(source, dim, sum(sizes[:index]), window)

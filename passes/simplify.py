@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass
 from recache_compile.passes.ops import aten, is_off, is_random, packet, remove_dead_code
 
@@ -71,7 +72,7 @@ def _returns_its_argument(node: fx.Node) -> bool:
         return is_off(node)
     if packet(node) not in _CASTS | _RESHAPES:
         return False
-    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    before, after = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[union-attr]
     if packet(node) in _RESHAPES:
         return bool(before.shape == after.shape and before.dtype == after.dtype)
     return _layout(before) == _layout(after) and node.kwargs.get("copy") is not True

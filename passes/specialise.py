@@ -7,7 +7,9 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Kind, SitePattern, Value
+from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, values_of
+from recache_compile.ir.program import SitePattern
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import CACHE_POINT, aten, memory_of, remove_dead_code
 
@@ -77,7 +79,7 @@ def store(graph: fx.Graph, point: fx.Node) -> None:
             feature = call(graph, aten.clone.default, feature)
     value = Value(f"feature_{site}", Kind.FEATURE, *_type(feature), site=site)
     output.args = ([*output.args[0], feature],)  # type: ignore[misc]
-    output.meta["values"] = (*output.meta["values"], value)
+    describe_outputs(output, (*values_of(output), value))
 
 
 def forecast(graph: fx.Graph, point: fx.Node, coefficients: fx.Node, anchors: int) -> None:
@@ -114,7 +116,7 @@ def widened(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(node.meta["val"].shape), node.meta["val"].dtype
+    return tuple(tensor_of(node).shape), tensor_of(node).dtype
 
 
 def add_input(graph: fx.Graph, value: Value, like: fx.Node) -> fx.Node:
@@ -122,8 +124,8 @@ def add_input(graph: fx.Graph, value: Value, like: fx.Node) -> fx.Node:
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         node = graph.placeholder(value.name)
-    node.meta["value"] = value
-    node.meta["val"] = like.meta["val"].new_empty(value.shape, dtype=value.dtype)
+    describe_input(node, value)
+    set_result(node, tensor_of(like).new_empty(value.shape, dtype=value.dtype))  # type: ignore[arg-type]
     return node
 
 

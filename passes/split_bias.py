@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import aten, packet
 
@@ -36,4 +37,4 @@ class SplitBias(Pass):
 def _has_bias(node: fx.Node) -> bool:
     if packet(node) is not aten.linear or len(node.args) < 3 or node.args[2] is None:
         return False
-    return bool(node.meta["val"].dtype is torch.float32)
+    return bool(tensor_of(node).dtype is torch.float32)

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Binding, Kind, Program
+from recache_compile.ir.meta import is_kept_in_step, layout_of, value_of
+from recache_compile.ir.program import Binding, Program
+from recache_compile.ir.value import Kind
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import MATMULS, is_cheap, packet
 
@@ -54,14 +56,14 @@ def independent_matmuls(program: Program) -> list[str]:
     return [
         node.name
         for node, time in times.items()
-        if packet(node) in MATMULS and Binding.LATENTS not in time and "kept_in_step" not in node.meta
+        if packet(node) in MATMULS and Binding.LATENTS not in time and not is_kept_in_step(node)
     ]
 
 
 def staying_weights(program: Program) -> set[str]:
     """Weights of what a step computes itself because its table would be too large."""
     weights = program.module.graph.find_nodes(op="get_attr")
-    return {str(node.target) for node in weights if any("kept_in_step" in user.meta for user in node.users)}
+    return {str(node.target) for node in weights if any(map(is_kept_in_step, node.users))}
 
 
 def tied_weights(program: Program) -> set[str]:
@@ -86,4 +88,4 @@ def tied_weights(program: Program) -> set[str]:
 def _layouts(program: Program) -> dict[str, object]:
     """Where each packed input holds which value."""
     inputs = program.module.graph.find_nodes(op="placeholder")
-    return {node.meta["value"].name: node.meta["layout"] for node in inputs if "layout" in node.meta}
+    return {value_of(node).name: layout_of(node) for node in inputs if layout_of(node)}

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import aten, packet
 
@@ -42,7 +43,7 @@ def _is_tanh_gelu(node: fx.Node) -> bool:
 
 def _written_out(graph: fx.Graph, gelu: fx.Node) -> fx.Node:
     (given,) = gelu.all_input_nodes
-    dtype = given.meta["val"].dtype
+    dtype = tensor_of(given).dtype
     value = call(graph, aten.to.dtype, given, torch.float32) if dtype in _HALVES else given
     square = call(graph, aten.mul.Tensor, value, value)
     slope = call(graph, aten.add.Tensor, call(graph, aten.mul.Tensor, square, _CUBIC), _LINEAR)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import DispatchError, RuntimeUnavailableError, reason_of
-from recache_compile.ir.program import Kind
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Runtime, Variant
 
 Call = Callable[[], Sequence[Tensor]]

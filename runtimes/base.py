@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import DispatchError
-from recache_compile.ir.program import Kind, Program, Role, Value
+from recache_compile.ir.program import Program
+from recache_compile.ir.value import Kind, Value
 
 EXAMPLE_ROWS = 3
 """Rows that stand for a free number of rows while a program is lowered."""
@@ -135,9 +136,9 @@ class Variant:
     timesteps: Mapping[str, Tensor]
     macs: int
 
-    def names(self, role: Role) -> tuple[str, ...]:
+    def names(self, role: Kind) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
-        return tuple(value.name for value in self.inputs if value.kind is Kind(role))
+        return tuple(value.name for value in self.inputs if value.kind is role)
 
 
 def lower(

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
-from recache_compile.ir.program import Kind, Role, Value
 from recache_compile.ir.signature import Signature, call_kind, named_leaves
+from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
@@ -180,7 +180,7 @@ class Dispatcher:
             branch=branch,
             kind=tuple(kind),
             first=state.last_step == state.start,
-            latents=tuple(tensors[name] for name in state.variant.names(Role.LATENTS)),
+            latents=tuple(tensors[name] for name in state.variant.names(Kind.LATENTS)),
             result=result,
             slot=state.steps[state.last_step - state.start].slot,
             # graphs write their slots anew, while observers may keep what was in them

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Kind, Value, table_name
+from recache_compile.ir.program import MIN_ROWS, table_name
+from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console, JustifyMethod
@@ -11,9 +10,11 @@ from rich.table import Table
 from recache_compile.compiler.compiled import Compiled, Description
 from recache_compile.errors import DispatchError
 from recache_compile.ir.cost import Cost, count_macs
+from recache_compile.ir.meta import value_of
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import Kind, Program
-from recache_compile.ir.serialize import describe
+from recache_compile.ir.program import Program
+from recache_compile.ir.serialize import type_of
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import requirement_texts
 
 
@@ -202,20 +203,16 @@ def print_graph(compiled: Compiled, name: str, console: Console) -> None:
     program = programs[name]
     for node in program.module.graph.nodes:
         if node.op == "placeholder":
-            value = node.meta["value"]
+            value = value_of(node)
             line = f"{node.name}: {list(value.shape)} {value.kind.value} {value.name}"
         elif node.op == "output":
             line = f"return {', '.join(map(str, node.args[0]))}"
         elif node.op == "get_attr":
-            line = f"{node.name}: {_type(node)} = weight {node.target}"
+            line = f"{node.name}: {type_of(node)} = weight {node.target}"
         else:
             arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
-            line = f"{node.name}: {_type(node)} = {getattr(node.target, '__name__', node.target)}({arguments})"
+            line = f"{node.name}: {type_of(node)} = {getattr(node.target, '__name__', node.target)}({arguments})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _type(node: Any) -> str:
-    return str(node.meta["type"]) if "type" in node.meta else describe(node.meta.get("val"))
 
 
 def with_unit(number: float) -> str:

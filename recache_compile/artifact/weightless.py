@@ -25,9 +25,11 @@ from recache_compile.config import CompileConfig
 from recache_compile.errors import PassError
 from recache_compile.ir.cost import cost_of, count_macs
 from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import Granularity, Kind
+from recache_compile.ir.program import Granularity
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.value import Kind
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ def _granularity_facts(captured: Captured, config: CompileConfig, granularity: G
         points = cache_points(annotate(captured, replace(config, granularity=granularity, residual=None)))
     except PassError as error:
         return GranularityFacts(granularity.value, 0, 0, {}, str(error))
-    size = sum(point.meta["val"].nbytes for point in points)
+    size = sum(tensor_of(point).nbytes for point in points)
     return GranularityFacts(granularity.value, len(points), size, {order: size * (order + 1) for order in ORDERS})
 
 

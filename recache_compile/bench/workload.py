@@ -17,7 +17,6 @@ from recache_compile.artifact.store import check, look
 from recache_compile.compiler.examples import Example
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
-from recache_compile.ir.program import Role
 from recache_compile.ir.schedule import Schedule
 from recache_compile.runtimes.registry import get_runtime
 
@@ -207,7 +206,7 @@ def _of_artifact(request: BenchRequest) -> Workload:
         if name != "return_dict":
             inputs[name] = ast.literal_eval(text)
     timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
-    roles = {value.name: Role(value.kind.value) for value in this.inputs}
+    roles = {value.name: value.kind for value in this.inputs}
     return Workload(module.to(device, getattr(torch, facts.config.dtype)), Example(inputs, timetable, roles))
 
 

@@ -11,12 +11,14 @@ from torch.utils import _pytree as pytree
 from recache_compile.capture.export import flatten, writes
 from recache_compile.capture.trace import trace_module
 from recache_compile.errors import CaptureError
-from recache_compile.ir.program import Kind, Program, Role, Value
+from recache_compile.ir.meta import describe_input, describe_outputs, number_nodes, result_of
+from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.signature import Signature, named_leaves
+from recache_compile.ir.value import ROLES, Kind, Value
 
 ROLE_NAMES = {
-    Role.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
-    Role.TIMESTEP: ("timestep", "timesteps", "t", "time", "sigma", "sigmas"),
+    Kind.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
+    Kind.TIMESTEP: ("timestep", "timesteps", "t", "time", "sigma", "sigmas"),
 }
 
 
@@ -47,7 +49,7 @@ class Captured:
 def capture(
     module: nn.Module,
     example_inputs: Mapping[str, Any],
-    roles: Mapping[str, Role | str] | None = None,
+    roles: Mapping[str, Kind | str] | None = None,
     label: str = "0",
 ) -> Captured:
     """Export a module at the shapes of its example inputs.
@@ -76,7 +78,7 @@ def capture(
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
     assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
-    trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Role.CONDITIONING])
+    trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Kind.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     try:
         graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
@@ -93,7 +95,7 @@ def capture(
         tensors=tensors,
     )
     return Captured(
-        program=Program("capture", graph_module, ("capture",)),
+        program=Program("capture", graph_module, (PassRecord("capture"),)),
         signature=signature,
         constants=tuple(signature.constants(arguments, leaves).items()),
         fixed={name: value.detach().clone() for name, value in trace.constants.items()},
@@ -102,9 +104,9 @@ def capture(
 
 
 def _describe(
-    graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Role], fixed: Mapping[str, Tensor]
+    graph: fx.Graph, leaves: Mapping[str, Any], roles: Mapping[str, Kind], fixed: Mapping[str, Tensor]
 ) -> tuple[bool, ...]:
-    """Put the facts about inputs and results on their nodes; drop inputs that are constants.
+    """Put the facts about inputs and results on their nodes and number them; drop inputs that are constants.
 
     Returns:
         Which leaves of the result are tensors.
@@ -113,7 +115,7 @@ def _describe(
         raise CaptureError("the model writes to its inputs or to its own buffers when it is called")
     for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
         if isinstance(leaf, Tensor) and name not in fixed:
-            node.meta["value"] = Value(name, Kind(roles[name]), tuple(leaf.shape), leaf.dtype)
+            describe_input(node, Value(name, roles[name], tuple(leaf.shape), leaf.dtype))
         elif node.users:
             raise CaptureError(f"the graph reads the constant {name!r} at run time")
         else:
@@ -122,29 +124,29 @@ def _describe(
     given: Any = output.args[0]
     results: list[Value] = []
     for number, result in enumerate(given):
-        fake = getattr(result, "meta", {}).get("val")
+        fake = result_of(result) if isinstance(result, fx.Node) else None
         if isinstance(fake, Tensor):
             results.append(Value(f"prediction_{len(results)}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
         elif result is not None:
             raise CaptureError(f"result {number} is neither a tensor nor None, but {result!r}")
-    output.meta["values"] = tuple(results)
+    describe_outputs(output, results)
     output.args = ([result for result in given if result is not None],)
+    number_nodes(graph)
     return tuple(result is not None for result in given)
 
 
-def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Role | str]) -> dict[str, Role]:
+def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Kind | str]) -> dict[str, Kind]:
     unknown = sorted(set(overrides) - set(names))
     if unknown:
         raise CaptureError(f"roles: {unknown} are no tensor inputs; these are: {', '.join(names)}")
     roles = {
-        name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING) for name in names
+        name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Kind.CONDITIONING) for name in names
     }
     for name, role in overrides.items():
-        try:
-            roles[name] = Role(role)
-        except ValueError:
-            raise CaptureError(f"roles: {role!r} for {name!r} is no role; choose one of {', '.join(Role)}") from None
-    if Role.LATENTS not in roles.values():
+        if role not in ROLES:
+            raise CaptureError(f"roles: {role!r} for {name!r} is no role; choose one of {', '.join(ROLES)}")
+        roles[name] = Kind(role)
+    if Kind.LATENTS not in roles.values():
         raise CaptureError(
             f"roles: no latents among {', '.join(names) or 'no inputs'}; name one with roles={{'INPUT': 'latents'}}"
         )

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 from recache_compile.capture.capture import Captured
 from recache_compile.capture.trace import evaluating
 from recache_compile.errors import CaptureError
-from recache_compile.ir.program import Kind
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a program from its module, relative to the largest value; `HALF` for all smaller types."""

@@ -1,7 +1,6 @@
 """The one door to `torch.export`: a module in, a flat graph module out."""
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -98,7 +97,7 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
     inline_regions(module)
-    graph = copy.deepcopy(module.graph)
+    graph = module.graph  # a copy already, which nobody else has
     graph.set_codegen(CodeGen())
     for node in graph.nodes:
         write_out_shapes(node)

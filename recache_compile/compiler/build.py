@@ -21,8 +21,9 @@ from recache_compile.compiler.split import annotate, cache_points, describe_site
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
 from recache_compile.ir.cost import count_macs
-from recache_compile.ir.program import Kind, Program, Role, dtype_name
+from recache_compile.ir.program import Program, dtype_name
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes._cuda_graphs import check_graphs
 from recache_compile.runtimes.base import Runtime, Variant
 from recache_compile.runtimes.registry import get_runtime
@@ -114,7 +115,7 @@ def capture_examples(
 
 def latents_among(leaves: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
     """Names of the latents inputs."""
-    usual = ROLE_NAMES[Role.LATENTS]
+    usual = ROLE_NAMES[Kind.LATENTS]
     return [name for name in leaves if roles.get(name, "latents" if name in usual else "") == "latents"]
 
 

@@ -15,9 +15,9 @@ from recache_compile.errors import DispatchError
 from recache_compile.ir.cost import Cost, cost_of
 from recache_compile.ir.forecasters import Forecaster, Reuse
 from recache_compile.ir.plan import Plan, make_plan
-from recache_compile.ir.program import Kind
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import CaptureError, ModelError
-from recache_compile.ir.program import Kind, Program, Role
+from recache_compile.ir.program import Program
 from recache_compile.ir.signature import call_kind, named_leaves
+from recache_compile.ir.value import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Example:
 
     inputs: Mapping[str, Any]
     timesteps: Mapping[str, Tensor] = field(default_factory=dict)
-    roles: Mapping[str, Role] = field(default_factory=dict)
+    roles: Mapping[str, Kind] = field(default_factory=dict)
     others: tuple[Mapping[str, Any], ...] = ()
 
     @property

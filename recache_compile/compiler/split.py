@@ -6,9 +6,11 @@ from torch import fx
 
 from recache_compile.capture.capture import Captured
 from recache_compile.config import CompileConfig
-from recache_compile.ir.program import Kind, Program, SitePattern, pattern_name, table_name
+from recache_compile.ir.meta import tensor_of
+from recache_compile.ir.program import Program, SitePattern, pattern_name, table_name
+from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
-from recache_compile.passes.find_cache_sites import FindCacheSites
+from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.ops import CACHE_POINT
@@ -25,8 +27,9 @@ MIN_TABLE_BYTES = 64 << 20
 
 def annotate(captured: Captured, config: CompileConfig) -> Program:
     """The captured program with its cache points."""
-    find = FindCacheSites(config.granularity, captured.containers, config.residual)
-    return run_passes(captured.program, (find, InsertCachePoints(), Simplify()))
+    graph = captured.program.module.graph
+    sites = find_cache_sites(graph, config.granularity, captured.containers, config.residual)
+    return run_passes(captured.program, (InsertCachePoints(sites), Simplify()))
 
 
 def cache_points(annotated: Program) -> list[fx.Node]:
@@ -37,7 +40,7 @@ def cache_points(annotated: Program) -> list[fx.Node]:
 def describe_sites(annotated: Program) -> str:
     """How many sites there are and what an anchor takes, for people."""
     points = cache_points(annotated)
-    size = sum(point.meta["val"].nbytes for point in points)
+    size = sum(tensor_of(point).nbytes for point in points)
     return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
 
 
@@ -57,16 +60,16 @@ def row_limit(annotated: Program, num_steps: int) -> int:
 
 
 def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
-    """One program for each row, and the prologue that they share."""
-    rows = patterns_of(config, len(cache_points(annotated)))
+    """One program for each pattern, and the prologue that they share."""
     limit = row_limit(annotated, config.num_steps)
     programs: dict[str, Program] = {}
     tables: dict[str, list[Program]] = {}
-    for row in rows:
-        log.info("specialising %s", pattern_name(row))
-        passes = (Specialise(row), Hoist(limit), Simplify()) if config.hoist else (Specialise(row), Simplify())
-        programs[pattern_name(row)] = run_passes(annotated, passes).renamed(pattern_name(row))
-        tables.setdefault(table_name(row), []).append(programs[pattern_name(row)])
+    for pattern in patterns_of(config, len(cache_points(annotated))):
+        name = pattern_name(pattern)
+        log.info("specialising %s", name)
+        passes = (Specialise(pattern), Hoist(limit), Simplify()) if config.hoist else (Specialise(pattern), Simplify())
+        programs[name] = run_passes(annotated, passes).renamed(name)
+        tables.setdefault(table_name(pattern), []).append(programs[name])
     reads = {value.kind for program in programs.values() for value in program.inputs}
     if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
         return programs

@@ -15,7 +15,9 @@ from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import RecacheError, reason_of
 from recache_compile.evaluation.measure import seconds
 from recache_compile.evaluation.setting import Setting
-from recache_compile.ir.program import Granularity, Kind
+from recache_compile.ir.meta import block_of
+from recache_compile.ir.program import Granularity
+from recache_compile.ir.value import Kind
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
@@ -208,8 +210,7 @@ def _block_of(feature: fx.Node) -> str:
     """Name of the block that made a feature: "transformer_blocks.3"."""
     node = feature
     while node.all_input_nodes:
-        for path, _ in node.meta.get("nn_module_stack", {}).values():
-            if path.rpartition(".")[2].isdigit():
-                return str(path)
+        if (block := block_of(node)) is not None:
+            return block
         node = node.all_input_nodes[0]
     return feature.name

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Kind, Program, table_name
+from recache_compile.ir.program import MIN_ROWS, Program, table_name
+from recache_compile.ir.value import Kind
 
 _COUNTED: WeakKeyDictionary[fx.GraphModule, dict[tuple[tuple[int, ...], ...], int]] = WeakKeyDictionary()
 """Multiply-accumulates of a graph by the shapes of its inputs; passes never change a graph that they are given."""

@@ -7,38 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from recache_compile.ir.meta import value_of, values_of
+from recache_compile.ir.value import Kind, Value
+
 SitePattern = tuple[int, ...]
 """One entry per cache site: 0 = recompute, h >= 1 = forecast from h anchors."""
 
 MIN_ROWS = 2
 """A table has at least two rows: `torch.export` would specialise a free size of 0 or 1."""
-
-
-class Role(StrEnum):
-    """How often an input of the model changes."""
-
-    LATENTS = "latents"
-    TIMESTEP = "timestep"
-    CONDITIONING = "conditioning"
-
-
-class Kind(StrEnum):
-    """What a program's input or output is.
-
-    A prologue's outputs are of kind TABLE (rows, size) or FIXED (size,); the step programs
-    read a TABLE_ROW (size,) of the one, and the other as it is.
-    """
-
-    LATENTS = "latents"
-    TIMESTEP = "timestep"
-    CONDITIONING = "conditioning"
-    HISTORY = "history"
-    COEFFICIENTS = "coefficients"
-    TABLE_ROW = "row"
-    FIXED = "fixed"
-    PREDICTION = "prediction"
-    FEATURE = "feature"
-    TABLE = "table"
 
 
 class Binding(Flag):
@@ -60,65 +36,48 @@ class Granularity(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
-    """An input or output of a program.
+class PassRecord:
+    """One thing that was done to a program.
 
     Args:
-        name: unique within the program.
-        kind: what it is.
-        shape: sizes; None marks a size that is free at run time.
-        dtype: element type.
-        site: cache site that a HISTORY input or FEATURE output belongs to.
-        slot: history slot of a HISTORY input.
-        table: of a prologue's input or output, the table that its rows belong to.
-        source: of a prologue's input, the model's input that it stands for; of a prologue's
-            output, the packed input of the step programs that it fills.
+        name: of the pass.
+        options: of the pass, as text for people.
     """
 
     name: str
-    kind: Kind
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype
-    site: int | None = None
-    slot: int | None = None
-    table: str | None = None
-    source: str | None = None
+    options: str = ""
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes; a free dimension counts once."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= 1 if length is None else length
-        return size
+    def __str__(self) -> str:
+        """As "specialise(pattern=(1,))"."""
+        return f"{self.name}({self.options})" if self.options else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """One FX graph ready to lower.
 
-    Every placeholder carries its `Value` in `meta["value"]`; the output node carries the
-    tuple of its values in `meta["values"]`.  All arguments and results are flat tensors.
+    Every placeholder carries its `Value`, and the output node those of the results (`ir/meta.py`).
+    All arguments and results are flat tensors.
 
     Args:
         name: "capture", "prologue", "recompute", "forecast_2" ...
         module: the graph and the weights it reads, under the model's own names.
-        provenance: names of the passes that made it, in order.
+        provenance: the passes that made it, in order.
     """
 
     name: str
     module: fx.GraphModule
-    provenance: tuple[str, ...] = ()
+    provenance: tuple[PassRecord, ...] = ()
 
     @property
     def inputs(self) -> tuple[Value, ...]:
         """Facts about the placeholders, in call order."""
-        return tuple(node.meta["value"] for node in self.module.graph.find_nodes(op="placeholder"))
+        return tuple(value_of(node) for node in self.module.graph.find_nodes(op="placeholder"))
 
     @property
     def outputs(self) -> tuple[Value, ...]:
         """Facts about the results, in order."""
-        return tuple(self.module.graph.output_node().meta["values"])
+        return values_of(self.module.graph.output_node())
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.errors import ArtifactError
-from recache_compile.ir.program import Kind, Program, Value
+from recache_compile.ir.meta import describe_input, describe_outputs, result_of, set_type_text, type_text, value_of
+from recache_compile.ir.program import PassRecord, Program
+from recache_compile.ir.value import Kind, Value
 
 _OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "le", "lt", "ge", "gt")
 _TORCH_TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
@@ -24,11 +26,15 @@ def program_to_json(program: Program) -> str:
     nodes = [_node(node) for node in program.module.graph.nodes if node.op not in ("placeholder", "output")]
     results = [_encode(result) for result in program.module.graph.output_node().args[0]]  # type: ignore[union-attr]
     inputs = [
-        {"node": node.name, **value_to_json(node.meta["value"])}
+        {"node": node.name, **value_to_json(value_of(node))}
         for node in program.module.graph.find_nodes(op="placeholder")
     ]
     lines = ",\n".join("  " + json.dumps(node) for node in nodes)
-    head = {"name": program.name, "provenance": program.provenance, "inputs": inputs}
+    head = {
+        "name": program.name,
+        "provenance": [[record.name, record.options] for record in program.provenance],
+        "inputs": inputs,
+    }
     tail = {"results": results, "outputs": [value_to_json(value) for value in program.outputs]}
     return f'{json.dumps(head)[:-1]},\n "nodes": [\n{lines}\n ],\n {json.dumps(tail)[1:]}\n'
 
@@ -64,7 +70,7 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.dev
     nodes: dict[str, fx.Node] = {}
     for entry in data["inputs"]:
         node = nodes[entry["node"]] = graph.placeholder(entry["node"])
-        node.meta["value"] = read_value(entry)
+        describe_input(node, read_value(entry))
     used: dict[str, Tensor] = {}
     for entry in data["nodes"]:
         if "weight" in entry:
@@ -78,15 +84,19 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.dev
             args = _decode(entry["args"], nodes, device)
             kwargs = {key: _decode(item, nodes, device) for key, item in entry["kwargs"].items()}
             node = graph.create_node("call_function", _target(entry["call"]), tuple(args), kwargs, name=entry["node"])
-        node.meta["type"] = entry["type"]
+        set_type_text(node, entry["type"])
         nodes[entry["node"]] = node
     output = graph.output([_decode(result, nodes, device) for result in data["results"]])
-    output.meta["values"] = tuple(read_value(entry) for entry in data["outputs"])
-    return Program(data["name"], fx.GraphModule(used, graph), tuple(data["provenance"]))
+    describe_outputs(output, map(read_value, data["outputs"]))
+    return Program(
+        data["name"],
+        fx.GraphModule(used, graph),
+        tuple(PassRecord(name, options) for name, options in data["provenance"]),
+    )
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
-    described = {"node": node.name, "type": node.meta.get("type") or describe(node.meta.get("val"))}
+    described = {"node": node.name, "type": type_of(node)}
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target
@@ -95,6 +105,11 @@ def _node(node: fx.Node) -> dict[str, Any]:
     )
     _target(call)
     return {"call": call, **described, "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
+
+
+def type_of(node: fx.Node) -> str:
+    """A node's type for people."""
+    return type_text(node) or describe(result_of(node))
 
 
 def describe(value: Any) -> str:

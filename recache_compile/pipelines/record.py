@@ -15,8 +15,8 @@ from recache_compile.capture.capture import ROLE_NAMES
 from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
-from recache_compile.ir.program import Role
 from recache_compile.ir.signature import call_kind, named_leaves
+from recache_compile.ir.value import Kind
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; a second one is called `transformer_2`."""
@@ -165,11 +165,11 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     columns = {name: [leaves[name] for leaves in steps] for name in tensors}
     known = {name for names in ROLE_NAMES.values() for name in names}
     roles = {
-        name: Role.TIMESTEP if tensor.dim() < 2 else Role.LATENTS
+        name: Kind.TIMESTEP if tensor.dim() < 2 else Kind.LATENTS
         for name, tensor in tensors.items()
         if name not in known and not all(torch.equal(tensor, other) for other in columns[name])
     }
-    timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Role.TIMESTEP]
+    timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Kind.TIMESTEP]
     if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
         timely = []
     second = next((at for at, inputs in enumerate(calls) if len(firsts) > 1 and inputs is firsts[1]), 1)
@@ -182,7 +182,7 @@ def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, 
     Where no input is known to be a timestep, all steps must have equally many calls.
     """
     timesteps = [
-        {name: leaf for name, leaf in named_leaves(inputs).items() if _usual_role(name) is Role.TIMESTEP}
+        {name: leaf for name, leaf in named_leaves(inputs).items() if _usual_role(name) is Kind.TIMESTEP}
         for inputs in calls
     ]
     if not timesteps[0]:
@@ -194,8 +194,8 @@ def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, 
     return [calls[0], *itertools.compress(calls[1:], begins)]
 
 
-def _usual_role(name: str) -> Role:
-    return next((role for role, usual in ROLE_NAMES.items() if name in usual), Role.CONDITIONING)
+def _usual_role(name: str) -> Kind:
+    return next((role for role, usual in ROLE_NAMES.items() if name in usual), Kind.CONDITIONING)
 
 
 def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError
-from recache_compile.ir.program import Role
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from recache_compile.pipelines.branches import Branches
 from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.skeleton import skeleton_of
@@ -95,7 +95,7 @@ class CompiledTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Element type of the latents."""
         this = self._compiled.variants[0]
-        return next(value.dtype for value in this.inputs if value.name == this.names(Role.LATENTS)[0])
+        return next(value.dtype for value in this.inputs if value.name == this.names(Kind.LATENTS)[0])
 
     @property
     def device(self) -> torch.device:
@@ -196,7 +196,7 @@ class CompiledTransformer(nn.Module):
         return self._generations.current(self._pipeline, self._budget, self._new_steps)
 
     def _new_steps(self) -> StepTracker:
-        return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Role.TIMESTEP))
+        return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Kind.TIMESTEP))
 
     def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
         leaves = named_leaves(inputs)
@@ -207,6 +207,6 @@ class CompiledTransformer(nn.Module):
         branch = generation.branch
         if branch is None:
             this = self._compiled.variants[0]
-            changing = {*this.names(Role.LATENTS), *this.names(Role.TIMESTEP)}
+            changing = {*this.names(Kind.LATENTS), *this.names(Kind.TIMESTEP)}
             branch = generation.branches.find(step, leaves, changing)
         return generation.dispatcher(step=step, branch=branch, **inputs)

@@ -13,7 +13,7 @@ from recache_compile.api import compile_options
 from recache_compile.artifact.specs import WeightlessModel, on_meta
 from recache_compile.artifact.weightless import PlanFacts, find_weightless, plan_model, print_plan
 from recache_compile.errors import ModelError
-from recache_compile.ir.program import Kind
+from recache_compile.ir.value import Kind
 from recache_compile.models.registry import EMBEDDED
 from tests.conftest import NUM_STEPS, flux_inputs, tiny_flux
 

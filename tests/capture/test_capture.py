@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.errors import CaptureError
-from recache_compile.ir.program import Kind, Role
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from tests.conftest import flux_inputs
 
 
@@ -30,21 +30,21 @@ def inputs() -> dict[str, Any]:
     return {"sample": torch.randn(2, 4), "t": torch.ones(2), "extra": {"bias": [torch.ones(4)]}, "scale": 2.0}
 
 
-def roles_of(captured: Captured) -> dict[str, Role]:
-    return {value.name: Role(value.kind.value) for value in captured.program.inputs}
+def roles_of(captured: Captured) -> dict[str, Kind]:
+    return {value.name: value.kind for value in captured.program.inputs}
 
 
 def test_roles_are_inferred_from_names(flux: nn.Module) -> None:
     roles = roles_of(capture(flux, flux_inputs()))
-    assert roles.pop("hidden_states") == Role.LATENTS
-    assert roles.pop("timestep") == Role.TIMESTEP
+    assert roles.pop("hidden_states") == Kind.LATENTS
+    assert roles.pop("timestep") == Kind.TIMESTEP
     assert set(roles) == set(flux_inputs()) - {"hidden_states", "timestep"}
-    assert set(roles.values()) == {Role.CONDITIONING}
+    assert set(roles.values()) == {Kind.CONDITIONING}
 
 
 def test_roles_can_be_overridden() -> None:
     roles = roles_of(capture(Model(), inputs(), roles={"extra.bias.0": "latents"}))
-    assert roles == {"sample": Role.LATENTS, "t": Role.TIMESTEP, "extra.bias.0": Role.LATENTS}
+    assert roles == {"sample": Kind.LATENTS, "t": Kind.TIMESTEP, "extra.bias.0": Kind.LATENTS}
 
 
 def test_nested_inputs_have_dotted_names_and_constants_are_kept() -> None:

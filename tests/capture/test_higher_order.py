@@ -12,9 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from recache_compile.capture.capture import capture
 from recache_compile.errors import CaptureError
+from recache_compile.ir.meta import block_of
 from recache_compile.ir.program import Binding, Program
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.find_cache_sites import block_of
 
 QUERY = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
 OFFSETS = torch.tensor([0, 1, 2, 3])

@@ -14,8 +14,8 @@ from recache_compile.compiler.build import Example, distinct
 from recache_compile.errors import RecacheError
 from recache_compile.ir.forecasters import get_forecaster
 from recache_compile.ir.plan import make_plan
-from recache_compile.ir.program import Kind
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.value import Kind
 from recache_compile.policies.base import Problem
 from tests.conftest import NUM_STEPS, RUNTIMES, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
 from tests.reference import CachedReference

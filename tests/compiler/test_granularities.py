@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import recache_compile as rc
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Kind
+from recache_compile.ir.value import Kind
 from tests.compiler.test_build import LATENTS, counted, relative_error
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs
 from tests.reference import CachedReference, FeatureHistory

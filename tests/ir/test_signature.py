@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from recache_compile.ir.program import Kind, Value
 from recache_compile.ir.signature import call_kind
+from recache_compile.ir.value import Kind, Value
 
 CALL: dict[str, Any] = {"sample": torch.zeros(1, 2), "scale": 1.0, "mode": "sin", "extra": None}
 

@@ -6,9 +6,13 @@ import torch
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Program
+from recache_compile.ir.meta import by_origin, result_of, tensor_of
+from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.serialize import program_from_json, program_to_json
 from recache_compile.passes.base import Pass, call, copy_module, run_passes, with_values
+from recache_compile.passes.hoist import Hoist
+from recache_compile.passes.insert_cache_points import InsertCachePoints
+from recache_compile.passes.specialise import Specialise
 from tests.passes.tiny import Attention, Plain, aten, captured, example, show
 from tests.passes.tiny import call as run
 
@@ -105,19 +109,15 @@ def test_a_pass_shares_the_weights(program: Program) -> None:
 
 
 def test_a_pass_is_recorded_and_its_answer_passed_on(program: Program) -> None:
-    result = Nothing()(replace(program, provenance=("negate", "rest")))
+    result = Nothing()(replace(program, provenance=(PassRecord("negate"), PassRecord("rest", "level=3"))))
     assert result.modified is False
-    assert result.program.provenance == ("negate", "rest", "nothing")
+    assert list(map(str, result.program.provenance)) == ["negate", "rest(level=3)", "nothing"]
 
 
 def test_passes_run_in_order(program: Program) -> None:
-    ready = replace(program, provenance=("rest",))
-    assert run_passes(ready, iter((Negate(), Nothing(), Negate()))).provenance == (
-        "rest",
-        "negate",
-        "nothing",
-        "negate",
-    )
+    ready = replace(program, provenance=(PassRecord("rest"),))
+    made = run_passes(ready, iter((Negate(), Nothing(), Negate())))
+    assert [record.name for record in made.provenance] == ["rest", "negate", "nothing", "negate"]
     assert run_passes(program, ()) is program
 
 
@@ -164,7 +164,7 @@ def test_an_inserted_call_knows_its_value(program: Program) -> None:
     with graph.inserting_before(output):
         node = call(graph, aten.to.dtype, output.args[0][0], torch.bfloat16, name="narrow")
     assert node.name == "narrow"
-    assert (node.meta["val"].shape, node.meta["val"].dtype) == (torch.Size([1, 3, 4]), torch.bfloat16)
+    assert (tensor_of(node).shape, tensor_of(node).dtype) == (torch.Size([1, 3, 4]), torch.bfloat16)
 
 
 def test_values_are_found_again_where_an_artifact_does_not_keep_them() -> None:
@@ -173,9 +173,65 @@ def test_values_are_found_again_where_an_artifact_does_not_keep_them() -> None:
     device = torch.device("cpu")
     restored = program_from_json(program_to_json(program), program.weights, device)
     again = with_values(restored, tuple(example(Attention()).values()))
-    assert "val" not in next(iter(restored.module.graph.nodes)).meta
+    assert result_of(next(iter(restored.module.graph.nodes))) is None
     for node, same in zip(again.module.graph.nodes, program.module.graph.nodes, strict=True):
-        if isinstance(same.meta.get("val"), torch.Tensor):
-            facts = same.meta["val"]
-            assert (node.meta["val"].dtype, node.meta["val"].shape) == (facts.dtype, facts.shape)
-            assert node.meta["val"].stride() == facts.stride()
+        if isinstance(facts := result_of(same), torch.Tensor):
+            assert (tensor_of(node).dtype, tensor_of(node).shape) == (facts.dtype, facts.shape)
+            assert tensor_of(node).stride() == facts.stride()
+
+
+@dataclass(frozen=True, slots=True)
+class Pretend(AddResult):
+    """Says that it did nothing."""
+
+    name: ClassVar[str] = "pretend"
+
+    def rewrite(self, module: fx.GraphModule) -> bool:
+        AddResult.rewrite(self, module)
+        return False
+
+
+def test_a_graph_that_did_not_change_is_not_checked_again(program: Program) -> None:
+    result = Pretend()(program)
+    assert (result.modified, str(result.program.provenance[-1])) == (False, "pretend")
+
+
+def test_passes_in_order_share_one_copy(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+
+    def counting(module: fx.GraphModule) -> fx.GraphModule:
+        copies.append(module)
+        return copy_module(module)
+
+    monkeypatch.setattr("recache_compile.passes.base.copy_module", counting)
+    before = show(program)
+    twice = run_passes(program, (Negate(), Negate()))
+    assert copies == [program.module]
+    assert show(program) == before
+    inputs = example(Plain())
+    assert torch.equal(run(twice, inputs)["prediction_0"], run(program, inputs)["prediction_0"])
+
+
+def test_what_a_pass_did_is_logged(program: Program, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "recache_compile.passes.base"):
+        run_passes(replace(program, provenance=(PassRecord("rest"),)), (Negate(), Nothing()))
+    size = len(program.module.graph.nodes)
+    assert [record.message for record in caplog.records] == [
+        f"pass negate on capture: {size} nodes become {size + 1}",
+        "pass nothing on capture: changes nothing",
+    ]
+
+
+def test_options_are_recorded(program: Program) -> None:
+    made = run_passes(program, (InsertCachePoints(()), Specialise(()), Hoist(1024)))
+    assert [str(record) for record in made.provenance[2:]] == ["specialise(pattern=())", "hoist(row_bytes=1024)"]
+
+
+def test_new_nodes_are_numbered_and_old_ones_keep_their_number(program: Program) -> None:
+    before = by_origin(program.module.graph)
+    after = by_origin(Negate()(program).program.module.graph)
+    assert len(before) == len(program.module.graph.nodes)
+    assert {origin: node.name for origin, node in before.items()}.items() <= {
+        origin: node.name for origin, node in after.items()
+    }.items()
+    assert [node.name for origin, node in after.items() if origin not in before] == ["neg_default"]

@@ -3,7 +3,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from recache_compile.ir.program import Binding, Kind, Value
+from recache_compile.ir.meta import describe_input
+from recache_compile.ir.program import Binding
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import is_random
 from tests.passes.tiny import Attention, Formula, aten, captured
@@ -62,7 +64,7 @@ def test_the_prediction_depends_on_everything() -> None:
 def test_each_kind_of_input_has_a_time(kind: Kind, expected: Binding) -> None:
     graph = fx.Graph()
     node = graph.placeholder("input")
-    node.meta["value"] = Value("input", kind, (2,), torch.float32)
+    describe_input(node, Value("input", kind, (2,), torch.float32))
     graph.output([node])
     assert binding_times(graph)[node] == expected
 

@@ -1,12 +1,24 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from recache_compile.errors import PassError
+from recache_compile.ir.meta import block_of, by_origin, describe_input, module_paths
 from recache_compile.ir.program import Granularity, Program
-from recache_compile.passes.base import run_passes
-from recache_compile.passes.find_cache_sites import FindCacheSites, block_of
-from tests.passes.tiny import WIDTH, Attention, Block, Formula, Heads, Plain, call, captured, example, show
+from recache_compile.ir.value import Kind, Value
+from recache_compile.passes.base import copy_module
+from recache_compile.passes.find_cache_sites import find_cache_sites
+from tests.passes.tiny import WIDTH, Attention, Block, Formula, Heads, Plain, captured, example, show
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A program and the nodes of its cache sites, with their bases."""
+
+    program: Program
+    sites: tuple[tuple[fx.Node, fx.Node | None], ...]
 
 
 def find(
@@ -14,18 +26,29 @@ def find(
     granularity: Granularity,
     inputs: dict[str, Tensor] | None = None,
     residual: bool | None = None,
-) -> Program:
+) -> Found:
     program, made = captured(module, inputs)
-    return FindCacheSites(granularity, made.containers, residual)(program).program
+    found = find_cache_sites(program.module.graph, granularity, made.containers, residual)
+    nodes = by_origin(program.module.graph)
+    return Found(program, tuple((nodes[site.node], None if site.base is None else nodes[site.base]) for site in found))
 
 
-def sites(program: Program) -> dict[int, str]:
-    return {node.meta["site"]: node.name for node in program.module.graph.nodes if "site" in node.meta}
+def sites(found: Found) -> dict[int, str]:
+    return {number: node.name for number, (node, _) in enumerate(found.sites)}
 
 
-def bases(program: Program) -> dict[str, str | None]:
+def bases(found: Found) -> dict[str, str | None]:
     """Name of the base of every site, by the site's name."""
-    return {node.name: node.meta.get("base") for node in program.module.graph.nodes if "site" in node.meta}
+    return {node.name: base and base.name for node, base in found.sites}
+
+
+def show_sites(found: Found) -> str:
+    """The graph, one node a line, with the number and the base of every site."""
+    marks = {
+        node.name: f"  # site {number}" + ("" if base is None else f" less {base.name}")
+        for number, (node, base) in enumerate(found.sites)
+    }
+    return "\n".join(line + marks.get(line.partition(" = ")[0], "") for line in show(found.program).splitlines())
 
 
 class Pair(nn.Module):
@@ -60,7 +83,7 @@ class TwoStacks(nn.Module):
 
 def test_the_stack_site_is_what_leaves_the_last_block() -> None:
     assert (
-        show(find(Plain(), Granularity.STACK))
+        show_sites(find(Plain(), Granularity.STACK))
         == """\
 hidden_states: latents 1x3x4
 timestep: timestep 1
@@ -79,13 +102,21 @@ def test_the_output_site_is_the_prediction() -> None:
     assert sites(find(Plain(), Granularity.OUTPUT)) == {0: "linear_1"}
 
 
-def test_marks_change_no_value_and_not_the_given_program() -> None:
-    module = Plain(num_blocks=2)
-    program, made = captured(module)
-    result = FindCacheSites(Granularity.STACK, made.containers)(program)
-    assert result.modified
-    assert sites(program) == {}
-    assert torch.equal(call(result.program, example(module))["prediction_0"], module(**example(module)))
+def test_sites_leave_the_graph_as_it_was_and_are_found_again_in_a_copy() -> None:
+    program, made = captured(Plain(num_blocks=2))
+    before = show(program)
+    found = find_cache_sites(program.module.graph, Granularity.BLOCK, made.containers)
+    assert show(program) == before
+    assert found == find_cache_sites(copy_module(program.module).graph, Granularity.BLOCK, made.containers)
+
+
+def test_a_graph_that_was_not_captured_has_no_sites_to_tell() -> None:
+    graph = fx.Graph()
+    hidden = graph.placeholder("hidden")
+    describe_input(hidden, Value("hidden", Kind.LATENTS, (2,), torch.float32))
+    graph.output([hidden])
+    with pytest.raises(PassError, match="node hidden is of no captured program"):
+        find_cache_sites(graph, Granularity.OUTPUT, ())
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
@@ -135,7 +166,7 @@ def test_what_a_block_makes_without_the_latents_is_no_site() -> None:
 
     program, made = captured(Independent())
     with pytest.raises(PassError, match="no repeated block makes a value that depends on the latents"):
-        FindCacheSites(Granularity.STACK, made.containers)(program)
+        find_cache_sites(program.module.graph, Granularity.STACK, made.containers)
 
 
 def test_every_prediction_that_depends_on_the_latents_is_a_site_once() -> None:
@@ -148,31 +179,17 @@ def test_every_prediction_that_depends_on_the_latents_is_a_site_once() -> None:
 
 def test_a_model_without_blocks_is_refused_with_the_remedy() -> None:
     program, made = captured(Formula(lambda self, hidden, timestep, context: self.linear(hidden)))
-    message = "pass find-cache-sites on capture: no cache site at granularity 'stack': .*; use granularity 'output'"
+    message = "find-cache-sites: no cache site at granularity 'stack': .*; use granularity 'output'"
     with pytest.raises(PassError, match=message):
-        FindCacheSites(Granularity.STACK, made.containers)(program)
-    assert sites(program) == {}
-    assert sites(FindCacheSites(Granularity.OUTPUT, made.containers)(program).program) == {0: "linear"}
+        find_cache_sites(program.module.graph, Granularity.STACK, made.containers)
+    assert len(find_cache_sites(program.module.graph, Granularity.OUTPUT, made.containers)) == 1
 
 
 def test_a_prediction_without_latents_is_refused_with_another_remedy() -> None:
     program, made = captured(Formula(lambda self, hidden, timestep, context: context.sin()))
     with pytest.raises(PassError, match="no cache site at granularity 'output'") as caught:
-        FindCacheSites(Granularity.OUTPUT, made.containers)(program)
+        find_cache_sites(program.module.graph, Granularity.OUTPUT, made.containers)
     assert "use 'output'" not in str(caught.value)
-
-
-def test_a_second_run_replaces_the_marks_of_the_first() -> None:
-    program, made = captured(Plain())
-    passes = [FindCacheSites(each, made.containers) for each in (Granularity.STACK, Granularity.OUTPUT)]
-    marked = [node.name for node in run_passes(program, passes).module.graph.nodes if "site" in node.meta]
-    assert marked == ["linear_1"]
-
-
-def test_marks_that_are_there_already_are_no_change() -> None:
-    program, made = captured(Plain())
-    each = FindCacheSites(Granularity.STACK, made.containers)
-    assert each(each(program).program).modified is False
 
 
 class TwoStreams(nn.Module):
@@ -206,15 +223,14 @@ class Joint(nn.Module):
         return self.out(hidden)
 
 
-def modules_of(program: Program) -> list[str]:
+def modules_of(found: Found) -> list[str]:
     """Dotted names of the modules that made the sites."""
-    sited = [node for node in program.module.graph.nodes if "site" in node.meta]
-    return [[path for path, _ in node.meta["nn_module_stack"].values()][-1] for node in sited]
+    return [module_paths(node)[-1] for node, _ in found.sites]
 
 
 def test_every_block_has_a_site_that_is_less_what_goes_into_it() -> None:
     assert (
-        show(find(Plain(2), Granularity.BLOCK))
+        show_sites(find(Plain(2), Granularity.BLOCK))
         == """\
 hidden_states: latents 1x3x4
 timestep: timestep 1
@@ -301,12 +317,6 @@ def test_products_outside_of_blocks_are_no_sites() -> None:
     assert modules_of(find(Model(2), Granularity.MODULE)) == ["blocks.0.linear", "blocks.1.linear"]
 
 
-@pytest.mark.parametrize("granularity", [Granularity.STACK, Granularity.BLOCK, Granularity.MODULE])
-def test_marks_of_every_granularity_change_no_value(granularity: Granularity) -> None:
-    module = Joint()
-    assert torch.equal(call(find(module, granularity), example(module))["prediction_0"], module(**example(module)))
-
-
 def test_the_residual_of_a_stack_is_less_what_goes_into_the_first_block() -> None:
     assert bases(find(Plain(3), Granularity.STACK, residual=True)) == {"add_2": "hidden_states"}
     assert bases(find(Joint(2), Granularity.STACK, residual=True)) == {"add_6": "sin"}
@@ -382,13 +392,3 @@ def test_blocks_without_products_have_no_module_site() -> None:
     assert len(sites(find(module, Granularity.BLOCK))) == 1
     with pytest.raises(PassError, match="no repeated block multiplies matrices"):
         find(module, Granularity.MODULE)
-
-
-def test_a_second_run_replaces_the_bases_of_the_first() -> None:
-    program, made = captured(Plain(2))
-    first = FindCacheSites(Granularity.BLOCK, made.containers)(program).program
-    result = FindCacheSites(Granularity.BLOCK, made.containers, residual=False)(first)
-    assert result.modified
-    assert bases(result.program) == {"add": None, "add_1": None}
-    again = FindCacheSites(Granularity.BLOCK, made.containers, residual=False)(result.program)
-    assert again.modified is False

@@ -8,10 +8,21 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Granularity, Kind, Program, SitePattern, Value
+from recache_compile.ir.meta import (
+    Entry,
+    by_origin,
+    is_kept_in_step,
+    layout_of,
+    number_nodes,
+    origin_of,
+    set_result,
+    value_of,
+)
+from recache_compile.ir.program import Granularity, Program, SitePattern
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import PassResult, run_passes
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.hoist import ALIGNMENT, Entry, Hoist, boundary, layout, padded
+from recache_compile.passes.hoist import ALIGNMENT, Hoist, boundary, layout, padded
 from recache_compile.passes.ops import is_random
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
@@ -32,25 +43,25 @@ def hoisted(forward: Forward) -> tuple[Program, PassResult]:
 
 
 class Record(fx.Interpreter):
-    """Runs a graph and keeps every value by the name of its node."""
+    """Runs a graph and keeps every value by the origin of its node."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
-        self.values: dict[str, Tensor] = {}
+        self.values: dict[int | None, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> object:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
+        self.values[origin_of(n)] = super().run_node(n)
+        return self.values[origin_of(n)]
 
 
-def pack(step: Program, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def pack(step: Program, values: dict[int | None, Tensor]) -> dict[str, Tensor]:
     """The packed inputs of a step, filled from the values of the nodes that were hoisted."""
     packed = {}
     for node in step.module.graph.find_nodes(op="placeholder"):
-        if "layout" in node.meta:
-            value = node.meta["value"]
+        if layout_of(node):
+            value = value_of(node)
             packed[value.name] = torch.full(value.shape, 7).to(value.dtype)
-            for entry in node.meta["layout"]:
+            for entry in layout_of(node):
                 part = values[entry.node].reshape(-1)
                 packed[value.name][entry.offset : entry.offset + len(part)] = part
     return packed
@@ -73,7 +84,8 @@ def nodes_of(shapes: list[tuple[int, ...]]) -> list[fx.Node]:
     graph = fx.Graph()
     nodes = [graph.placeholder(f"value_{number}") for number in range(len(shapes))]
     for node, shape in zip(nodes, shapes, strict=True):
-        node.meta["val"] = torch.empty(shape, device="meta")
+        set_result(node, torch.empty(shape, device="meta"))
+    number_nodes(graph)
     return nodes
 
 
@@ -82,9 +94,10 @@ SHAPES = st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=1
 
 @given(SHAPES)
 def test_entries_are_aligned_never_overlap_and_fill_the_size(shapes: list[tuple[int, ...]]) -> None:
-    entries, size = layout(nodes_of(shapes))
+    nodes = nodes_of(shapes)
+    entries, size = layout(nodes)
     assert [(entry.node, entry.shape) for entry in entries] == [
-        (f"value_{number}", shape) for number, shape in enumerate(shapes)
+        (origin_of(node), shape) for node, shape in zip(nodes, shapes, strict=True)
     ]
     end = 0
     for entry in entries:
@@ -102,12 +115,14 @@ def test_padding_is_the_next_multiple(size: int) -> None:
 
 
 def test_known_layout() -> None:
-    assert layout(nodes_of([(2, 3), (), (65,), (64,)])) == (
+    nodes = nodes_of([(2, 3), (), (65,), (64,)])
+    first, second, third, fourth = map(origin_of, nodes)
+    assert layout(nodes) == (
         (
-            Entry("value_0", 0, (2, 3)),
-            Entry("value_1", 64, ()),
-            Entry("value_2", 128, (65,)),
-            Entry("value_3", 256, (64,)),
+            Entry(first, 0, (2, 3)),
+            Entry(second, 64, ()),
+            Entry(third, 128, (65,)),
+            Entry(fourth, 256, (64,)),
         ),
         320,
     )
@@ -130,7 +145,7 @@ view_default_1 = aten.view.default(slice_tensor_1, [1, 4])
 slice_tensor = aten.slice.Tensor(row_float32, 0, 0, 4)
 view_default = aten.view.default(slice_tensor, [1, 4])
 mul = aten.mul.Tensor(hidden_states, view_default)
-add = aten.add.Tensor(mul, view_default_1)  # site 0
+add = aten.add.Tensor(mul, view_default_1)
 clone_default = aten.clone.default(add)
 return [add, clone_default]"""
     )
@@ -281,8 +296,9 @@ def test_a_scalar_crosses() -> None:
         return hidden * timestep.sin().sum()
 
     program, result = hoisted(forward)
-    (node,) = [node for node in result.program.module.graph.nodes if "layout" in node.meta]
-    assert node.meta["layout"] == (Entry("sum_1", 0, ()),)
+    (node,) = [node for node in result.program.module.graph.nodes if layout_of(node)]
+    (hoisted_node,) = [node for node in program.module.graph.nodes if node.name == "sum_1"]
+    assert layout_of(node) == (Entry(origin_of(hoisted_node), 0, ()),)
     assert_same(program, result.program)
 
 
@@ -329,8 +345,9 @@ def test_the_largest_rows_stay_in_the_step_where_a_row_is_too_large(
     program = specialised(Formula(modulated))
     step = Hoist(row_bytes)(program).program
     (row,) = [node for node in step.module.graph.nodes if node.name == "row_float32"]
-    assert [entry.node for entry in row.meta["layout"]] == rows
-    assert {node.name for node in step.module.graph.nodes if "kept_in_step" in node.meta} == set(staying)
+    nodes = by_origin(program.module.graph)
+    assert [nodes[entry.node].name for entry in layout_of(row)] == rows
+    assert {node.name for node in step.module.graph.nodes if is_kept_in_step(node)} == set(staying)
     assert_same(program, step)
 
 

@@ -1,12 +1,9 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
 from recache_compile.errors import PassError
 from recache_compile.ir.program import Granularity, Program
-from recache_compile.passes.base import run_passes
-from recache_compile.passes.find_cache_sites import FindCacheSites
+from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.ops import CACHE_POINT
 from tests.passes.tiny import Attention, Formula, Heads, Plain, annotated, call, captured, example, show
@@ -29,7 +26,7 @@ out_weight: weight out.weight
 sin = aten.sin.default(timestep)
 mul = aten.mul.Tensor(hidden_states, sin)
 linear = aten.linear.default(mul, blocks_0_linear_weight)
-add = aten.add.Tensor(hidden_states, linear)  # site 0
+add = aten.add.Tensor(hidden_states, linear)
 cache_point_default = recache.cache_point.default(add, 0)
 linear_1 = aten.linear.default(cache_point_default, out_weight)
 return [linear_1]"""
@@ -48,11 +45,11 @@ out_weight: weight out.weight
 sin = aten.sin.default(timestep)
 mul = aten.mul.Tensor(hidden_states, sin)
 linear = aten.linear.default(mul, blocks_0_linear_weight)
-add = aten.add.Tensor(hidden_states, linear)  # site 0 less hidden_states
+add = aten.add.Tensor(hidden_states, linear)
 cache_point_default = recache.cache_point.default(add, 0, hidden_states)
 mul_1 = aten.mul.Tensor(cache_point_default, sin)
 linear_1 = aten.linear.default(mul_1, blocks_1_linear_weight)
-add_1 = aten.add.Tensor(cache_point_default, linear_1)  # site 1 less add
+add_1 = aten.add.Tensor(cache_point_default, linear_1)
 cache_point_default_1 = recache.cache_point.default(add_1, 1, cache_point_default)
 linear_2 = aten.linear.default(cache_point_default_1, out_weight)
 return [linear_2]"""
@@ -91,24 +88,32 @@ def test_every_reader_and_the_result_read_the_point() -> None:
 
 def test_a_graph_without_sites_is_left_alone() -> None:
     program = captured(Plain())[0]
-    result = InsertCachePoints()(replace(program, provenance=("find-cache-sites",)))
+    result = InsertCachePoints(())(program)
     assert result.modified is False
     assert show(result.program) == show(program)
 
 
 def test_the_given_program_stays_as_it_was() -> None:
     program, signature = captured(Plain())
-    program = FindCacheSites(Granularity.STACK, signature.containers)(program).program
+    sites = find_cache_sites(program.module.graph, Granularity.STACK, signature.containers)
     before = show(program)
-    assert InsertCachePoints()(program).modified
+    result = InsertCachePoints(sites)(program)
+    assert result.modified
+    assert str(result.program.provenance[-1]) == "insert-cache-points(sites=1)"
     assert show(program) == before
 
 
-def test_sites_must_have_been_found() -> None:
-    with pytest.raises(PassError, match="pass insert-cache-points on capture: needs find-cache-sites to run first"):
-        InsertCachePoints()(captured(Plain())[0])
+def test_sites_must_have_been_found_in_this_program() -> None:
+    other, made = captured(Plain())
+    sites = find_cache_sites(other.module.graph, Granularity.STACK, made.containers)
+    with pytest.raises(PassError, match="pass insert-cache-points on capture: 1 values of the cache sites are not in"):
+        InsertCachePoints(sites)(captured(Plain())[0])
 
 
 def test_a_second_run_changes_nothing() -> None:
-    program = annotated(Plain())
-    assert points(run_passes(program, (InsertCachePoints(),))) == points(program)
+    given, made = captured(Plain())
+    sites = find_cache_sites(given.module.graph, Granularity.STACK, made.containers)
+    once = InsertCachePoints(sites)(given).program
+    twice = InsertCachePoints(sites)(once)
+    assert not twice.modified
+    assert points(twice.program) == points(once) == [("add", 0)]

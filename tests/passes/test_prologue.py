@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recache_compile.errors import PassError
-from recache_compile.ir.program import Granularity, Kind, Program, Value
-from recache_compile.passes.hoist import Entry
+from recache_compile.ir.meta import Entry, layout_of, set_layout, tensor_of, value_of
+from recache_compile.ir.program import Granularity, PassRecord, Program
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.prologue import build_prologue
 from tests.passes.tiny import (
     WIDTH,
@@ -93,7 +94,7 @@ def test_inputs_and_results_are_described(attention: Split) -> None:
         Value("recompute.fixed_float32", Kind.FIXED, (256,), torch.float32, table="recompute", source="fixed_float32"),
         Value("forecast.row_float32", Kind.TABLE, (None, 64), torch.float32, table="forecast", source="row_float32"),
     )
-    assert attention.prologue.provenance[-1] == "build-prologue"
+    assert attention.prologue.provenance[-1] == PassRecord("build-prologue")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 9])
@@ -118,8 +119,8 @@ def test_tables_may_have_different_numbers_of_rows(attention: Split) -> None:
 def test_the_padding_between_values_is_zero(attention: Split) -> None:
     tables = fill_tables(attention.prologue, timesteps(2), INPUTS)
     for node in attention.steps["recompute"].module.graph.find_nodes(op="placeholder"):
-        packed = tables.get(f"recompute.{node.meta['value'].name}")
-        for entry in node.meta.get("layout", ()):
+        packed = tables.get(f"recompute.{value_of(node).name}")
+        for entry in layout_of(node):
             end = entry.offset + torch.Size(entry.shape).numel()
             assert packed[..., end : -(-end // 64) * 64].count_nonzero() == 0
 
@@ -155,7 +156,7 @@ def test_what_all_rows_share_is_computed_once() -> None:
     parts, module = split_of(forward)
     assert_rows_equal(parts, module, 5)
     shared = [node for node in parts.prologue.module.graph.nodes if "mean" in str(node.target)]
-    assert [tuple(node.meta["val"].shape) for node in shared] == [(1, WIDTH)]
+    assert [tuple(tensor_of(node).shape) for node in shared] == [(1, WIDTH)]
 
 
 ROWS: dict[str, Forward] = {
@@ -243,8 +244,8 @@ def test_the_annotated_program_and_the_steps_stay_as_they_were() -> None:
 
 def test_a_value_that_the_model_does_not_compute_is_refused(attention: Split) -> None:
     step = attention.steps["recompute"]
-    foreign = Program("recompute", torch.fx.GraphModule(step.module, _with_entry(step, Entry("nowhere", 0, (4,)))))
-    message = r"build-prologue: recompute reads \['nowhere'\], which capture does not compute"
+    foreign = Program("recompute", torch.fx.GraphModule(step.module, _with_entry(step, Entry(-1, 0, (4,)))))
+    message = "build-prologue: recompute reads 1 values of row_float32 that capture does not compute"
     with pytest.raises(PassError, match=message):
         build_prologue(attention.annotated, {"recompute": foreign})
 
@@ -254,8 +255,8 @@ def _with_entry(step: Program, entry: Entry) -> torch.fx.Graph:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(step.module.graph, {}))
     for node in graph.find_nodes(op="placeholder"):
-        if "layout" in node.meta:
-            node.meta = {**node.meta, "layout": (entry,)}
+        if layout_of(node):
+            set_layout(node, (entry,))
     return graph
 
 
@@ -358,3 +359,23 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(monkeypatch: pytest.
         PassError, match=r"build-prologue: .*\(no such operator\); compile without hoisting: hoist=False"
     ):
         split_of(forward_of_both)
+
+
+def test_an_export_that_is_known_to_fail_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rows there is nothing that a call could make one of."""
+    tried = []
+
+    def fail(*_: object, **__: object) -> None:
+        tried.append(None)
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("recache_compile.passes.prologue.export_module", fail)
+    with pytest.raises(PassError, match="cannot be exported"):
+        split_of(lambda self, hidden, timestep, context: hidden + self.linear(context).mean(1))
+    assert len(tried) == 1
+
+
+def test_why_rows_are_made_one_by_one_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "recache_compile.passes.prologue"):
+        split_of(forward_of_one_row)
+    assert "rows are made one by one" in caplog.text

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.errors import PassError
+from recache_compile.ir.meta import describe_outputs
 from recache_compile.ir.program import Granularity, Program
 from recache_compile.passes.base import copy_module, run_passes
 from recache_compile.passes.hoist import Hoist
@@ -26,8 +27,7 @@ def split_of(forward: Forward) -> Split:
 def with_outputs(program: Program, outputs: tuple[object, ...]) -> Program:
     """The program with other facts about its results."""
     module = copy_module(program.module)
-    output = module.graph.output_node()
-    output.meta = {**output.meta, "values": outputs}
+    describe_outputs(module.graph.output_node(), outputs)
     return replace(program, module=module)
 
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.ir.program import Granularity, Kind, Program, SitePattern, Value, pattern_name, table_name
+from recache_compile.ir.meta import is_described, value_of
+from recache_compile.ir.program import Granularity, Program, SitePattern, pattern_name, table_name
+from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import run_passes
-from recache_compile.passes.find_cache_sites import FindCacheSites
+from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.prologue import build_prologue
@@ -147,8 +149,8 @@ def annotated(
 ) -> Program:
     """The module as a program with cache points."""
     program, made = captured(module, inputs)
-    find = FindCacheSites(granularity, made.containers, residual)
-    return run_passes(program, (find, InsertCachePoints(), Simplify()))
+    sites = find_cache_sites(program.module.graph, granularity, made.containers, residual)
+    return run_passes(program, (InsertCachePoints(sites), Simplify()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +210,15 @@ def show_graph(graph: fx.Graph) -> str:
 
 def _line(node: fx.Node) -> str:
     if node.op == "placeholder":
-        value = node.meta.get("value")
-        return f"{node.name}: {value.kind} {_shape(value)}" if value else f"{node.name}: input"
+        if not is_described(node):
+            return f"{node.name}: input"
+        return f"{node.name}: {value_of(node).kind} {_shape(value_of(node))}"
     if node.op == "output":
         return f"return {node.args[0]}"
     if node.op == "get_attr":
         return f"{node.name}: weight {node.target}"
-    site = f"  # site {node.meta['site']}" if "site" in node.meta else ""
-    site += f" less {node.meta['base']}" if "base" in node.meta else ""
     kwargs = "".join(f", {key}={value}" for key, value in node.kwargs.items())
-    return f"{node.name} = {node.target}({', '.join(map(str, node.args))}{kwargs}){site}"
+    return f"{node.name} = {node.target}({', '.join(map(str, node.args))}{kwargs})"
 
 
 def _shape(value: Value) -> str:

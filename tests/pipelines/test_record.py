@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import recache_compile as rc
 from recache_compile.errors import ModelError
-from recache_compile.ir.program import Role
+from recache_compile.ir.value import Kind
 from recache_compile.pipelines.record import denoisers_of, record_examples
 from tests.conftest import PROMPT
 from tests.families import TINY
@@ -97,8 +97,8 @@ class Loop:
 @pytest.mark.parametrize("clock", ["timestep", "progress"])
 def test_inputs_that_change_from_step_to_step_get_a_role(clock: str) -> None:
     (example,) = record_examples(Loop(clock), STEPS, {})
-    own_name = {} if clock == "timestep" else {clock: Role.TIMESTEP}
-    assert example.roles == {"control": Role.LATENTS, **own_name}
+    own_name = {} if clock == "timestep" else {clock: Kind.TIMESTEP}
+    assert example.roles == {"control": Kind.LATENTS, **own_name}
     assert torch.equal(example.timesteps[clock], torch.arange(float(STEPS))[:, None])
 
 
@@ -106,7 +106,7 @@ def test_inputs_that_change_from_step_to_step_get_a_role(clock: str) -> None:
 def test_inputs_get_a_role_in_a_part_of_the_loop(start: int) -> None:
     (example,) = record_examples(Loop("timestep", start), STEPS, {})
     assert example.timesteps == {}
-    assert example.roles == ({} if start == STEPS - 1 else {"control": Role.LATENTS})
+    assert example.roles == ({} if start == STEPS - 1 else {"control": Kind.LATENTS})
 
 
 def test_a_transformer_without_weights_is_refused() -> None:

@@ -8,7 +8,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import recache_compile as rc
-from recache_compile.ir.program import Kind, Program, Value
+from recache_compile.ir.meta import describe_input, describe_outputs
+from recache_compile.ir.program import Program
+from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes.base import new_outputs
 from tests.compiler.test_build import counted
 
@@ -113,8 +115,8 @@ def test_what_belongs_to_which_table_is_told_by_facts_and_not_by_names() -> None
     output = graph.output(given[::-1])
     tables = ("first.x@second", "second.x@first")
     for node, name, table in zip(given, ("a@nothing", "b@nothing"), tables, strict=True):
-        node.meta["value"] = value(Kind.TIMESTEP, name, table)
-    output.meta["values"] = tuple(value(Kind.TABLE, f"nothing.{table}", table) for table in reversed(tables))
+        describe_input(node, value(Kind.TIMESTEP, name, table))
+    describe_outputs(output, (value(Kind.TABLE, f"nothing.{table}", table) for table in reversed(tables)))
     program = Program("prologue", fx.GraphModule({}, graph))
     outputs = new_outputs(program, [torch.zeros(2, 4), torch.zeros(5, 4)], torch.device("cpu"))
     assert [tuple(tensor.shape) for tensor in outputs] == [(5, 4), (2, 4)]

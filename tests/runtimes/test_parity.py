@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.ir.program import Role
+from recache_compile.ir.value import Kind
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.record import prompted, record_examples
 from recache_compile.runtimes.tensorrt import TensorRTForRTX
@@ -49,7 +49,7 @@ def example(name: str) -> tuple[torch.nn.Module, dict[str, Any], Mapping[str, An
         pipeline = load_pipeline("shapes")
         (first, *_) = record_examples(pipeline, NUM_STEPS, prompted(pipeline, PROMPT, {}))
         inputs = dict(first.inputs)
-        for latents in (key for key, role in first.roles.items() if role is Role.LATENTS):
+        for latents in (key for key, role in first.roles.items() if role is Kind.LATENTS):
             inputs[latents] = torch.randn_like(inputs[latents])
         return pipeline.transformer, inputs, first.roles
     case = all_cases()[name]

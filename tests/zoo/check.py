@@ -13,7 +13,7 @@ import recache_compile as rc
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.compiler import build as compiler
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.ir.program import Kind, Role
+from recache_compile.ir.value import Kind
 from tests.reference import CachedReference, changed_latents
 from tests.zoo.base import Case, Draw
 
@@ -66,7 +66,7 @@ class Checker:
         full_error = max(distance(full(step=i, **each), expected[i]) for i, each in enumerate(steps))
         cached_error = None
         if granularity in ("stack", "block"):
-            latents = compiled.variants[0].names(Role.LATENTS)
+            latents = compiled.variants[0].names(Kind.LATENTS)
             reference = CachedReference(
                 module, inputs, latents, compiled.schedules[BUDGET].recompute_steps, increments=granularity == "block"
             )
@@ -92,8 +92,8 @@ class Checker:
 
 def step_inputs(compiled: Compiled, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The arguments of one step: noisier latents, an earlier timestep, the same conditioning."""
-    times = compiled.variants[0].names(Role.TIMESTEP)
-    changed = changed_latents(inputs, compiled.variants[0].names(Role.LATENTS), 0.05 * step, seed=step)
+    times = compiled.variants[0].names(Kind.TIMESTEP)
+    changed = changed_latents(inputs, compiled.variants[0].names(Kind.LATENTS), 0.05 * step, seed=step)
 
     def earlier(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or dotted(path) not in times:

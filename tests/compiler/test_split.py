@@ -1,0 +1,52 @@
+"""What one compilation exports and copies."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import recache_compile as rc
+from recache_compile.passes import base
+from tests.conftest import NUM_STEPS, flux_inputs, tiny_flux
+
+PROGRAMS = 4
+"""At order 1: the prologue, recompute, and forecasts from one and from two anchors."""
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts calls of `torch.export.export` and copies of whole graphs by passes."""
+    counts: Counter[str] = Counter()
+    export, copied = torch.export.export, base.copy_module
+
+    def counting_export(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+        counts["exports"] += 1
+        return export(*args, **kwargs)
+
+    def counting_copy(module: fx.GraphModule) -> fx.GraphModule:
+        counts["copies"] += 1
+        return copied(module)
+
+    monkeypatch.setattr(torch.export, "export", counting_export)
+    monkeypatch.setattr(base, "copy_module", counting_copy)
+    return counts
+
+
+def compile_at_order_1(runtime: str) -> None:
+    compiled = rc.compile(tiny_flux(), flux_inputs(), (3,), NUM_STEPS, order=1, policy="uniform", runtime=runtime)
+    assert len(compiled.variants[0].programs) == PROGRAMS
+
+
+def test_a_compilation_exports_twice_and_copies_once_for_each_pattern_and_the_whole(counts: Counter[str]) -> None:
+    """The model and the prologue are exported; copied are the captured graph, and the annotated one for each pattern."""
+    compile_at_order_1("eager")
+    assert counts == {"exports": 2, "copies": 1 + (PROGRAMS - 1)}
+
+
+@pytest.mark.slow
+def test_inductor_exports_and_copies_every_program_once_more(counts: Counter[str]) -> None:
+    """The prologue is copied twice: its nodes get values for one number of rows before the passes for CPUs."""
+    compile_at_order_1("inductor")
+    assert counts == {"exports": 2 + PROGRAMS, "copies": PROGRAMS + PROGRAMS + 1}
