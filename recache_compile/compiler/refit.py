@@ -60,8 +60,8 @@ def replace_weights(
                 f"refit: {what}: {', '.join(names[:3])}{more}; engines read {', '.join(sorted(known)[:3])} ...; nothing was"
                 " changed"
             )
-    with torch.no_grad():
-        for name in known & set(state_dict):
+    for name in known & set(state_dict):
+        with torch.no_grad(), torch.inference_mode(weights[name].is_inference()):  # whatever mode the caller is in
             weights[name].copy_(state_dict[name])
 
 

@@ -11,9 +11,10 @@ import torch
 from recache_compile.artifact.store import check_writable
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.config import CompileConfig
-from recache_compile.errors import ArtifactError
+from recache_compile.errors import ArtifactError, ModelError
 from recache_compile.evaluation.measure import Measured, compare, unmeasured
 from recache_compile.evaluation.picture import save_comparison
+from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.load import absolute, load_pipeline
 from recache_compile.pipelines.prompts import captions_for
@@ -113,8 +114,7 @@ def compile_model(request: CompileRequest, folder: Path, runtime: Runtime) -> Co
     captions = request.prompts or captions_for(pipeline)
     shapes = request.shapes
     log.info("checking the prompts")
-    for caption in captions[1:]:  # compiling records the first
-        record_examples(pipeline, config.num_steps, prompted(pipeline, caption, shapes[0]), config.component)
+    check_prompts(pipeline, captions, shapes[0], config)
     compiled = _compiled(request, pipeline, captions, runtime)
     log.info("writing %s", folder)
     compiled.save(folder)
@@ -127,6 +127,32 @@ def compile_model(request: CompileRequest, folder: Path, runtime: Runtime) -> Co
         return Compilation(compiled, tuple(measured), folder, None, "no picture: the pipeline makes no images")
     save_comparison(pictures, compiled.schedules, captions, picture)
     return Compilation(compiled, tuple(measured), folder, picture)
+
+
+def check_prompts(pipeline: Any, captions: Sequence[str], call: Mapping[str, Any], config: CompileConfig) -> None:
+    """Raise `ModelError` unless the engines for the first prompt fit all of them.
+
+    Args:
+        pipeline: calls its transformer with what it makes of a prompt.
+        captions: the prompts.
+        call: further arguments of the pipeline.
+        config: tells the steps and the component.
+    """
+    kinds = [
+        {
+            call_kind(named_leaves(example.inputs))
+            for example in record_examples(
+                pipeline, config.num_steps, prompted(pipeline, caption, call), config.component
+            )
+        }
+        for caption in captions
+    ]
+    for caption, kind in zip(captions, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ModelError(
+                f"prompt {caption!r}: the transformer is called with other shapes than for {captions[0]!r}; engines have"
+                " one length of text: choose prompts of one length, or have the pipeline pad them (max_sequence_length)"
+            )
 
 
 def check_output(folder: Path) -> Path:

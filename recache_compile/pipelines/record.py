@@ -17,6 +17,7 @@ from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.ir.value import Kind
+from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; a second one is called `transformer_2`."""
@@ -65,11 +66,14 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
         step to step.
 
     Raises:
-        ModelError: the pipeline cannot be called so, or never called the transformer.
+        ModelError: the pipeline cannot be called so, never called the transformer, or makes
+            more steps than were asked for.
     """
     check_modes()
     denoiser_of(pipeline, component)
-    arguments = _accepted(pipeline, {"num_inference_steps": num_steps, "output_type": "latent"}) | dict(call)
+    arguments = _accepted(pipeline, {"num_inference_steps": num_steps, "output_type": "latent"}) | with_own_generators(
+        call
+    )
     if not any(name.startswith(("prompt", "class_labels")) for name in call):
         arguments |= _accepted(pipeline, {"prompt": ""})
     try:
@@ -86,6 +90,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
         ) from error
     if not recorders[component].calls:
         raise ModelError(f"{type(pipeline).__name__}: never called its {component}")
+    check_length(getattr(pipeline, "scheduler", None), num_steps)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for inputs in recorders[component].calls:
         groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
@@ -137,6 +142,26 @@ def _recording(module: nn.Module) -> Iterator[CallRecorder]:
         del module.forward
         if own is not None:
             module.forward = own  # type: ignore[method-assign]
+
+
+def with_own_generators(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with generators in the same state, so that the caller's do not move on."""
+    return pytree.tree_map_only(torch.Generator, _copied, dict(call))  # type: ignore[no-any-return]
+
+
+def _copied(generator: torch.Generator) -> torch.Generator:
+    copied = torch.Generator(generator.device)
+    copied.set_state(generator.get_state())
+    return copied
+
+
+def check_length(scheduler: Any, num_steps: int) -> None:
+    """Raise `ModelError` where a scheduler that has run made more steps of the number that it was asked for."""
+    timesteps, asked = getattr(scheduler, "timesteps", None), getattr(scheduler, "num_inference_steps", None)
+    if timesteps is None or asked is None or len(timesteps) <= num_steps:
+        return
+    if not (len(timesteps) == num_steps + 1 and has_spare_timestep(scheduler)):
+        raise ModelError(remedy_for_length(scheduler, num_steps))
 
 
 def prompted(pipeline: Any, prompt: str | list[str], call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:
@@ -201,7 +226,8 @@ def _usual_role(name: str) -> Kind:
 def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments that the pipeline's call has a parameter for."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    return {name: value for name, value in arguments.items() if name in parameters}
+    is_modular = any(kind.__name__ == "ModularPipeline" for kind in type(pipeline).__mro__)  # takes what its blocks do
+    return {name: value for name, value in arguments.items() if name in parameters or is_modular}
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class StepTracker:
         self._check_length(scheduler, in_call)
         if self._told is not None:
             return self._told
-        index = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "step_index", getattr(scheduler, "counter", None))
         if index is None:
             return self._first_or_found(scheduler, leaves)
         if not in_call:  # else the table is not looked at: on a GPU, reading a timestep would stall the loop
@@ -78,10 +78,7 @@ class StepTracker:
         steps, compiled = len(scheduler.timesteps), self._num_steps
         spare = getattr(scheduler, "num_inference_steps", None) == compiled == steps - 1
         if steps != compiled and not (spare and has_spare_timestep(scheduler)):
-            raise MismatchError(
-                f"the pipeline runs {steps} steps, but {compiled} were compiled: {_remedy(scheduler, compiled)}"
-                + ("" if in_call else f" (or {ELSEWHERE})")
-            )
+            raise MismatchError(remedy_for_length(scheduler, compiled) + ("" if in_call else f" (or {ELSEWHERE})"))
 
     def _first_or_found(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
         """The step where the scheduler does not tell one: its first, or where the timestep is in its table."""
@@ -130,12 +127,13 @@ def has_spare_timestep(scheduler: Any) -> bool:
     return bool(scheduler.timesteps[-1] == 0)
 
 
-def _remedy(scheduler: Any, compiled: int) -> str:
-    """What to do where the number of steps is not the compiled one."""
+def remedy_for_length(scheduler: Any, compiled: int) -> str:
+    """What is wrong, and what to do, where the number of steps is not the compiled one."""
     steps, asked = len(scheduler.timesteps), getattr(scheduler, "num_inference_steps", None)
+    wrong = f"the pipeline runs {steps} steps, but {compiled} were compiled"
     if asked in (None, steps):
-        return f"pass num_inference_steps={compiled}, or compile with num_steps={steps}"
+        return f"{wrong}: pass num_inference_steps={compiled}, or compile with num_steps={steps}"
     return (
-        f"{type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
+        f"{wrong}: {type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with num_steps={steps} and"
         f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
     )

@@ -190,7 +190,8 @@ def calibrate_pipeline(pipeline: Any, engines: Engines, calls: Sequence[Mapping[
         samples = _samples(call)
         prompt = call.get("prompt", "")
         prompts = tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
-        rest = {name: value for name, value in call.items() if name != "prompt"}
+        own = ("prompt", "latents", "generator")  # given noise would make all generations the same
+        rest = {name: value for name, value in call.items() if name not in own}
         rollouts = Rollouts(pipeline, engines, rest)
         found.append(rollouts.calibrate(Batch(prompts, tuple(range(seed, seed + samples)))))
         seed += samples
