@@ -32,9 +32,9 @@ INPUTS = example(Attention())
 
 
 def specialised(
-    module: torch.nn.Module, row: SitePattern = (0,), granularity: Granularity = Granularity.OUTPUT
+    module: torch.nn.Module, pattern: SitePattern = (0,), granularity: Granularity = Granularity.OUTPUT
 ) -> Program:
-    return run_passes(annotated(module, granularity), (Specialise(row),))
+    return run_passes(annotated(module, granularity), (Specialise(pattern),))
 
 
 def hoisted(forward: Forward) -> tuple[Program, PassResult]:
