@@ -6,6 +6,7 @@ from math import prod
 from typing import ClassVar
 
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import (
@@ -52,8 +53,8 @@ class Hoist(Pass):
     name: ClassVar[str] = "hoist"
     requires: ClassVar[tuple[str, ...]] = ("specialise",)
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         graph = module.graph
         times = binding_times(graph)
         crossing = affordable_boundary(graph, self.row_bytes)

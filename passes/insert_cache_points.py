@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import by_origin
@@ -30,8 +31,8 @@ class InsertCachePoints(Pass):
         """How many sites; which they are is in the graph."""
         return f"sites={len(self.sites)}"
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         nodes = by_origin(module.graph)
         wanted = {origin for site in self.sites for origin in (site.node, site.base) if origin is not None}
         if missing := wanted - set(nodes):

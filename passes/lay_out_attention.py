@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
@@ -29,8 +30,8 @@ class LayOutAttention(Pass):
     min_queries: int = MIN_QUERIES
     name: ClassVar[str] = "lay-out-attention"
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         modified = False
         for node in list(module.graph.nodes):
             if packet(node) is aten.scaled_dot_product_attention and self._is_long(node):

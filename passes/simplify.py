@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from typing_extensions import override
 
 from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass
@@ -22,8 +23,8 @@ class Simplify(Pass):
 
     name: ClassVar[str] = "simplify"
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         removed = remove_identities(module.graph)
         merged = merge_equal_calls(module.graph)
         before = len(module.graph.nodes)

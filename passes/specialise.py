@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, values_of
@@ -31,8 +32,8 @@ class Specialise(Pass):
     name: ClassVar[str] = "specialise"
     requires: ClassVar[tuple[str, ...]] = ("insert-cache-points",)
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         graph = module.graph
         points = graph.find_nodes(op="call_function", target=CACHE_POINT)
         if len(points) != len(self.pattern):

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
@@ -22,8 +23,8 @@ class SplitBias(Pass):
 
     name: ClassVar[str] = "split-bias"
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         found = [node for node in module.graph.nodes if _has_bias(node)]
         for node in found:
             value, weight, bias = node.args

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from typing_extensions import override
 
 from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass, call
@@ -27,8 +28,8 @@ class WriteOutGelu(Pass):
 
     name: ClassVar[str] = "write-out-gelu"
 
+    @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        """See the class."""
         found = [node for node in module.graph.nodes if _is_tanh_gelu(node)]
         for node in found:
             with module.graph.inserting_before(node):

@@ -144,14 +144,14 @@ class Tables:
     def _fill(self, steps: Sequence[int], tensors: Mapping[str, Tensor], min_rows: int) -> None:
         """One call of the prologue."""
         program = self._variant.programs["prologue"]
-        readers: dict[str, list[int]] = {}
+        readers: dict[str | None, list[int]] = {}
         for step in steps:
             for table in self._every or (self._tables[step],):
                 readers.setdefault(table, []).append(step)
         arguments = []
         for value in program.inputs:
             if value.kind is Kind.TIMESTEP:
-                assert value.source is not None and value.table is not None
+                assert value.source is not None
                 column = self._timesteps[value.source]
                 stack = [tensor for step in readers.get(value.table, steps[:1]) if (tensor := column[step]) is not None]
                 arguments.append(torch.stack([*stack, *stack[:1] * (min_rows - len(stack))]))
@@ -162,5 +162,5 @@ class Tables:
             if value.kind is Kind.FIXED:
                 self._fixed[value.table, value.source] = result
                 continue
-            for step, row in zip(readers.get(value.table or "", ()), result, strict=False):
+            for step, row in zip(readers.get(value.table, ()), result, strict=False):
                 self._rows[step, value.table, value.source] = row

@@ -190,7 +190,7 @@ def measure_redundancy(setting: Setting, pipeline: Any) -> Redundancy | None:
         program = blocks.variants[0].programs["recompute"]
         results: Any = program.module.graph.output_node().args[0]
         features = [
-            (_block_of(node), value.shape)
+            (_owner_of(node), value.shape)
             for node, value in zip(results, program.outputs, strict=True)
             if value.kind is Kind.FEATURE
         ]
@@ -206,7 +206,7 @@ def measure_redundancy(setting: Setting, pipeline: Any) -> Redundancy | None:
     return Redundancy(tuple(names), tuple(map(tuple, changes.changes())))
 
 
-def _block_of(feature: fx.Node) -> str:
+def _owner_of(feature: fx.Node) -> str:
     """Name of the block that made a feature: "transformer_blocks.3"."""
     node = feature
     while node.all_input_nodes:

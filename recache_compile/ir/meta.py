@@ -80,10 +80,15 @@ def keep_in_step(node: fx.Node) -> None:
 
 
 def number_nodes(graph: fx.Graph) -> None:
-    """Give every node an origin that has none yet: a number that no node has which is not a copy of it."""
+    """Give every node an origin that has none yet: a number that only its copies in other graphs have.
+
+    A copy in the same graph gets a number of its own.
+    """
+    taken: set[int] = set()
     for node in graph.nodes:
-        if _ORIGIN not in node.meta:
+        if node.meta.get(_ORIGIN) is None or node.meta[_ORIGIN] in taken:
             node.meta[_ORIGIN] = next(_ORIGINS)
+        taken.add(node.meta[_ORIGIN])
 
 
 def origin_of(node: fx.Node) -> int | None:

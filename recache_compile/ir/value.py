@@ -9,8 +9,9 @@ import torch
 class Kind(StrEnum):
     """What a program's input or output is.
 
-    The first three tell how often an input of the model changes: they are its roles.  A prologue's outputs are of kind TABLE (rows, size) or FIXED (size,); the step programs
-    read a TABLE_ROW (size,) of the one, and the other as it is.
+    The first three tell how often an input of the model changes: they are its roles.  A
+    prologue's outputs are of kind TABLE (rows, size) or FIXED (size,); the step programs read a
+    TABLE_ROW (size,) of the one, and the other as it is.
     """
 
     LATENTS = "latents"

@@ -85,6 +85,16 @@ def test_a_node_and_its_copies_have_one_origin_and_no_other_node_has_it(graph: f
     assert not set(by_origin(other)) & set(again)
 
 
+def test_a_copy_in_the_same_graph_has_an_origin_of_its_own(graph: fx.Graph) -> None:
+    number_nodes(graph)
+    _, negative, output = graph.nodes
+    origin = origin_of(negative)
+    with graph.inserting_before(output):
+        twin = graph.node_copy(negative, lambda node: node)
+    number_nodes(graph)
+    assert origin_of(negative) == origin != origin_of(twin)
+
+
 @pytest.mark.parametrize(
     ("paths", "containers", "block"),
     [

@@ -32,9 +32,9 @@ INPUTS = example(Attention())
 
 
 def specialised(
-    module: torch.nn.Module, row: SitePattern = (0,), granularity: Granularity = Granularity.OUTPUT
+    module: torch.nn.Module, pattern: SitePattern = (0,), granularity: Granularity = Granularity.OUTPUT
 ) -> Program:
-    return run_passes(annotated(module, granularity), (Specialise(row),))
+    return run_passes(annotated(module, granularity), (Specialise(pattern),))
 
 
 def hoisted(forward: Forward) -> tuple[Program, PassResult]:
@@ -362,3 +362,11 @@ def test_what_depends_on_the_conditioning_alone_is_hoisted_whatever_the_limit() 
 def test_the_limit_changes_no_value(module: torch.nn.Module, row_bytes: int | None) -> None:
     program = specialised(module)
     assert_same(program, Hoist(row_bytes)(program).program)
+
+
+def test_a_value_that_was_not_captured_is_refused() -> None:
+    """Its number links it to the captured program, in which the prologue computes it."""
+    nodes = [fx.Graph().placeholder("nowhere")]
+    set_result(nodes[0], torch.empty(2, device="meta"))
+    with pytest.raises(PassError, match="node nowhere is of no captured program"):
+        layout(nodes)

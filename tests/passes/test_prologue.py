@@ -51,7 +51,7 @@ def split_of(forward: Forward, inputs: dict[str, Tensor] = INPUTS) -> tuple[Spli
 
 @pytest.fixture(scope="module")
 def attention() -> Split:
-    return split(Attention(), rows=((0,), (2,)))
+    return split(Attention(), patterns=((0,), (2,)))
 
 
 def forward_of_both(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:

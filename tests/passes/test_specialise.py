@@ -34,8 +34,8 @@ def history(program: Program, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def specialised(module: nn.Module, row: SitePattern, granularity: Granularity = Granularity.STACK) -> Program:
-    return Specialise(row)(annotated(module, granularity)).program
+def specialised(module: nn.Module, pattern: SitePattern, granularity: Granularity = Granularity.STACK) -> Program:
+    return Specialise(pattern)(annotated(module, granularity)).program
 
 
 def names(program: Program) -> tuple[list[str], list[str]]:
@@ -131,7 +131,7 @@ def test_cached_step_at_output_granularity_runs_no_model_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "inputs", "outputs"),
+    ("pattern", "inputs", "outputs"),
     [
         ((0, 0, 0), ["hidden_states", "timestep"], ["prediction_0", "feature_0", "feature_1", "feature_2"]),
         ((1, 1, 1), ["coefficients", "history_0_0", "history_1_0", "history_2_0"], ["prediction_0"]),
@@ -142,27 +142,29 @@ def test_cached_step_at_output_granularity_runs_no_model_at_all() -> None:
         ),
     ],
 )
-def test_three_sites_follow_their_entry_of_the_row(row: SitePattern, inputs: list[str], outputs: list[str]) -> None:
-    assert names(specialised(Heads(3), row)) == (inputs, outputs)
+def test_three_sites_follow_their_entry_of_the_pattern(
+    pattern: SitePattern, inputs: list[str], outputs: list[str]
+) -> None:
+    assert names(specialised(Heads(3), pattern)) == (inputs, outputs)
 
 
-@pytest.mark.parametrize("row", [(0, 2), (2, 0), (1, 2)])
-def test_mixed_rows_compute_each_site_by_its_own_rule(row: SitePattern) -> None:
+@pytest.mark.parametrize("pattern", [(0, 2), (2, 0), (1, 2)])
+def test_mixed_patterns_compute_each_site_by_its_own_rule(pattern: SitePattern) -> None:
     module = Heads(2)
-    program = specialised(module, row)
+    program = specialised(module, pattern)
     inputs, held, weights = example(module), history(program), torch.tensor([1.5, -0.5])
     features = [
         sum(weights[slot] * held[f"history_{site}_{slot}"] for slot in range(anchors))
         if anchors
         else module.blocks[site](inputs["hidden_states"], inputs["timestep"])
-        for site, anchors in enumerate(row)
+        for site, anchors in enumerate(pattern)
     ]
     results = call(program, {**inputs, **held, "coefficients": weights})
     torch.testing.assert_close(results.pop("prediction_0"), torch.cat(features, -1))
     for name, feature in results.items():
         torch.testing.assert_close(feature, features[int(name.removeprefix("feature_"))])
     (coefficients,) = [value for value in program.inputs if value.kind is Kind.COEFFICIENTS]
-    assert coefficients == Value("coefficients", Kind.COEFFICIENTS, (max(row),), torch.float32)
+    assert coefficients == Value("coefficients", Kind.COEFFICIENTS, (max(pattern),), torch.float32)
 
 
 def test_sites_in_a_chain_keep_the_recomputed_one_downstream_of_the_forecast() -> None:
@@ -236,16 +238,16 @@ def test_other_results_stay_results() -> None:
 def test_the_given_program_stays_as_it_was() -> None:
     program = annotated(Heads(2))
     before, facts = show(program), (program.inputs, program.outputs)
-    for row in ((0, 0), (2, 2), (0, 1)):
-        assert Specialise(row)(program).modified
+    for pattern in ((0, 0), (2, 2), (0, 1)):
+        assert Specialise(pattern)(program).modified
     assert (show(program), (program.inputs, program.outputs)) == (before, facts)
 
 
-@pytest.mark.parametrize("row", [(), (0,), (0, 0, 0, 0)])
-def test_a_row_of_another_length_is_refused(row: SitePattern) -> None:
-    message = rf"pass specialise on capture: the pattern has {len(row)} entries, the graph 3 cache sites"
+@pytest.mark.parametrize("pattern", [(), (0,), (0, 0, 0, 0)])
+def test_a_pattern_of_another_length_is_refused(pattern: SitePattern) -> None:
+    message = rf"pass specialise on capture: the pattern has {len(pattern)} entries, the graph 3 cache sites"
     with pytest.raises(PassError, match=message):
-        Specialise(row)(annotated(Heads(3)))
+        Specialise(pattern)(annotated(Heads(3)))
 
 
 def test_cache_points_must_have_been_inserted() -> None:
@@ -279,9 +281,9 @@ class Added(nn.Module):
         return self.block.linear(hidden * scale)
 
 
-def residual(module: nn.Module, row: SitePattern, inputs: dict[str, Tensor] | None = None) -> Program:
+def residual(module: nn.Module, pattern: SitePattern, inputs: dict[str, Tensor] | None = None) -> Program:
     """A step program that caches what every block adds."""
-    return Specialise(row)(annotated(module, Granularity.BLOCK, inputs)).program
+    return Specialise(pattern)(annotated(module, Granularity.BLOCK, inputs)).program
 
 
 def test_a_recomputed_site_with_a_base_returns_the_difference() -> None:
@@ -337,20 +339,20 @@ def test_recompute_with_bases_is_exact() -> None:
         hidden = after
 
 
-@pytest.mark.parametrize("row", [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 0), (2, 0, 1), (1, 2, 0)])
-def test_rows_with_bases_follow_the_stream_block_by_block(row: SitePattern) -> None:
+@pytest.mark.parametrize("pattern", [(0, 0, 0), (1, 1, 1), (2, 2, 2), (0, 2, 0), (2, 0, 1), (1, 2, 0)])
+def test_patterns_with_bases_follow_the_stream_block_by_block(pattern: SitePattern) -> None:
     """What a block reads and adds to is what the step made before it, computed or forecast."""
     module = Plain(3)
-    program = residual(module, row)
+    program = residual(module, pattern)
     inputs, held, weights = example(module), history(program), torch.tensor([1.5, -0.5])
     hidden, features = inputs["hidden_states"], {}
-    for site, anchors in enumerate(row):
+    for site, anchors in enumerate(pattern):
         if anchors:
             added = sum(weights[slot] * held[f"history_{site}_{slot}"] for slot in range(anchors))
         else:
             added = features[f"feature_{site}"] = Added(module, site)(hidden, inputs["timestep"].sin())
         hidden = hidden + added
-    results = call(program, {**inputs, **held, "coefficients": weights[: max(row)]})
+    results = call(program, {**inputs, **held, "coefficients": weights[: max(pattern)]})
     torch.testing.assert_close(results.pop("prediction_0"), module.out(hidden))
     torch.testing.assert_close(results, features)
 

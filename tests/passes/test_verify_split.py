@@ -37,15 +37,15 @@ def tied(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Te
 
 @pytest.fixture(scope="module")
 def parts() -> Split:
-    return split(Attention(), rows=((0,), (2,)))
+    return split(Attention(), patterns=((0,), (2,)))
 
 
 def test_what_hoist_and_build_prologue_make_is_accepted(parts: Split) -> None:
     verify(parts)
 
 
-def test_mixed_rows_are_accepted() -> None:
-    verify(split(Heads(2), rows=((0, 0), (0, 2), (2, 0), (2, 2))))
+def test_mixed_patterns_are_accepted() -> None:
+    verify(split(Heads(2), patterns=((0, 0), (0, 2), (2, 0), (2, 2))))
 
 
 def test_a_model_with_nothing_to_hoist_is_accepted() -> None:

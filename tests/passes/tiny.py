@@ -164,15 +164,17 @@ class Split:
 
 def split(
     module: nn.Module,
-    rows: Sequence[SitePattern] = ((0,),),
+    patterns: Sequence[SitePattern] = ((0,),),
     granularity: Granularity = Granularity.STACK,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Split:
-    """Cut a module in two; `rows` must read different tables."""
+    """Cut a module in two; `patterns` must read different tables."""
     whole = annotated(module, granularity, inputs)
     steps = {
-        table_name(row): run_passes(whole, (Specialise(row), Hoist(), Simplify())).renamed(pattern_name(row))
-        for row in rows
+        table_name(pattern): run_passes(whole, (Specialise(pattern), Hoist(), Simplify())).renamed(
+            pattern_name(pattern)
+        )
+        for pattern in patterns
     }
     return Split(whole, build_prologue(whole, steps), steps)
 
