@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class RecacheError(Exception):
-    """Something the user can mend."""
+    """Something that the user can put right."""
 
 
 class ScheduleError(RecacheError):

@@ -108,7 +108,7 @@ class Inductor(Runtime):
                 )
         except (CppCompileError, InductorError) as error:
             raise RuntimeUnavailableError(
-                f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or mend the"
+                f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or repair the"
                 f" compiler: {str(error).strip().splitlines()[-1]}"
             ) from error
 

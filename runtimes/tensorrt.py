@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.ir.program import MIN_ROWS, Program
@@ -211,28 +212,28 @@ class TensorRT(TensorRTBase):
     version_compatible: bool = False
     hardware_compatible: bool = False
 
+    @override
     def build_requirements(self, device: torch.device) -> Mapping[str, str]:
-        """See `TensorRTBase`."""
         gpu = "sm80+" if self.hardware_compatible else capability(device)
         return {self.name: self.trt().__version__ + "+" * self.version_compatible, "gpu": gpu}
 
+    @override
     def check_options(self) -> None:
-        """See `TensorRTBase`."""
         if not torch.cuda.is_available():
             raise RuntimeUnavailableError(
                 f"runtime {self.name}: builds on a GPU and finds none; choose runtime tensorrt_rtx, which needs none"
             )
 
+    @override
     def configure(self, config: Any) -> None:
-        """See `TensorRTBase`."""
         trt = self.trt()
         if self.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if self.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
+    @override
     def context_config(self, engine: Any) -> Any:
-        """See `TensorRTBase`."""
         return self.trt().ExecutionContextAllocationStrategy.USER_MANAGED
 
     @contextlib.contextmanager
@@ -273,13 +274,13 @@ class TensorRTForRTX(TensorRTBase):
     optimization_level: int | None = None
     tf32: bool = False
 
+    @override
     def build_requirements(self, device: torch.device) -> Mapping[str, str]:
-        """See `TensorRTBase`."""
         gpus = self._wanted() or (capability(device),)
         return {self.name: self.trt().__version__, "gpu": " or ".join(gpus)}
 
+    @override
     def check_options(self) -> None:
-        """See `TensorRTBase`."""
         if isinstance(self.targets, str):
             raise RuntimeUnavailableError(
                 f"runtime {self.name}: targets {self.targets!r}: expected several, as ('sm89',)"
@@ -290,8 +291,8 @@ class TensorRTForRTX(TensorRTBase):
                     f"runtime {self.name}: target {target!r} is unknown; choose among {', '.join(self._known())}"
                 )
 
+    @override
     def configure(self, config: Any) -> None:
-        """See `TensorRTBase`."""
         trt = self.trt()
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else nothing can be captured in a CUDA graph
         wanted = [target.upper() for target in self._wanted()] or ["CURRENT"]
@@ -299,8 +300,9 @@ class TensorRTForRTX(TensorRTBase):
         for at, target in enumerate(wanted):
             config.set_compute_capability(getattr(trt.ComputeCapability, target), at)
 
+    @override
     def context_config(self, engine: Any) -> Any:
-        """See `TensorRTBase`; contexts share the kernels that they compile, and choose them once."""
+        """Contexts share the kernels that they compile, and choose them once."""
         trt = self.trt()
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -1,4 +1,4 @@
-"""Fuse adapters (LoRA and its kin, as `peft` puts them into a module) before capturing."""
+"""Fuse adapters (LoRA and others that `peft` puts into a module) before capturing."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Trace a module with `torch.export`, and cure what only stops export because inputs are unknown.
+"""Trace a module with `torch.export`, and remedy what stops export only because inputs are unknown.
 
 A model whose Python code reads the values of inputs, to decide by them or to make sizes of
 them, cannot be exported for all values.  Where these inputs belong to the conditioning they
@@ -83,7 +83,7 @@ def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:
     if read:
         message += (
             f" (the model's code decides by values computed from {', '.join(sorted(read))}, which change from step to"
-            " step; only a change of that code would cure it)"
+            " step; only a change of that code would help)"
         )
     return message
 

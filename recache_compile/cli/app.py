@@ -1,4 +1,4 @@
-"""The command line: `recache-compile MODEL --budgets 5,10,15` and its sisters."""
+"""The command line: `recache-compile MODEL --budgets 5,10,15` and the other commands."""
 
 import signal
 import sys

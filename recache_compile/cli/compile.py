@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
 )
-@click.option("--cuda-graphs", is_flag=True, help="ReplayDispatcher CUDA graphs instead of calling engines.")
+@click.option("--cuda-graphs", is_flag=True, help="Replay CUDA graphs instead of calling engines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @tensorrt_options
 def compile_command(

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import click
+from typing_extensions import override
 
 from recache_compile.errors import ModelError, ScheduleError
 
@@ -17,8 +18,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, what: str, minimum: int | None = None) -> None:
         self.what, self.minimum = what, minimum
 
+    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """See `click.ParamType`."""
         if isinstance(value, tuple):
             return value
         try:
@@ -42,8 +43,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
     name = "WIDTHxHEIGHT"
 
+    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """See `click.ParamType`."""
         width, _, height = str(value).partition("x")
         if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
             raise ModelError(f"size {value!r}: expected WIDTHxHEIGHT in pixels, such as 1024x768")
@@ -56,10 +57,10 @@ def check_call(call: dict[str, Any], batch: tuple[int, ...]) -> None:
     Raises:
         ModelError: naming the argument.
     """
-    own = {"num_inference_steps": "--steps", "generator": "--seed", "output_type": "nothing: pictures are compared"}
-    for name, option in own.items():
+    own = {"num_inference_steps": "use --steps", "generator": "use --seed", "output_type": "pictures are compared"}
+    for name, reason in own.items():
         if name in call:
-            raise ModelError(f"call: {name} is not yours to set; use {option}")
+            raise ModelError(f"call: {name} cannot be set here; {reason}")
     if batch != (1,) and any(name.startswith("prompt") for name in call):
         raise ModelError("call: with a prompt of its own, its batch is the batch; leave --batch out")
 
@@ -72,7 +73,7 @@ def check_many_prompts(call: dict[str, Any], workers: int, ray_address: str | No
     """
     check_call(call, (1,))
     if any(name.startswith("prompt") for name in call):
-        raise ModelError("call: a prompt is not yours to set; use --prompts, a file with many")
+        raise ModelError("call: a prompt cannot be set here; use --prompts, a file with many")
     if ray_address and not workers:
         raise ModelError("--ray-address: name the number of its processes too, --workers N")
 
@@ -82,8 +83,8 @@ class JsonObject(click.ParamType):  # type: ignore[type-arg]
 
     name = "JSON"
 
+    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        """See `click.ParamType`."""
         try:
             parsed = json.loads(value)
         except ValueError as error:

@@ -19,9 +19,7 @@ from recache_compile.cli.console import SEED, say, showing_stages
 @click.option(
     "--offload-prologue", is_flag=True, help="Keep weights that only the prologue reads in the host's memory."
 )
-@click.option(
-    "--cuda-graphs/--no-cuda-graphs", default=None, help="ReplayDispatcher CUDA graphs.  [default: as compiled]"
-)
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay CUDA graphs.  [default: as compiled]")
 def run_command(
     artifact: Path,
     caption: str,

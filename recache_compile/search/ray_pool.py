@@ -69,7 +69,7 @@ class Worker:
         self._folder, self._place = folder, place
 
     @functools.cached_property
-    def _workplace(self) -> TaskRunner:
+    def _task_runner(self) -> TaskRunner:
         """Loaded by the first call, not by the constructor: Ray hands on a call's errors as they are."""
         if not self._folder.is_dir():
             raise ArtifactError(
@@ -80,7 +80,7 @@ class Worker:
 
     def run(self, piece: tuple[Any, ...]) -> list[Any]:
         """The results of a piece of work; without any, the model is loaded at least."""
-        return list(self._workplace.run(piece))
+        return list(self._task_runner.run(piece))
 
 
 class RayPool:
@@ -205,7 +205,7 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
     """Join a running cluster, or start one with room for the workers, however few cores there are."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no statistics to Ray's developers
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
         return
     try:

@@ -1,4 +1,4 @@
-"""Tracing: what the model's code reads, constants of the conditioning, and what cannot be cured."""
+"""Tracing: what the model's code reads, constants of the conditioning, and what has no remedy."""
 
 from typing import Any
 
