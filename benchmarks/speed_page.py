@@ -59,7 +59,8 @@ def loop_part(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     what = (
         f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, {result['rounds']} rounds"
-        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷ {result['macs_reduction']:.2f}:"
+        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷"
+        f" {result['macs_reduction']:.2f}:"
     )
     columns = (
         "runtime", "built in", "recompute step", "cached step", "prologue", "generation / ideal", "disk / weights",
@@ -109,9 +110,11 @@ def quality_part(result: Mapping[str, Any]) -> str:
     )
     columns = ("", "k", "MACs", "speed", *names, *(f"loss in {name}" for name in losses), "target")
     return (
-        f"`{evaluated.command}`: {evaluated.samples} captions, {evaluated.batch_size} at a time, T = {evaluated.num_steps},"
+        f"`{evaluated.command}`: {evaluated.samples} captions, {evaluated.batch_size} at a time, T ="
+        f" {evaluated.num_steps},"
         f" {evaluated.forecaster} order {evaluated.order}. {evaluated.date}, {evaluated.machine}, torch"
-        f" {evaluated.versions['torch']} ([numbers](../benchmarks/results/evaluate-shapes.json)). fid is the distance to"
+        f" {evaluated.versions['torch']} ([numbers](../benchmarks/results/evaluate-shapes.json)). fid is the distance"
+        f" to"
         f" {evaluated.reference}, in features of the shipped classifier; {UNSURE}.\n\n{table(columns, rows)}\n\n{told}"
     )
 
@@ -141,7 +144,8 @@ def bench_part(result: Mapping[str, Any]) -> str:
         if name in result["versions"]
     )
     peer = (
-        f"\n\nOurs is **{result['times_faster']:.2f} times** as fast as the fastest other cache ({result['best_peer']})."
+        f"\n\nOurs is **{result['times_faster']:.2f} times** as fast as the fastest other cache"
+        f" ({result['best_peer']})."
         if "times_faster" in result
         else ""
     )
@@ -155,7 +159,8 @@ def bench_part(result: Mapping[str, Any]) -> str:
         "graphs / breaks / recompiles", "held",
     )  # fmt: skip
     return (
-        f"### {name}\n\n`recache-compile bench {name} --rounds {result['rounds']}`: {MODELS[name]}; T = {request['num_steps']},"
+        f"### {name}\n\n`recache-compile bench {name} --rounds {result['rounds']}`: {MODELS[name]}; T ="
+        f" {request['num_steps']},"
         f" k = {request['budget']} ({steps}), {request['dtype']}. {result['date']}, {result['machine']}, {versions}"
         f" ([numbers](../benchmarks/results/bench-{name}.json)).\n\n{table(columns, rows)}{peer}{failed}"
     )

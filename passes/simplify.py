@@ -19,7 +19,7 @@ _CHECKS = {aten._assert_tensor_metadata, aten._assert_async, aten._assert_scalar
 
 @dataclass(frozen=True, slots=True)
 class Simplify(Pass):
-    """Drop identities, no-op casts and reshapes, inference-time dropout and checks; merge equal calls; remove dead code."""
+    """Drop identities, no-op casts and reshapes, inference-time dropout and checks; merge equal calls; no dead code."""
 
     name: ClassVar[str] = "simplify"
 

@@ -132,7 +132,7 @@ class Search:
         return evaluated
 
     def candidates(self, problem: Problem, budget: int, known: Iterable[Schedule] = ()) -> list[Schedule]:
-        """The shortlist: the surrogate's best or random schedules, changed schedules of other budgets, and those of rules.
+        """The shortlist: the surrogate's best or random schedules, those of other budgets changed, and those of rules.
 
         Rules are the uniform and front-loaded ones and, with a calibration, those of DPCache,
         LeMiCa, MagCache and TeaCache.

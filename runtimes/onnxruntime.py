@@ -124,7 +124,8 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
     provider = PROVIDERS.get(device.type)
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
-            f"runtime onnxruntime: this onnxruntime has no {provider or 'provider'} for {device}; pip install onnxruntime-gpu"
+            f"runtime onnxruntime: this onnxruntime has no {provider or 'provider'} for {device}; pip install"
+            f" onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -136,5 +137,6 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
         return onnxruntime.InferenceSession(runnable(file), options, providers=[(provider, settings)])
     except Exception as error:  # the package raises a class for each of its status codes
         raise RuntimeUnavailableError(
-            f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}; choose another --dtype or --runtime"
+            f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}; choose another --dtype or"
+            f" --runtime"
         ) from error

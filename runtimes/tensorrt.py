@@ -74,7 +74,8 @@ class TensorRTBase(Runtime, abc.ABC):
         """An engine on a GPU; elsewhere one that can only be saved."""
         if device.type != "cuda":
             return UnavailableEngine(
-                f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the artifact"
+                f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the"
+                f" artifact"
                 " and load it there"
             )
         with self.logging() as logger, _on(device):
@@ -106,7 +107,8 @@ class TensorRTBase(Runtime, abc.ABC):
                 plan = builder.build_serialized_network(network, config)
             if plan is None:
                 raise RuntimeUnavailableError(
-                    f"runtime {self.name}: {name} cannot be built: {logger.reason()}; choose another --workspace, --dtype or"
+                    f"runtime {self.name}: {name} cannot be built: {logger.reason()}; choose another --workspace,"
+                    f" --dtype or"
                     " --runtime"
                 )
             return bytes(plan)
@@ -251,7 +253,8 @@ class TensorRT(TensorRTBase):
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise RuntimeUnavailableError(
-                f"timing cache {self.timing_cache}: damaged, or of another version or GPU; remove it, or name another file"
+                f"timing cache {self.timing_cache}: damaged, or of another version or GPU; remove it, or name another"
+                f" file"
             )
         yield
         with writing(self.timing_cache) as partial:

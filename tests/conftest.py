@@ -1,5 +1,7 @@
 """Shared models and compilations: each is made once for the whole session."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from diffusers import FluxTransformer2DModel
 
 import recache_compile as rc
 from recache_compile.pipelines.load import load_pipeline
+
+_CACHE = tempfile.TemporaryDirectory(prefix="recache-tests-")
+os.environ["RECACHE_CACHE"] = _CACHE.name  # tests never write to the user's cache
 
 NUM_STEPS = 12
 RUNTIMES = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inductor", "onnxruntime"))]

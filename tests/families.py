@@ -106,7 +106,7 @@ def compile_tiny(
     """Compile a transformer of a tiny pipeline with the defaults of these tests."""
     pipeline = tiny.make()
     change(pipeline)
-    options = {"budgets": (BUDGET, STEPS), "num_steps": STEPS, "runtime": "eager"} | options
+    options = {"budgets": (BUDGET, STEPS), "num_steps": STEPS, "runtime": "eager", "policy": "uniform"} | options
     return rc.compile(pipeline, call=calls, **options)
 
 

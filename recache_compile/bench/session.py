@@ -28,7 +28,8 @@ class BenchLine:
         recompute_step, cached_step: of one step; the first of a loop is left out.
         prepare_seconds: until the first step could be called.
         first_loop: the first generation, just-in-time compilation included.
-        ideal: k recompute steps; of recache-compile, k calls of its recompute engine and one of its prologue, called alone.
+        ideal: k recompute steps; of recache-compile, k calls of its recompute engine and one of its prologue,
+            called alone.
         graphs, graph_breaks, recompiles: as Dynamo counts them.
         held_bytes: memory beyond the model's after the last round, on the device or the host.
         peak_bytes: the most memory of the process.

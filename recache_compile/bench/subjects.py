@@ -87,8 +87,11 @@ class Ours:
 
 
 ATTENTION = r"(transformer_|single_transformer_|temporal_transformer_)?blocks.*attn\d?"
-"""The attention of all blocks.  Those of `diffusers` are the same without the number: they miss attn1 and attn2, and leave
-a model that has those, Wan for one, uncached."""
+"""The attention of all blocks.
+
+Those of `diffusers` are the same without the number: they miss attn1 and attn2, and leave a model that
+has those, Wan for one, uncached.
+"""
 
 
 class TaylorSeer:
@@ -219,7 +222,7 @@ def chosen_subjects(only: str | None) -> tuple[str, ...]:
 
 
 def lone_calls(compiled: Compiled, budget: int) -> dict[str, Callable[[], Any]]:
-    """Calls of the engines on random inputs, of which the ideal is made; the prologue's tables have the rows of a budget."""
+    """Calls of the engines on random inputs, of which the ideal is made; the tables have the rows of a budget."""
     variant = compiled.variants[0]
     rows: dict[str | None, int] = {"recompute": budget, "forecast": compiled.num_steps - budget}
 

@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a program from its module, relative to the largest value; `HALF` for all smaller types."""
 HALF = 5e-2
 
-STATE = "its forward keeps state between calls, as one that a cache was patched into does; compile the model as it was loaded"
+STATE = "its forward keeps state between calls, as one with a cache patched in does; compile the model as loaded"
 
 CHANGE = 1.07
 """Factor between the latents of the example and those that the program is checked with."""
@@ -39,7 +39,8 @@ def check_untouched(module: nn.Module, who: str) -> None:
         hooks = getattr(getattr(child, "_diffusers_hook", None), "hooks", None)
         if hooks:
             raise CaptureError(
-                f"{where}: has the hooks {', '.join(hooks)} of diffusers (offloading, layerwise casting or a cache), which"
+                f"{where}: has the hooks {', '.join(hooks)} of diffusers (offloading, layerwise casting or a cache),"
+                f" which"
                 " cannot be traced; compile a pipeline that was loaded without them (caches: disable_cache())"
             )
 
@@ -49,7 +50,8 @@ def check_modes() -> None:
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             raise CaptureError(
-                f"torch.autocast is on for {device}: engines compute in the model's own types; compile and call outside of"
+                f"torch.autocast is on for {device}: engines compute in the model's own types; compile and call"
+                f" outside of"
                 " it, and load the model in bfloat16 or float16 for half precision"
             )
 
@@ -108,7 +110,8 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
     difference = _difference(list(ours), theirs)
     if difference > bound_of(theirs):
         raise CaptureError(
-            f"capture of {who}: the program differs from the model by {difference:.1e} where the latents are other ones;"
+            f"capture of {who}: the program differs from the model by {difference:.1e} where the latents are other"
+            f" ones;"
             f" {STATE}"
         )
 

@@ -60,7 +60,8 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
             ) from error
         if _attributes(given) != attributes:
             raise CaptureError(
-                f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program cannot;"
+                f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program"
+                f" cannot;"
                 " compile the calls that only read it"
             )
         # torch.export raises whatever the model's code provokes.

@@ -29,7 +29,10 @@ RUNTIME_HELP = "auto, inductor, onnxruntime, tensorrt, tensorrt_rtx or eager."
 def tensorrt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of TensorRT and TensorRT-RTX to a command, which takes them as `building`."""
     options = (
-        click.option("--target", help="tensorrt_rtx: compute capabilities to build for: sm89,sm120.  [default: this GPU, else all known from sm80 on]"),
+        click.option(
+            "--target",
+            help="tensorrt_rtx: compute capabilities: sm89,sm120.  [default: this GPU, else all known from sm80 on]",
+        ),
         click.option("--workspace", type=click.IntRange(1), help="TensorRT: MiB of scratch memory for building."),
         click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT: how long building may search."),
         click.option(

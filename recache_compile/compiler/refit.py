@@ -57,7 +57,8 @@ def replace_weights(
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"refit: {what}: {', '.join(names[:3])}{more}; engines read {', '.join(sorted(known)[:3])} ...; nothing was"
+                f"refit: {what}: {', '.join(names[:3])}{more}; engines read {', '.join(sorted(known)[:3])} ...;"
+                f" nothing was"
                 " changed"
             )
     for name in known & set(state_dict):

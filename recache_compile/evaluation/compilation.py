@@ -14,6 +14,7 @@ from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ModelError
 from recache_compile.evaluation.measure import Measured, compare, unmeasured
 from recache_compile.evaluation.picture import save_comparison
+from recache_compile.ir.schedule import check_budgets
 from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.load import absolute, load_pipeline
@@ -104,6 +105,7 @@ def compile_model(request: CompileRequest, folder: Path, runtime: Runtime) -> Co
         RecacheError: naming what cannot be done and the remedy.
     """
     config, place = request.config, torch.device(request.config.device)
+    check_budgets(request.budgets, config.num_steps)
     if request.policy != "auto":  # what that stands for depends on the pipeline
         early = choose_policy(request.policy, request.budgets, request.forecaster, request.order, config, "")
         if not early.needs_calibration:
@@ -150,7 +152,8 @@ def check_prompts(pipeline: Any, captions: Sequence[str], call: Mapping[str, Any
     for caption, kind in zip(captions, kinds, strict=True):
         if kind != kinds[0]:
             raise ModelError(
-                f"prompt {caption!r}: the transformer is called with other shapes than for {captions[0]!r}; engines have"
+                f"prompt {caption!r}: the transformer is called with other shapes than for {captions[0]!r}; engines"
+                f" have"
                 " one length of text: choose prompts of one length, or have the pipeline pad them (max_sequence_length)"
             )
 

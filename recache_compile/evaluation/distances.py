@@ -75,7 +75,7 @@ def mean_squared_error(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def dissimilarity(pictures: Tensor, reference: Tensor) -> Tensor:
-    """1 - SSIM (Wang et al., 2004; Gaussian window of 11 pixels, borders mirrored) of each picture, (batch,) float64."""
+    """1 - SSIM (Wang et al., 2004; Gaussian window of 11 pixels, mirrored borders) of pictures, (batch,) float64."""
     similarity = structural_similarity_index_measure(
         pictures.double(), reference.double(), data_range=1.0, reduction="none"
     )

@@ -147,7 +147,8 @@ class EvaluationRequest:
         facts = manifest.description
         if facts.model == facts.model_class.rpartition(".")[2]:
             raise ModelError(
-                f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's folder or"
+                f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's"
+                f" folder or"
                 " Hub id instead, with --policy and the artifact's steps"
             )
         wished = self.config or facts.config
@@ -158,7 +159,8 @@ class EvaluationRequest:
         for name, value in known.items():
             if wishes[name] not in (None, value, "auto" if name == "runtime" else value):
                 raise ModelError(
-                    f"--{OPTIONS.get(name, name)} {wishes[name]}: {self.model} was compiled with {value}; leave it out, or"
+                    f"--{OPTIONS.get(name, name)} {wishes[name]}: {self.model} was compiled with {value}; leave it"
+                    f" out, or"
                     " evaluate the model"
                 )
         device = str(usable_device(wished.device))

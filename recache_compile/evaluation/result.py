@@ -62,7 +62,8 @@ class EvaluationResult:
         samples: that values are means of.
         reference: what the Frechet distance is to; "" where it was not asked for.
         uncached: values of the uncached samples.
-        uncached_seconds: of a call of the uncached pipeline, which is not compiled, and of the engines when every step is recomputed.
+        uncached_seconds: of a call of the uncached pipeline, which is not compiled, and of the engines when
+            every step is recomputed.
         lines: by policy and budget.
         facts: about what was compiled.
         machine, versions, date, command: where, with what, when and how it was measured.

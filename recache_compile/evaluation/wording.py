@@ -13,7 +13,8 @@ def target_line(result: EvaluationResult, policy: str) -> str:
     """At which budgets a policy meets the target."""
     target = f"{TARGET_REDUCTION:g} times fewer MACs and faster at a loss up to {TARGET_LOSS:.0%}"
     if all(each.target == "unknown" for each in result.lines):
-        return f"{policy}: {target}: unknown, because nothing that counts was measured (clip, vbench, fid to real pictures)"
+        missing = "nothing that counts was measured (clip, vbench, fid to real pictures)"
+        return f"{policy}: {target}: unknown, because {missing}"
     met = [f"{each.budget}{each.target.removeprefix('pass')}" for each in result.lines if _is_met(each, policy)]
     return f"{policy}: {target}: " + (f"at k = {', '.join(met)}" if met else "at no budget")
 

@@ -72,7 +72,7 @@ def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_objects(arguments: Mapping[str, Any]) -> None:
-    """Let `torch.utils._pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
+    """Let `pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
     pending: list[Any] = [dict(arguments)]
     while pending:
         for leaf in pytree.tree_leaves(pending.pop()):

@@ -8,7 +8,8 @@ from recache_compile.models.registry import EmbeddedModel, find, find_pipeline
 
 GENERAL = (
     "a photo of a cat in a garden", "a red bicycle leaning against a brick wall", "a bowl of fruit on a wooden table",
-    "an astronaut riding a horse on the moon", "a city street at night in the rain", "a lighthouse on a cliff at sunset",
+    "an astronaut riding a horse on the moon", "a city street at night in the rain",
+    "a lighthouse on a cliff at sunset",
     "a portrait of an old fisherman, oil painting", "a glass of water with ice on a marble counter",
     "a snow-covered mountain reflected in a lake", "a steam train crossing a stone bridge",
     "two children building a sandcastle", "a close-up of a bee on a sunflower", "a cup of coffee beside an open book",

@@ -115,7 +115,8 @@ def choose_policy(
     )
     if pipeline is None and choice.needs_calibration:
         raise ScheduleError(
-            f"policy {choice.name}, forecaster {forecaster}: they need a few full generations; compile a pipeline without"
+            f"policy {choice.name}, forecaster {forecaster}: they need a few full generations; compile a pipeline"
+            f" without"
             " example_inputs, or choose others, such as uniform and taylor"
         )
     return choice

@@ -73,7 +73,8 @@ class Worker:
         """Loaded by the first call, not by the constructor: Ray hands on a call's errors as they are."""
         if not self._folder.is_dir():
             raise ArtifactError(
-                f"{self._folder}: the worker on {socket.gethostname()} cannot read it; keep it on a file system that all"
+                f"{self._folder}: the worker on {socket.gethostname()} cannot read it; keep it on a file system that"
+                f" all"
                 " machines of the cluster share"
             )
         return self._place(self._folder)
