@@ -107,7 +107,7 @@ def build_engines(
 ) -> tuple[dict[str, Compiled], dict[str, float]]:
     """The model compiled for every runtime and loaded from its artifact, and the seconds that building took."""
     compiled = rc.compile(
-        model, inputs, (sizes.budget,), sizes.steps, runtime="eager", timesteps={"timestep": timetable(sizes)}
+        model, inputs, budgets=(sizes.budget,), num_steps=sizes.steps, runtime="eager", timesteps={"timestep": timetable(sizes)}
     )
     compiled.save(folder / "eager")
     engines, taken = {}, {}

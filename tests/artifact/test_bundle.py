@@ -170,7 +170,7 @@ def test_new_weights_reach_an_offloaded_prologue(eager_artifact: Path) -> None:
 def test_engines_that_do_not_fit_can_be_rebuilt_in_place(eager_artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(eager_artifact, tmp_path / "artifact"))
     expected = generation(rc.load(folder))
-    edit_manifest(folder, engines_for={"torch": "1.0.0"})
+    edit_manifest(folder, requirements={"torch": "1.0.0"})
     with pytest.raises(ArtifactError, match=f"run recache-compile rebuild {folder}"):
         rc.load(folder)
     result = CliRunner().invoke(main, ["rebuild", str(folder)])
@@ -238,7 +238,7 @@ class Transposed(torch.nn.Module):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_weights_that_are_not_dense_are_read_right(runtime: str, tmp_path: Path) -> None:
     module, inputs = Transposed(), {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
-    compiled = rc.compile(module, inputs, (2,), 4, forecaster="reuse", granularity="output", runtime=runtime)
+    compiled = rc.compile(module, inputs, budgets=(2,), num_steps=4, forecaster="reuse", granularity="output", runtime=runtime)
     compiled.save(tmp_path / "artifact")
     for each in (compiled, rc.load(tmp_path / "artifact")):
         assert relative_error(each.dispatcher(2)(step=0, **inputs), module(**inputs)) <= TOLERANCE
@@ -250,7 +250,7 @@ def test_rebuilding_leaves_cuda_graphs_out_where_there_are_none(eager_artifact: 
     edit_manifest(folder, description=description | {"cuda_graphs": True})
     told: list[str] = []
     rebuilt = rc.rebuild(folder, device="cpu", report=told.append)
-    assert not rebuilt.description.cuda_graphs
+    assert not rebuilt.description.config.cuda_graphs
     assert any(line.startswith("without CUDA graphs: ") for line in told)
 
 

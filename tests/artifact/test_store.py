@@ -166,7 +166,7 @@ def test_a_file_outside_the_folder_is_refused(eager_artifact: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_engines_of_another_torch_are_refused(inductor_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(inductor_artifact, tmp_path)
-    edit_manifest(folder, engines_for={"torch": "1.0.0", "machine": "x86_64"})
+    edit_manifest(folder, requirements={"torch": "1.0.0", "machine": "x86_64"})
     with pytest.raises(
         ArtifactError, match=r"engines are for cpu, torch 1\.0\.0, .* this is .*; run recache-compile rebuild"
     ):

@@ -59,7 +59,7 @@ def artifact(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         workload = make_workload(request(str(spec)))
         compiled = rc.compile(
-            workload.module, workload.inputs, (K, 4), T, runtime="eager", timesteps=workload.timetable
+            workload.module, workload.inputs, budgets=(K, 4), num_steps=T, runtime="eager", timesteps=workload.timetable
         )
         compiled.save(folder)
     return folder

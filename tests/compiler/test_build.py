@@ -175,7 +175,7 @@ def test_there_is_a_forecast_from_every_number_of_anchors_a_budget_can_hold(
     """Whatever the schedule: here all anchors but one come in the end, where no step needs them."""
     policy = {budget: (0, *range(NUM_STEPS - budget + 1, NUM_STEPS)) for budget in budgets}
     options = {"num_steps": NUM_STEPS, "forecaster": "newton", "order": order, "runtime": "eager"}
-    compiled = rc.compile(Choice(), {"sample": torch.ones(2, 4)}, budgets, policy=policy, **options)
+    compiled = rc.compile(Choice(), {"sample": torch.ones(2, 4)}, budgets=budgets, policy=policy, **options)
     expected = {"recompute", *(f"forecast_{anchors}" for anchors in range(1, most + 1))}
     assert set(compiled.variants[0].programs) == expected
 

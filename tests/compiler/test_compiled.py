@@ -52,7 +52,7 @@ def test_refitting_equals_compiling_anew_and_so_does_its_artifact(
     compiled.refit(tuned.state_dict())
     assert_same(compiled, anew)
     assert min(map(relative_error, generation(compiled), before)) > 0.01
-    assert compiled.revision.number == 1
+    assert compiled.engines.revision.number == 1
     compiled.save(tmp_path / "artifact")
     assert_same(rc.load(tmp_path / "artifact"), anew)
 
@@ -162,7 +162,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         loaded.refit(state, strict=strict)
-    assert loaded.revision.number == 0
+    assert loaded.engines.revision.number == 0
     assert all(torch.equal(weight, eager.weights[name]) for name, weight in loaded.weights.items())
 
 
@@ -210,7 +210,7 @@ class ConstantName(Odd):
 def test_the_state_of_the_same_class_always_fits(kind: type[Odd], saved: bool, tmp_path: Path) -> None:
     """Whatever is tied, unused, made by the code or not part of the state."""
     inputs = {"sample": torch.randn(2, 4), "timestep": torch.ones(1)}
-    compiled = rc.compile(kind(), inputs, (2,), 4, granularity="output", runtime="eager")
+    compiled = rc.compile(kind(), inputs, budgets=(2,), num_steps=4, granularity="output", runtime="eager")
     if saved:
         compiled.save(tmp_path / "artifact")
         compiled = rc.load(tmp_path / "artifact")

@@ -148,7 +148,7 @@ class StackResidual:
 
 
 def test_the_residual_of_the_stack_equals_hooks_on_its_two_ends(flux: nn.Module, by_residual: rc.Compiled) -> None:
-    assert by_residual.description.residual is True
+    assert by_residual.description.config.residual is True
     assert features(by_residual) == [(1, 16, 32)]
     assert_equals(by_residual, StackResidual(flux, by_residual.schedules[BUDGET].recompute_steps))
 
@@ -181,7 +181,7 @@ def test_every_granularity_runs_one_engine_a_step(name: str, request: pytest.Fix
 def test_history_is_as_large_as_the_features_of_its_anchors(name: str, request: pytest.FixtureRequest) -> None:
     compiled = request.getfixturevalue(name)
     elements = sum(batch * tokens * width for batch, tokens, width in features(compiled))
-    assert compiled.cost(BUDGET).history_bytes == (compiled.description.order + 1) * elements * 4
+    assert compiled.cost(BUDGET).history_bytes == (compiled.forecaster.order + 1) * elements * 4
 
 
 @pytest.mark.parametrize("name", COMPILED)

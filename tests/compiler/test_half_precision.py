@@ -117,7 +117,7 @@ def test_timesteps_known_in_float32_are_rounded_as_the_loop_does(dtype: torch.dt
 def test_features_are_held_in_half_precision(dtype: torch.dtype, eager: rc.Compiled) -> None:
     _, compiled = compile_half(dtype, budgets=(3,))
     assert compiled.cost(3).history_bytes == eager.cost(3).history_bytes / 2
-    assert compiled.description.dtype == str(dtype).removeprefix("torch.")
+    assert compiled.description.config.dtype == str(dtype).removeprefix("torch.")
 
 
 def test_half_precision_artifacts_keep_every_bit(tmp_path: Any) -> None:

@@ -75,7 +75,7 @@ def drawn(evaluated: Path) -> dict[str, Tensor]:
     for line in found.lines:
         pipeline = load_pipeline("shapes")
         compiled = rc.compile(
-            pipeline, None, (line.budget,), STEPS, policy={line.budget: line.recompute_steps}, runtime="eager",
+            pipeline, None, budgets=(line.budget,), num_steps=STEPS, policy={line.budget: line.recompute_steps}, runtime="eager",
             call={"prompt": captions},
         )  # fmt: skip
         pictures[f"{line.policy} {line.budget}"] = draw(rc.accelerate(pipeline, compiled))
@@ -122,7 +122,7 @@ def test_every_policy_is_evaluated_at_every_budget(result: EvaluationResult) -> 
 def test_costs_are_those_of_the_artifact(result: EvaluationResult, evaluated: Path) -> None:
     compiled = rc.load(evaluated / "engines")
     for line in result.lines:
-        cost = compiled.reschedule({line.budget: Schedule(line.recompute_steps, STEPS)}).cost(line.budget)
+        cost = compiled.engines.with_plans({line.budget: Schedule(line.recompute_steps, STEPS)}, compiled.forecaster).cost(line.budget)
         assert (line.macs_reduction, line.history_bytes, line.table_bytes) == (
             cost.macs_reduction,
             cost.history_bytes,

@@ -44,7 +44,7 @@ def graphed(compiled: rc.Compiled, budget: int, capture: Any = recorder) -> Disp
         compiled.forecaster,
         compiled.variants,
         compiled.signature,
-        compiled.revision,
+        compiled.engines.revision,
         lambda variant: CudaGraphs(variant, capture),
     )
 

@@ -68,7 +68,7 @@ def replayed(run: ReplayDispatcher, schedule: Schedule, same: bool, inputs: Any 
 
 def fresh(compiled: rc.Compiled, schedule: Schedule, inputs: Any = ONE, **options: Any) -> list[Tensor]:
     """The same generation by an ordinary dispatcher that has run nothing else."""
-    run = compiled.reschedule({schedule.budget: schedule}).dispatcher(schedule.budget)
+    run = compiled.engines.with_plans({schedule.budget: schedule}, compiled.forecaster).dispatcher(schedule.budget)
     return generation(run, inputs, **options)
 
 
@@ -86,14 +86,14 @@ def prefixes(masks: Iterable[str]) -> int:
 
 
 def test_generations_equal_those_of_a_fresh_dispatcher(eager: rc.Compiled) -> None:
-    run = eager.replay()
+    run = eager.engines.replay(eager.forecaster)
     for number, schedule in enumerate(schedules(7)):
         assert close(replayed(run, schedule, same=number > 0), fresh(eager, schedule))
 
 
 def test_results_have_the_same_bits_whatever_was_run_before(eager: rc.Compiled) -> None:
-    run, other = eager.replay(), {"": flux_inputs(seed=3)}
-    alone = {schedule: replayed(eager.replay(), schedule, same=False) for schedule in schedules(6)}
+    run, other = eager.engines.replay(eager.forecaster), {"": flux_inputs(seed=3)}
+    alone = {schedule: replayed(eager.engines.replay(eager.forecaster), schedule, same=False) for schedule in schedules(6)}
     replayed(run, FULL, same=False, inputs=other)
     replayed(run, FULL, same=False, start=4)
     for number, (schedule, expected) in enumerate(alone.items()):
@@ -105,7 +105,7 @@ def test_results_have_the_same_bits_whatever_was_run_before(eager: rc.Compiled) 
 
 def test_sorted_schedules_call_an_engine_once_for_each_beginning(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, masks = compiled.replay(), sorted({schedule.mask for schedule in schedules(10, seed=2)})
+    run, masks = compiled.engines.replay(compiled.forecaster), sorted({schedule.mask for schedule in schedules(10, seed=2)})
     for number, mask in enumerate(masks):
         replayed(run, Schedule.from_mask(mask), same=number > 0)
     assert calls.pop("prologue") == 1
@@ -116,7 +116,7 @@ def test_sorted_schedules_call_an_engine_once_for_each_beginning(eager: rc.Compi
 
 def test_unsorted_schedules_share_what_neighbours_have_in_common(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, tried = compiled.replay(), schedules(8)
+    run, tried = compiled.engines.replay(compiled.forecaster), schedules(8)
     for number, schedule in enumerate(tried):
         replayed(run, schedule, same=number > 0)
     shared = sum(
@@ -128,7 +128,7 @@ def test_unsorted_schedules_share_what_neighbours_have_in_common(eager: rc.Compi
 
 def test_other_noise_shares_nothing_and_the_same_schedule_everything(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, schedule = compiled.replay(), schedules(4)[0]
+    run, schedule = compiled.engines.replay(compiled.forecaster), schedules(4)[0]
     first = replayed(run, schedule, same=False)
     before = calls.total()
     assert equal(replayed(run, schedule, same=True), first)
@@ -142,7 +142,7 @@ def test_other_noise_shares_nothing_and_the_same_schedule_everything(eager: rc.C
 def test_guidance_branches_are_kept_apart(late: int, eager: rc.Compiled) -> None:
     """Also where one begins some steps later than the other, which is then a recompute step."""
     compiled, calls = counted(eager)
-    run, tried = compiled.replay(), sorted(schedules(6), key=lambda schedule: schedule.mask)
+    run, tried = compiled.engines.replay(compiled.forecaster), sorted(schedules(6), key=lambda schedule: schedule.mask)
     for number, schedule in enumerate(tried):
         ours = replayed(run, schedule, same=number > 0, inputs=TWO, late=late)
         assert close(ours, fresh(eager, schedule, TWO, late=late))
@@ -154,13 +154,13 @@ def test_guidance_branches_are_kept_apart(late: int, eager: rc.Compiled) -> None
 @pytest.mark.parametrize("start", [1, 5, NUM_STEPS - 1])
 def test_a_start_in_the_middle(start: int, eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, tried = compiled.replay(), sorted(schedules(6), key=lambda schedule: schedule.mask)
+    run, tried = compiled.engines.replay(compiled.forecaster), sorted(schedules(6), key=lambda schedule: schedule.mask)
     for number, schedule in enumerate(tried):
         ours = replayed(run, schedule, same=number > 0, start=start)
         assert close(ours, fresh(eager, schedule, start=start))
     assert calls.total() <= 1 + (NUM_STEPS - start) * len(tried)
     whole = replayed(run, tried[0], same=False)
-    assert equal(whole, replayed(eager.replay(), tried[0], same=False))
+    assert equal(whole, replayed(eager.engines.replay(eager.forecaster), tried[0], same=False))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -170,7 +170,7 @@ def test_an_interrupted_generation_goes_on(
 ) -> None:
     compiled, calls = counted(eager)
     one, *_, other = schedules(5)
-    run, engine = compiled.replay(), type(next(iter(compiled.variants[0].engines.values())))
+    run, engine = compiled.engines.replay(compiled.forecaster), type(next(iter(compiled.variants[0].engines.values())))
     proper = engine.__call__
 
     def failing(self: Any, inputs: Any) -> Any:
@@ -181,7 +181,7 @@ def test_an_interrupted_generation_goes_on(
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(engine, "__call__", failing)
         replayed(run, one, same=False, inputs=TWO)
-    expected = {each: replayed(eager.replay(), each, same=False, inputs=TWO) for each in (one, other)}
+    expected = {each: replayed(eager.engines.replay(eager.forecaster), each, same=False, inputs=TWO) for each in (one, other)}
     assert equal(replayed(run, one, same=True, inputs=TWO), expected[one])
     calls.pop("prologue")
     assert calls.total() == 2 * NUM_STEPS  # none was run again
@@ -189,7 +189,7 @@ def test_an_interrupted_generation_goes_on(
 
 
 def test_an_interrupted_generation_leaves_nothing_to_another(eager: rc.Compiled) -> None:
-    run, other = eager.replay(), {"": flux_inputs(seed=3)}
+    run, other = eager.engines.replay(eager.forecaster), {"": flux_inputs(seed=3)}
     one, *_, two = schedules(4)
     run.begin(one, same=False)
     generation(run, TWO)
@@ -197,29 +197,29 @@ def test_an_interrupted_generation_leaves_nothing_to_another(eager: rc.Compiled)
     run.reset(start=None)
     for step in range(5):
         run(step=step, branch="cond", **TWO["cond"] | {"timestep": timesteps()[step]})
-    assert equal(replayed(run, two, same=False, inputs=other), replayed(eager.replay(), two, same=False, inputs=other))
+    assert equal(replayed(run, two, same=False, inputs=other), replayed(eager.engines.replay(eager.forecaster), two, same=False, inputs=other))
 
 
 def test_new_weights_share_nothing_with_the_old_ones(eager_artifact: Path) -> None:
     compiled = rc.load(eager_artifact)
-    run, schedule = compiled.replay(), schedules(4)[0]
+    run, schedule = compiled.engines.replay(compiled.forecaster), schedules(4)[0]
     before = replayed(run, schedule, same=False)
     compiled.refit(tiny_flux(seed=1).state_dict())
     after = replayed(run, schedule, same=True)
-    assert equal(after, replayed(compiled.replay(), schedule, same=False))
+    assert equal(after, replayed(compiled.engines.replay(compiled.forecaster), schedule, same=False))
     assert not close(after, before)
 
 
 def test_another_forecaster_serves_the_same_engines(eager: rc.Compiled) -> None:
     reuse, schedule = get_forecaster("reuse"), schedules(4)[0]
-    run = eager.reschedule({schedule.budget: schedule}, reuse).dispatcher(schedule.budget)
-    ours = replayed(eager.replay(reuse), schedule, same=False)
+    run = eager.engines.with_plans({schedule.budget: schedule}, reuse).dispatcher(schedule.budget)
+    ours = replayed(eager.engines.replay(reuse), schedule, same=False)
     assert close(ours, generation(run, ONE))
     assert not close(ours, fresh(eager, schedule))
 
 
 def test_writing_to_a_result_changes_no_later_generation(eager: rc.Compiled) -> None:
-    run, schedule = eager.replay(), schedules(4)[0]
+    run, schedule = eager.engines.replay(eager.forecaster), schedules(4)[0]
     run.begin(schedule, same=False)
     expected = [result.clone() for result in generation(run, ONE)]
     for _ in range(2):
@@ -230,7 +230,7 @@ def test_writing_to_a_result_changes_no_later_generation(eager: rc.Compiled) -> 
 
 
 def test_records_are_what_was_run(eager: rc.Compiled) -> None:
-    run = eager.replay()
+    run = eager.engines.replay(eager.forecaster)
     results = replayed(run, FULL, same=False)
     assert sorted(run.records) == [("", step) for step in range(NUM_STEPS)]
     latents = ONE[""]["hidden_states"]
@@ -251,7 +251,7 @@ def test_a_generation_that_turns_out_wrong_is_not_remembered(
 ) -> None:
     """On a GPU, other timesteps than those compiled are only known after the last step."""
     compiled, calls = counted(eager)
-    run, schedule = compiled.replay(), schedules(4)[0]
+    run, schedule = compiled.engines.replay(compiled.forecaster), schedules(4)[0]
 
     def fail(self: Tables) -> None:
         raise DispatchError("the timesteps of this generation are not those it was compiled for")
@@ -267,7 +267,7 @@ def test_a_generation_that_turns_out_wrong_is_not_remembered(
 
 def test_a_generation_goes_on_where_its_begin_was_called_alone(eager: rc.Compiled) -> None:
     """`begin` is a reset too: for callers that start where the dispatcher does."""
-    run, (one, *_, other) = eager.replay(), schedules(5)
+    run, (one, *_, other) = eager.engines.replay(eager.forecaster), schedules(5)
     for number, schedule in enumerate((one, other, one)):
         run.begin(schedule, same=number > 0)
         assert close(generation(run, ONE, begins=False), fresh(eager, schedule))
@@ -307,7 +307,7 @@ def test_changes_are_none_of_two_generations(eager: rc.Compiled) -> None:
 
 def test_what_was_forgotten_is_run_again(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, schedule = compiled.replay(), schedules(4)[0]
+    run, schedule = compiled.engines.replay(compiled.forecaster), schedules(4)[0]
     expected = replayed(run, schedule, same=False)
     run.forget()
     assert not run.records
@@ -318,7 +318,7 @@ def test_what_was_forgotten_is_run_again(eager: rc.Compiled) -> None:
 
 def test_a_generation_with_a_call_that_does_not_fit_is_not_remembered(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, schedule = compiled.replay(), schedules(4)[0]
+    run, schedule = compiled.engines.replay(compiled.forecaster), schedules(4)[0]
     run.begin(schedule, same=False)
     run(step=0, **ONE[""])
     with pytest.raises(MismatchError):

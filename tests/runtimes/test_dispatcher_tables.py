@@ -49,7 +49,7 @@ def inputs(step: int, **changes: Any) -> dict[str, Any]:
 def compiled(model: nn.Module, known: bool) -> rc.Compiled:
     table = {"timestep": torch.stack([inputs(step)["timestep"] for step in range(STEPS)])} if known else None
     options = {"num_steps": STEPS, "granularity": "output", "runtime": "eager", "timesteps": table}
-    return rc.compile(model, inputs(0), (2, STEPS), **options)
+    return rc.compile(model, inputs(0), budgets=(2, STEPS), **options)
 
 
 def check(model: nn.Module, run: Any, start: int = 0, **changes: Any) -> None:

@@ -30,7 +30,7 @@ class Small(nn.Module):
 def compiled() -> rc.Compiled:
     with torch.no_grad():
         return rc.compile(
-            Small(), {"sample": torch.ones(2, 16)}, (2,), 4, granularity="output", runtime="inductor", hoist=False
+            Small(), {"sample": torch.ones(2, 16)}, budgets=(2,), num_steps=4, granularity="output", runtime="inductor", hoist=False
         )
 
 
@@ -51,7 +51,7 @@ def test_features_that_are_slices_are_read_as_they_were_written(flux: nn.Module)
     inputs, options = flux_inputs(batch=2), {"num_steps": NUM_STEPS, "order": 0, "hoist": False}
     eager, inductor = (
         rc.compile(
-            flux, inputs, (3,), timesteps={"timestep": timesteps(batch=2)}, runtime=runtime, **options
+            flux, inputs, budgets=(3,), timesteps={"timestep": timesteps(batch=2)}, runtime=runtime, **options
         ).dispatcher(budget=3)
         for runtime in ("eager", "inductor")
     )

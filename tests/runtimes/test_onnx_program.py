@@ -87,7 +87,7 @@ def test_new_weights_are_seen_at_once(onnxruntime_artifact: Path) -> None:
 
 
 def test_an_artifact_is_not_bound_to_this_machine(onnxruntime_artifact: Path) -> None:
-    assert json.loads((onnxruntime_artifact / "manifest.json").read_text())["engines_for"] == {}
+    assert json.loads((onnxruntime_artifact / "manifest.json").read_text())["requirements"] == {}
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

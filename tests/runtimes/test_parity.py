@@ -65,7 +65,7 @@ def generation(compiled: rc.Compiled, steps: list[Mapping[str, Any]]) -> list[An
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     with torch.no_grad():
         module, inputs, roles = example(request.param)
-        compiled = rc.compile(module, inputs, (BUDGET,), NUM_STEPS, runtime="eager", roles=roles)
+        compiled = rc.compile(module, inputs, budgets=(BUDGET,), num_steps=NUM_STEPS, runtime="eager", roles=roles)
         steps = [step_inputs(compiled, inputs, step) for step in range(NUM_STEPS)]
         folder = tmp_path_factory.mktemp(request.param) / "eager"
         compiled.save(folder)

@@ -37,7 +37,7 @@ def bundle(tensorrt_artifact: Path) -> Path:
 def test_a_bundle_holds_engines_models_and_one_copy_of_the_weights(compiled: rc.Compiled, bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["device"] == "cuda"
-    assert manifest["engines_for"] == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
+    assert manifest["requirements"] == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
     for name in compiled.variants[0].programs:
         assert (bundle / "engines" / "0" / f"{name}.engine").stat().st_size > 10_000
         onnx.checker.check_model(bundle / f"{name}.0.onnx", full_check=True)
@@ -52,7 +52,7 @@ def test_without_a_gpu_it_is_refused_with_the_command_that_rebuilds_it(bundle: P
 
 @without_gpu
 def test_rebuilding_without_a_gpu_keeps_the_targets(bundle: Path) -> None:
-    assert rc.rebuild(bundle).engines_for == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
+    assert rc.rebuild(bundle).engines.requirements == {"tensorrt_rtx": trt.__version__, "gpu": "sm89"}
 
 
 @without_gpu
@@ -71,7 +71,7 @@ def test_inspect_needs_no_gpu(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(bundle), "--json"])
     facts = json.loads(result.stdout)
     assert facts["description"]["runtime"] == "tensorrt_rtx"
-    assert facts["engines_for"]["gpu"] == "sm89"
+    assert facts["requirements"]["gpu"] == "sm89"
     page = CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
     assert f"tensorrt_rtx for tensorrt_rtx {trt.__version__}, gpu sm89" in page
 

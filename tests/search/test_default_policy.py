@@ -64,7 +64,7 @@ def draw(shapes: Any, compiled: rc.Compiled, budget: int) -> Tensor:
 
 
 def test_gram_is_the_default_and_runs_a_few_full_generations(fitted: rc.Compiled, reports: list[str]) -> None:
-    assert (fitted.description.policy, fitted.description.forecaster) == ("gram", "fitted")
+    assert (fitted.policy, fitted.forecaster.name) == ("gram", "fitted")
     assert [each for each in reports if "calibrating" in each] == [
         f"calibrating, generation {number} of 4" for number in (1, 2, 3, 4)
     ]
@@ -80,7 +80,7 @@ def test_schedules_are_those_of_the_calibration(fitted: rc.Compiled, calibration
 
 def test_coefficients_are_the_least_squares_of_the_calibration(fitted: rc.Compiled, calibration: Calibration) -> None:
     gram = calibration.features.sum(0)
-    np.testing.assert_allclose(np.array(fitted.description.gram), gram, rtol=1e-12)
+    np.testing.assert_allclose(np.array(fitted.forecaster.gram), gram, rtol=1e-12)
     values, vectors = np.linalg.eigh(gram)
     features = (vectors * np.sqrt(values.clip(0))).T  # columns with the inner products of the features
     plan = fitted.plans[3]
@@ -97,11 +97,11 @@ def test_what_was_calibrated_is_saved(fitted: rc.Compiled, shapes: Any, tmp_path
     fitted.save(tmp_path / "artifact")
     loaded = rc.load(tmp_path / "artifact")
     assert loaded.plans == fitted.plans
-    assert loaded.description.gram == fitted.description.gram
+    assert loaded.forecaster.gram == fitted.forecaster.gram
     for budget in (3, 4):
         assert torch.equal(draw(shapes, loaded, budget), draw(shapes, fitted, budget))
     late = Schedule((0, 1, 6), STEPS)
-    assert loaded.reschedule({3: late}).plans == fitted.reschedule({3: late}).plans
+    assert loaded.engines.with_plans({3: late}, loaded.forecaster).plans == fitted.engines.with_plans({3: late}, fitted.forecaster).plans
 
 
 def test_calibrating_leaves_the_pipeline_alone(fitted: rc.Compiled, shapes: Any) -> None:
@@ -149,9 +149,9 @@ class Small(nn.Module):
 
 def test_auto_is_uniform_for_a_module() -> None:
     options = {"num_steps": 6, "granularity": "output", "runtime": "eager", "policy": "auto"}
-    compiled = rc.compile(Small(), {"sample": torch.ones(1, 4)}, (3,), **options)
+    compiled = rc.compile(Small(), {"sample": torch.ones(1, 4)}, budgets=(3,), **options)
     assert compiled.schedules[3].recompute_steps == (0, 2, 4)
-    assert compiled.description.policy == "uniform"
+    assert compiled.policy == "uniform"
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_auto_takes_the_policy_that_ships(shipped: Path, shapes: Any, monkeypatc
     schedules = {3: Schedule((0, 6, 7), STEPS), 4: Schedule((0, 5, 6, 7), STEPS)}
     assert seen == [(schedules, "trained taylor-1")] * 2
     with pytest.raises(EnoughError):
-        rc.compile(shapes, {"hidden_states": torch.zeros(1)}, (3,), STEPS, policy="auto", runtime="eager")
+        rc.compile(shapes, {"hidden_states": torch.zeros(1)}, budgets=(3,), num_steps=STEPS, policy="auto", runtime="eager")
     assert seen[2] == ({3: Schedule((0, 2, 5), STEPS)}, "uniform")
 
 

@@ -243,7 +243,7 @@ def test_losses_are_those_of_an_accelerated_pipeline(
     for schedule, row in zip(SCHEDULES, losses, strict=True):
         expected = []
         for number in numbers:
-            made = reference(shapes, number, compiled.reschedule({schedule.budget: schedule}))
+            made = reference(shapes, number, compiled.engines.with_plans({schedule.budget: schedule}, compiled.forecaster))
             rewards = reward(made, STUDY.batch(number).prompts)
             expected += (distance(made, full[number]) - 0.25 * rewards).tolist()
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)

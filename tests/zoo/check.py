@@ -57,7 +57,7 @@ class Checker:
         inputs = pytree.tree_map(lambda leaf: leaf, self._inputs)  # some models add to the dicts they are given
         with mock.patch.object(compiler, "capture", self._capture):
             compiled = rc.compile(
-                module, inputs, (BUDGET, NUM_STEPS), NUM_STEPS,
+                module, inputs, budgets=(BUDGET, NUM_STEPS), num_steps=NUM_STEPS,
                 granularity=granularity, runtime=runtime, roles=self._roles,
             )  # fmt: skip
         steps = [step_inputs(compiled, inputs, step) for step in range(NUM_STEPS)]
