@@ -203,7 +203,9 @@ def tensorrt_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts") / "tensorrt"
     runtime = TensorRTForRTX(targets=("sm89",))
     with torch.no_grad():
-        rc.compile(Doubled(), doubled_inputs(), budgets=(2,), num_steps=4, forecaster="reuse", runtime=runtime).save(folder)
+        rc.compile(Doubled(), doubled_inputs(), budgets=(2,), num_steps=4, forecaster="reuse", runtime=runtime).save(
+            folder
+        )
     return folder
 
 

@@ -124,7 +124,7 @@ def counted(compiled: rc.Compiled, calls: Counter[str]) -> rc.Compiled:
         replace(each, engines={name: counting(name, engine) for name, engine in each.engines.items()})
         for each in compiled.variants
     )
-    return replace(compiled, variants=variants)
+    return replace(compiled, engines=replace(compiled.engines, variants=variants))
 
 
 def plain(tiny: TinyPipeline, call: Mapping[str, Any], change: Change = unchanged, **options: Any) -> Tensor:

@@ -22,6 +22,7 @@ from recache_compile.cli.app import main
 from recache_compile.errors import ArtifactError
 from recache_compile.runtimes._offload import OffloadedEngine
 from recache_compile.runtimes.registry import RUNTIMES as REGISTRY
+from recache_compile.support.log import told
 from tests.artifact.test_store import TOLERANCE, edit_manifest, generation
 from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, RUNTIMES, flux_inputs, loop_inputs
@@ -238,7 +239,9 @@ class Transposed(torch.nn.Module):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_weights_that_are_not_dense_are_read_right(runtime: str, tmp_path: Path) -> None:
     module, inputs = Transposed(), {"hidden_states": torch.randn(2, 4), "timestep": torch.ones(1)}
-    compiled = rc.compile(module, inputs, budgets=(2,), num_steps=4, forecaster="reuse", granularity="output", runtime=runtime)
+    compiled = rc.compile(
+        module, inputs, budgets=(2,), num_steps=4, forecaster="reuse", granularity="output", runtime=runtime
+    )
     compiled.save(tmp_path / "artifact")
     for each in (compiled, rc.load(tmp_path / "artifact")):
         assert relative_error(each.dispatcher(2)(step=0, **inputs), module(**inputs)) <= TOLERANCE
@@ -247,17 +250,18 @@ def test_weights_that_are_not_dense_are_read_right(runtime: str, tmp_path: Path)
 def test_rebuilding_leaves_cuda_graphs_out_where_there_are_none(eager_artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(eager_artifact, tmp_path / "artifact"))
     description = json.loads((folder / "manifest.json").read_text())["description"]
-    edit_manifest(folder, description=description | {"cuda_graphs": True})
-    told: list[str] = []
-    rebuilt = rc.rebuild(folder, device="cpu", report=told.append)
+    edit_manifest(folder, description=description | {"config": description["config"] | {"cuda_graphs": True}})
+    lines: list[str] = []
+    with told(lines.append):
+        rebuilt = rc.rebuild(folder, device="cpu")
     assert not rebuilt.description.config.cuda_graphs
-    assert any(line.startswith("without CUDA graphs: ") for line in told)
+    assert any(line.startswith("without CUDA graphs: ") for line in lines)
 
 
 def test_an_artifact_of_an_unknown_runtime_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(eager_artifact, tmp_path / "artifact"))
     description = json.loads((folder / "manifest.json").read_text())["description"]
-    edit_manifest(folder, description=description | {"runtime": "abacus"})
+    edit_manifest(folder, description=description | {"config": description["config"] | {"runtime": "abacus"}})
     with pytest.raises(rc.RecacheError, match="runtime 'abacus' is unknown"):
         rc.load(folder)
     assert "abacus" not in REGISTRY

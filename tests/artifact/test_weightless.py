@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,26 @@ import torch
 from rich.console import Console
 
 import recache_compile as rc
-from recache_compile.api import compile_options
 from recache_compile.artifact.specs import WeightlessModel, on_meta
-from recache_compile.artifact.weightless import PlanFacts, find_weightless, plan_model, print_plan
+from recache_compile.artifact.weightless import PlanFacts, plan_weightless, print_plan
+from recache_compile.compiler.examples import Example
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
+from recache_compile.ir.forecasters import Taylor
+from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.value import Kind
 from recache_compile.models.registry import EMBEDDED
+from recache_compile.pipelines.weightless import find_weightless
 from tests.conftest import NUM_STEPS, flux_inputs, tiny_flux
 
-OPTIONS = compile_options((3, NUM_STEPS), NUM_STEPS, "taylor", 1, "uniform", "stack", True)
+CONFIG = CompileConfig(num_steps=NUM_STEPS)
+THIRD, EVERY = Schedule((0, 4, 8), NUM_STEPS), Schedule.every(NUM_STEPS)
 
 
 @pytest.fixture(scope="module")
 def planned() -> PlanFacts:
-    abstract = WeightlessModel("tiny", "", NUM_STEPS, tiny_flux().to("meta"), on_meta(flux_inputs()))
-    return plan_model(abstract, OPTIONS)
+    model = WeightlessModel("tiny", "", NUM_STEPS, tiny_flux().to("meta"), Example(on_meta(flux_inputs())))
+    return plan_weightless(model, CONFIG, {3: THIRD, NUM_STEPS: EVERY}, Taylor(1))
 
 
 def test_a_plan_is_what_compiling_gives(planned: PlanFacts, eager: rc.Compiled) -> None:
@@ -63,8 +69,8 @@ def test_a_model_without_such_sites_is_told(tmp_path: Path) -> None:
             return self.linear(hidden_states) * timestep
 
     inputs = {"hidden_states": torch.empty(1, 4, device="meta"), "timestep": torch.empty(1, device="meta")}
-    options = compile_options((3,), NUM_STEPS, "taylor", 1, "uniform", "output", True)
-    facts = plan_model(WeightlessModel("flat", "", NUM_STEPS, Flat().to("meta"), inputs), options)
+    model = WeightlessModel("flat", "", NUM_STEPS, Flat().to("meta"), Example(inputs))
+    facts = plan_weightless(model, replace(CONFIG, granularity="output"), {3: THIRD}, Taylor(1))
     assert [each.sites for each in facts.sites] == [1, 0, 0, 0]
     assert "no repeated block" in facts.sites[1].reason
 
@@ -84,8 +90,8 @@ def test_a_pipeline_is_planned_without_the_weights_of_its_transformer(tmp_path: 
         file.unlink()
     call = {"prompt": "a red circle left of a blue square on a dark background"}
     bare, whole = find_weightless(str(folder), 4, call), find_weightless("shapes", 4, call)
-    assert bare.inputs["hidden_states"].device.type == "meta"
-    assert bare.inputs["hidden_states"].shape == whole.inputs["hidden_states"].shape == (1, 64, 48)
+    assert bare.example.inputs["hidden_states"].device.type == "meta"
+    assert bare.example.inputs["hidden_states"].shape == whole.example.inputs["hidden_states"].shape == (1, 64, 48)
 
 
 def test_unknown_models_are_refused_with_the_names_that_there_are() -> None:

@@ -17,8 +17,9 @@ import recache_compile as rc
 from recache_compile.bench.page import read_bench, summary
 from recache_compile.bench.session import BenchLine, BenchResult, run
 from recache_compile.bench.subjects import OURS, SUBJECTS, available
-from recache_compile.bench.workload import Request, make_workload, of_artifact, peers_schedule
+from recache_compile.bench.workload import BenchRequest, make_workload, of_artifact, peers_schedule
 from recache_compile.cli.app import main
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 
 T, K = 8, 3
@@ -59,14 +60,19 @@ def artifact(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         workload = make_workload(request(str(spec)))
         compiled = rc.compile(
-            workload.module, workload.inputs, budgets=(K, 4), num_steps=T, runtime="eager", timesteps=workload.timetable
+            workload.module,
+            dict(workload.inputs),
+            budgets=(K, 4),
+            num_steps=T,
+            runtime="eager",
+            timesteps=workload.example.timesteps,
         )
         compiled.save(folder)
     return folder
 
 
-def request(model: str, runtime: str = "eager") -> Request:
-    return Request(model, T, K, runtime, "cpu", "float32", {}, threads=1)
+def request(model: str, runtime: str = "eager") -> BenchRequest:
+    return BenchRequest(model, K, CompileConfig(num_steps=T, runtime=runtime), threads=1)
 
 
 @pytest.fixture

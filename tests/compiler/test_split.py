@@ -35,7 +35,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def compile_at_order_1(runtime: str) -> None:
-    compiled = rc.compile(tiny_flux(), flux_inputs(), budgets=(3,), num_steps=NUM_STEPS, order=1, policy="uniform", runtime=runtime)
+    compiled = rc.compile(
+        tiny_flux(), flux_inputs(), budgets=(3,), num_steps=NUM_STEPS, order=1, policy="uniform", runtime=runtime
+    )
     assert len(compiled.variants[0].programs) == PROGRAMS
 
 

@@ -1,7 +1,6 @@
 """The compiled transformer in the embedded pipeline."""
 
 import copy
-import dataclasses
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import recache_compile as rc
+from recache_compile.artifact.restore import with_config
 from recache_compile.errors import DispatchError
 from recache_compile.evaluation.measure import psnr
 from recache_compile.pipelines.load import load_pipeline
@@ -138,12 +138,12 @@ def test_the_configuration_is_given_out_as_attributes(pipeline: Any, compiled: r
     assert pipeline.transformer.in_channels == pipeline.transformer.config.in_channels == 48
     with pytest.raises(AttributeError, match="the compiled transformer has no 'rope'"):
         _ = pipeline.transformer.rope
+    with pytest.raises(AttributeError, match=r"no method fuse_qkv_projections\(\), which its engines would not follow"):
+        pipeline.transformer.fuse_qkv_projections()
 
 
 def test_a_compilation_knows_whose_place_it_takes(pipeline: Any, compiled: rc.Compiled) -> None:
-    other = dataclasses.replace(
-        compiled, description=dataclasses.replace(compiled.description, component="transformer_2")
-    )
+    other = with_config(compiled, component="transformer_2")
     pipeline.register_modules(transformer_2=None)
     rc.accelerate(pipeline, other)
     assert isinstance(pipeline.transformer_2, CompiledTransformer)

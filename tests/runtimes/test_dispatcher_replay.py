@@ -93,7 +93,9 @@ def test_generations_equal_those_of_a_fresh_dispatcher(eager: rc.Compiled) -> No
 
 def test_results_have_the_same_bits_whatever_was_run_before(eager: rc.Compiled) -> None:
     run, other = eager.engines.replay(eager.forecaster), {"": flux_inputs(seed=3)}
-    alone = {schedule: replayed(eager.engines.replay(eager.forecaster), schedule, same=False) for schedule in schedules(6)}
+    alone = {
+        schedule: replayed(eager.engines.replay(eager.forecaster), schedule, same=False) for schedule in schedules(6)
+    }
     replayed(run, FULL, same=False, inputs=other)
     replayed(run, FULL, same=False, start=4)
     for number, (schedule, expected) in enumerate(alone.items()):
@@ -105,7 +107,10 @@ def test_results_have_the_same_bits_whatever_was_run_before(eager: rc.Compiled) 
 
 def test_sorted_schedules_call_an_engine_once_for_each_beginning(eager: rc.Compiled) -> None:
     compiled, calls = counted(eager)
-    run, masks = compiled.engines.replay(compiled.forecaster), sorted({schedule.mask for schedule in schedules(10, seed=2)})
+    run, masks = (
+        compiled.engines.replay(compiled.forecaster),
+        sorted({schedule.mask for schedule in schedules(10, seed=2)}),
+    )
     for number, mask in enumerate(masks):
         replayed(run, Schedule.from_mask(mask), same=number > 0)
     assert calls.pop("prologue") == 1
@@ -181,7 +186,9 @@ def test_an_interrupted_generation_goes_on(
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(engine, "__call__", failing)
         replayed(run, one, same=False, inputs=TWO)
-    expected = {each: replayed(eager.engines.replay(eager.forecaster), each, same=False, inputs=TWO) for each in (one, other)}
+    expected = {
+        each: replayed(eager.engines.replay(eager.forecaster), each, same=False, inputs=TWO) for each in (one, other)
+    }
     assert equal(replayed(run, one, same=True, inputs=TWO), expected[one])
     calls.pop("prologue")
     assert calls.total() == 2 * NUM_STEPS  # none was run again
@@ -197,7 +204,10 @@ def test_an_interrupted_generation_leaves_nothing_to_another(eager: rc.Compiled)
     run.reset(start=None)
     for step in range(5):
         run(step=step, branch="cond", **TWO["cond"] | {"timestep": timesteps()[step]})
-    assert equal(replayed(run, two, same=False, inputs=other), replayed(eager.engines.replay(eager.forecaster), two, same=False, inputs=other))
+    assert equal(
+        replayed(run, two, same=False, inputs=other),
+        replayed(eager.engines.replay(eager.forecaster), two, same=False, inputs=other),
+    )
 
 
 def test_new_weights_share_nothing_with_the_old_ones(eager_artifact: Path) -> None:

@@ -30,7 +30,13 @@ class Small(nn.Module):
 def compiled() -> rc.Compiled:
     with torch.no_grad():
         return rc.compile(
-            Small(), {"sample": torch.ones(2, 16)}, budgets=(2,), num_steps=4, granularity="output", runtime="inductor", hoist=False
+            Small(),
+            {"sample": torch.ones(2, 16)},
+            budgets=(2,),
+            num_steps=4,
+            granularity="output",
+            runtime="inductor",
+            hoist=False,
         )
 
 

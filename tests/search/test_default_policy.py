@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
-from recache_compile.compiler.build import Options
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.schedule import Schedule
-from recache_compile.policies.base import Calibration, Problem
+from recache_compile.policies.base import Calibration, Problem, make_schedules
 from recache_compile.policies.gram import Gram
 from recache_compile.policies.recache import ReCache, most_likely
 from recache_compile.policies.reinforce import new_logits
@@ -23,11 +23,13 @@ from recache_compile.policies.uniform import Uniform
 from recache_compile.search import default_policy as choosing
 from recache_compile.search.default_policy import (
     CALIBRATIONS,
+    Choice,
     calibrate_pipeline,
+    choose_policy,
     default_policy,
-    needs_calibration,
     policy_name,
 )
+from recache_compile.support.log import told
 from tests.conftest import PROMPT
 
 STEPS = 8
@@ -46,14 +48,15 @@ def fitted(shapes: Any, reports: list[str]) -> Iterator[rc.Compiled]:
     """Chosen by default, with nothing that ships."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "SHIPPED", {})
-        yield rc.compile(shapes, policy="auto", forecaster="fitted", report=reports.append, **OPTIONS)
+        with told(reports.append):
+            made = rc.compile(shapes, policy="auto", forecaster="fitted", **OPTIONS)
+        yield made
 
 
 @pytest.fixture(scope="session")
 def calibration(shapes: Any, fitted: rc.Compiled) -> Calibration:
-    """Made again on engines under other schedules, which have no part in it."""
-    other = fitted.reschedule({1: Schedule((0,), STEPS)}, Taylor(order=1))
-    return calibrate_pipeline(shapes, other, [{"prompt": PROMPT}] * CALIBRATIONS)
+    """Made again on the engines, which know no schedule."""
+    return calibrate_pipeline(shapes, fitted.engines, [{"prompt": PROMPT}] * CALIBRATIONS)
 
 
 def draw(shapes: Any, compiled: rc.Compiled, budget: int) -> Tensor:
@@ -101,18 +104,21 @@ def test_what_was_calibrated_is_saved(fitted: rc.Compiled, shapes: Any, tmp_path
     for budget in (3, 4):
         assert torch.equal(draw(shapes, loaded, budget), draw(shapes, fitted, budget))
     late = Schedule((0, 1, 6), STEPS)
-    assert loaded.engines.with_plans({3: late}, loaded.forecaster).plans == fitted.engines.with_plans({3: late}, fitted.forecaster).plans
+    assert (
+        loaded.engines.with_plans({3: late}, loaded.forecaster).plans
+        == fitted.engines.with_plans({3: late}, fitted.forecaster).plans
+    )
 
 
 def test_calibrating_leaves_the_pipeline_alone(fitted: rc.Compiled, shapes: Any) -> None:
     transformer, settings = shapes.transformer, dict(getattr(shapes, "_progress_bar_config", {}))
     calls = [{"prompt": PROMPT}, {"prompt": OTHER}]
-    calibration = calibrate_pipeline(shapes, fitted, calls)
+    calibration = calibrate_pipeline(shapes, fitted.engines, calls)
     assert shapes.transformer is transformer
     assert dict(getattr(shapes, "_progress_bar_config", {})) == settings
     assert calibration.predictions.shape == (2, STEPS, STEPS)
     assert not np.allclose(calibration.predictions[0], calibration.predictions[1], rtol=0.01)
-    again = calibrate_pipeline(shapes, fitted, calls)
+    again = calibrate_pipeline(shapes, fitted.engines, calls)
     assert np.array_equal(again.predictions, calibration.predictions)
 
 
@@ -187,36 +193,38 @@ def test_a_shipped_policy_serves_what_it_was_trained_for(changes: dict[str, Any]
         "granularity": "stack",
         "budgets": (2, 3),
     }
-    assert default_policy(**facts | changes) == (str(shipped) if ships else "gram")
+    asked = facts | changes
+    config = CompileConfig(num_steps=asked.pop("num_steps"), granularity=asked.pop("granularity"))
+    assert default_policy(**asked, config=config) == (str(shipped) if ships else "gram")
 
 
 def test_nothing_ships_for_a_pipeline_whose_name_is_a_folder_here(
     tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shipped.parent)
-    assert default_policy("FluxPipeline", "taylor", 1, STEPS, "stack", (3,)) == "gram"
+    assert default_policy("FluxPipeline", "taylor", 1, CompileConfig(num_steps=STEPS), (3,)) == "gram"
 
 
 def test_auto_takes_the_policy_that_ships(shipped: Path, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a generation of the model; everything before is as ever."""
+    """Without a generation of the model."""
 
     class EnoughError(Exception):
         pass
 
     seen: list[Any] = []
 
-    def stop(module: Any, examples: Any, options: Options, backend: Any, description: Any, report: Any) -> Any:
-        seen.append((options.schedules, description.policy))
+    def stop(choice: Choice, calibration: Any = None) -> Any:
+        seen.append((make_schedules(choice.policy, choice.budgets, Problem(STEPS, Taylor(1))), choice.name))
         raise EnoughError
 
-    monkeypatch.setattr("recache_compile.api.compile_module", stop)
+    monkeypatch.setattr(Choice, "answer", stop)
     for policy in ("auto", str(shipped)):
         with pytest.raises(EnoughError):
             rc.compile(shapes, policy=policy, **OPTIONS)
     schedules = {3: Schedule((0, 6, 7), STEPS), 4: Schedule((0, 5, 6, 7), STEPS)}
     assert seen == [(schedules, "trained taylor-1")] * 2
     with pytest.raises(EnoughError):
-        rc.compile(shapes, {"hidden_states": torch.zeros(1)}, budgets=(3,), num_steps=STEPS, policy="auto", runtime="eager")
+        rc.compile(shapes, {"hidden_states": torch.zeros(1)}, budgets=(3,), num_steps=STEPS, runtime="eager")
     assert seen[2] == ({3: Schedule((0, 2, 5), STEPS)}, "uniform")
 
 
@@ -238,7 +246,8 @@ def test_policies_have_names() -> None:
     ],
 )
 def test_who_needs_to_look_at_the_model(policy: Any, forecaster: str, needs: bool) -> None:
-    assert needs_calibration(policy, forecaster, STEPS) == needs
+    choice = choose_policy(policy, (2,), forecaster, 1, CompileConfig(num_steps=STEPS), "SomePipeline")
+    assert choice.needs_calibration == needs
 
 
 def test_shipped_policies_can_be_read() -> None:
@@ -250,5 +259,5 @@ def test_shipped_policies_can_be_read() -> None:
 
 
 def test_a_calibration_needs_no_pictures(fitted: rc.Compiled, shapes: Any) -> None:
-    found = calibrate_pipeline(shapes, fitted, [{"prompt": PROMPT, "output_type": "np"}])
+    found = calibrate_pipeline(shapes, fitted.engines, [{"prompt": PROMPT, "output_type": "np"}])
     assert found.predictions.shape == (1, STEPS, STEPS)

@@ -17,7 +17,7 @@ from recache_compile.ir.schedule import Schedule
 from recache_compile.search import ray_pool as workers
 from recache_compile.search.objective import Losses, TaskLosses
 from recache_compile.search.ray_pool import RayRunner, chunks, gpu_share
-from recache_compile.search.runner import StudyRunner, compile_engines
+from recache_compile.search.runner import StudyRunner, build_study_engines
 from recache_compile.search.study import Study, Task, write_study
 
 STUDY = Study(
@@ -47,7 +47,7 @@ def study(shapes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose batches 0 and 1 are prepared."""
     folder = tmp_path_factory.mktemp("studies") / "shapes"
     write_study(STUDY, folder)
-    compile_engines(STUDY, folder, shapes)
+    build_study_engines(STUDY, folder, shapes)
     StudyRunner(folder, shapes).prepare((0, 1))
     return folder
 

@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ModelError, RecacheError
 from recache_compile.evaluation.distances import get_distance
 from recache_compile.evaluation.rewards import get_reward
+from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.rollout import Batch, Rollouts
 from recache_compile.search.objective import Losses
-from recache_compile.search.runner import StudyRunner, compile_engines
+from recache_compile.search.runner import StudyRunner, build_study_engines
 from recache_compile.search.study import (
     FIRST_HELD_OUT,
     Study,
@@ -36,10 +38,8 @@ from recache_compile.search.train import Effort, open_study
 STEPS = 8
 STUDY = Study(
     model="shapes",
-    num_steps=STEPS,
+    config=CompileConfig(num_steps=STEPS, runtime="eager", call={"guidance_scale": 2.0}),
     forecaster="taylor",
-    order=1,
-    granularity="stack",
     distance="features",
     reward="caption",
     training_prompts=(
@@ -50,8 +50,6 @@ STUDY = Study(
     held_out_prompts=("a blue ring below a yellow square on a light background",),
     batch_size=2,
     seed=5,
-    runtime="eager",
-    call={"guidance_scale": 2.0},
 )
 SCHEDULES = tuple(Schedule(steps, STEPS) for steps in ((0, 2, 5), (0, 2, 6), (0, 4)))
 
@@ -89,7 +87,7 @@ def test_torch_gets_its_threads_back_when_a_study_is_closed(own: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with open_study(STUDY, own, Effort(1, 1), lambda stage: None):
+        with open_study(STUDY, own, Effort(1, 1)):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:
@@ -104,9 +102,8 @@ class Forbidden:
 
 
 def test_a_study_is_read_as_it_was_written(tmp_path: Path) -> None:
-    study = replace(
-        STUDY, call={"guidance_scale": 2.5, "negative_prompt": "Übel", "sigmas": [1.0, 0.5]}, dtype="bfloat16"
-    )
+    call = {"guidance_scale": 2.5, "negative_prompt": "Übel", "sigmas": [1.0, 0.5]}
+    study = replace(STUDY, config=replace(STUDY.config, call=call, dtype="bfloat16"))
     assert not is_begun(study, tmp_path / "study")
     write_study(study, tmp_path / "study")
     assert read_study(tmp_path / "study") == study
@@ -123,11 +120,14 @@ def test_the_same_study_goes_on(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"num_steps": 9}, "num_steps"),
+        ({"config": replace(STUDY.config, num_steps=9)}, "num_steps"),
         ({"seed": 6, "batch_size": 4}, "batch_size and seed"),
         ({"training_prompts": STUDY.training_prompts[:2]}, "training_prompts"),
-        ({"call": {"guidance_scale": 3.0}}, "call"),
-        ({"forecaster": "hicache", "order": 2, "reward": "none"}, "forecaster and order and reward"),
+        ({"config": replace(STUDY.config, call={"guidance_scale": 3.0})}, "call"),
+        (
+            {"config": replace(STUDY.config, anchors=3), "forecaster": "hicache", "reward": "none"},
+            "anchors and forecaster and reward",
+        ),
     ],
 )
 def test_another_study_is_refused(change: dict[str, Any], names: str, folder: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_damaged_study_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_study_that_cannot_be_compiled_leaves_nothing_behind(shapes: Any, tmp_path: Path) -> None:
     study = replace(STUDY, training_prompts=("an elephant",))
     with pytest.raises(RecacheError, match="elephant"):
-        compile_engines(study, tmp_path / "study", shapes)
+        build_study_engines(study, tmp_path / "study", shapes)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,8 +195,8 @@ def test_the_first_and_the_last_training_batch_stay_apart_from_those_held_out() 
 def test_everything_is_made_once(own: Path, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.stat().st_mtime_ns for file in own.rglob("*")}
     monkeypatch.setattr(Rollouts, "uncached", Forbidden())
-    monkeypatch.setattr("recache_compile.search.runner.compile", Forbidden())
-    compile_engines(STUDY, own, None)
+    monkeypatch.setattr("recache_compile.search.runner.engines_of_pipeline", Forbidden())
+    build_study_engines(STUDY, own, None)
     study_runner = StudyRunner(own, shapes)
     study_runner.prepare((0, 1, FIRST_HELD_OUT))
     study_runner.calibration()
@@ -216,7 +216,7 @@ def reference(shapes: Any, number: int, compiled: rc.Compiled | None, study: Stu
     if compiled is not None:
         rc.accelerate(pipeline, compiled)
     generator = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
-    arguments = {"generator": generator, "num_inference_steps": STEPS, "output_type": "pt", **study.call}
+    arguments = {"generator": generator, "num_inference_steps": STEPS, "output_type": "pt", **study.config.call}
     return pipeline(list(batch.prompts), **arguments).images.float()
 
 
@@ -243,7 +243,7 @@ def test_losses_are_those_of_an_accelerated_pipeline(
     for schedule, row in zip(SCHEDULES, losses, strict=True):
         expected = []
         for number in numbers:
-            made = reference(shapes, number, compiled.engines.with_plans({schedule.budget: schedule}, compiled.forecaster))
+            made = reference(shapes, number, compiled.engines.with_plans({schedule.budget: schedule}, Taylor(1)))
             rewards = reward(made, STUDY.batch(number).prompts)
             expected += (distance(made, full[number]) - 0.25 * rewards).tolist()
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -270,7 +270,7 @@ def test_the_fitted_forecaster_has_the_same_engines_and_lower_losses(
     (own / "study.json").write_text(json.dumps(asdict(study)))
     fitted = StudyRunner(own, shapes)
     ((_, ours, _),) = fitted.run([(0, SCHEDULES[0].mask)])
-    compiled = rc.load(own / "engines").reschedule({3: SCHEDULES[0]}, fitted.forecaster())
+    compiled = fitted.engines.with_plans({3: SCHEDULES[0]}, fitted.forecaster())
     made = reference(shapes, 0, compiled, study)
     expected = get_distance("features", "shapes")(made, fitted.full(0))
     assert ours == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
@@ -307,7 +307,7 @@ def test_damaged_files_name_the_remedy(content: bytes, own: Path, shapes: Any) -
 
 def test_a_sample_without_its_noise_is_damaged(own: Path, shapes: Any) -> None:
     save_file({"full": torch.zeros(1)}, own / "samples" / "0.safetensors")
-    with pytest.raises(ArtifactError, match=r"0\.safetensors: damaged \('noise'\)"):
+    with pytest.raises(ArtifactError, match=r"0\.safetensors: damaged \(no noise\)"):
         StudyRunner(own, shapes).full(0)
 
 
@@ -340,6 +340,6 @@ def shapes_sigmas(shapes: Any) -> np.ndarray:
 
 
 def test_rollouts_tell_what_is_no_picture(folder: Path, shapes: Any) -> None:
-    rollouts = Rollouts(shapes, rc.load(folder / "engines"), {**STUDY.call, "output_type": "np"})
+    rollouts = Rollouts(shapes, rc.load(folder / "engines").engines, {**STUDY.config.call, "output_type": "np"})
     with pytest.raises(ModelError, match="ShapesPipeline: gives no pictures or frames as tensors, one for each prompt"):
         rollouts.generate(SCHEDULES[0], Batch(STUDY.training_prompts[:2], (1, 2)))
