@@ -22,7 +22,9 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 EVERY = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"(<!-- not run -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy")))
-WRAPPED = ("quick-start.md", "compile-your-model.md", "train-a-policy.md", "extend.md", "comparison.md", "limits.md")
+MADE_BY_SCRIPTS = ("benchmarks.md", "models.md", "plans.md", "schedules.md")
+FOR_ALL = {"errors", "support", "_version"}
+"""What every folder may import."""
 
 
 def python_of(page: str) -> list[str]:
@@ -137,4 +139,34 @@ def test_pages_are_tidy(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert not re.findall(r"TODO|/root/|/tmp/|/work/", text)
     lines = [line for line in FENCE.sub("", text).splitlines() if not line.startswith(("|", "!["))]
-    assert file.name not in WRAPPED or max(map(len, lines)) <= 120
+    assert file.name in MADE_BY_SCRIPTS or max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    "file", (ROOT / "docs" / "how-it-works.md", ROOT / "CONTRIBUTING.md"), ids=lambda file: file.name
+)
+def test_files_that_are_named_exist(file: Path) -> None:
+    package = ROOT / "recache_compile"
+    named = set(re.findall(r"(?<![\w/*])\w+/[\w/]+\.py\b", file.read_text(encoding="utf-8")))
+    assert named
+    assert [name for name in sorted(named) if not ((ROOT / name).exists() or (package / name).exists())] == []
+
+
+def imports_of(folder: str) -> set[str]:
+    """The folders whose files a folder's files import; a file at the package's root counts as one."""
+    place = ROOT / "recache_compile" / folder
+    files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    found = {name for text in texts for name in re.findall(r"^\s*from recache_compile\.(\w+)", text, re.MULTILINE)}
+    return found - FOR_ALL - {folder}
+
+
+def test_the_picture_of_folders_is_what_the_files_import() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    picture = next(code for _, _, code in FENCE.findall(text) if code.startswith("cli "))
+    one_line_each = re.sub(r"\n +(?=\w)", " ", picture).splitlines()
+    shown = {line.split()[0]: set(line.partition("→")[2].split()) for line in one_line_each}
+    assert {folder: found for folder in shown if (found := imports_of(folder) - shown[folder])} == {}
+    package = ROOT / "recache_compile"
+    folders = {place.name for place in package.iterdir() if place.is_dir() and any(place.glob("*.py"))}
+    assert folders - FOR_ALL == set(shown) - {"api", "config"}
