@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 EVERY = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"(<!-- not run -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy")))
+RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy", "deploy")))
 MADE_BY_SCRIPTS = ("benchmarks.md", "models.md", "plans.md", "schedules.md")
 FOR_ALL = {"errors", "support", "_version"}
 """What every folder may import."""
@@ -47,7 +47,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder; what is registered in it is gone afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
-    monkeypatch.setattr(runtimes, "RUNTIMES", dict(runtimes.RUNTIMES))
+    monkeypatch.setattr(
+        runtimes, "RUNTIMES", runtimes.RUNTIMES | {"inductor": runtimes.RUNTIMES["eager"]}
+    )  # for "auto"
+    monkeypatch.setenv("RECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
