@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.cli.app import main
@@ -15,6 +16,7 @@ from recache_compile.pipelines.load import load_pipeline
 from recache_compile.policies import registry as policies
 from recache_compile.runtimes import registry as runtimes
 from tests.families import DIFFERENT, EXACT, STEPS, TINY, compile_tiny, error, plain
+from tests.passes.tiny import Formula, show, simple
 from tests.tiny_pipelines import draw
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,20 @@ def test_python_blocks_run_one_after_another(page: str, home: Path) -> None:
     with torch.enable_grad():
         for block in blocks:
             execute(block, names)
+
+
+def test_the_pass_in_contributing_is_one() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = (code for _, language, code in FENCE.findall(text) if language == "python")
+    names: dict[str, Any] = {"__name__": "docs"}
+    execute(block, names)
+
+    def scaled(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return (hidden * 1).sin()
+
+    result = names["FoldScale"]()(simple(Formula(scaled)))
+    assert result.modified and not names["FoldScale"]()(result.program).modified
+    assert show(result.program).splitlines()[-2] == "sin = aten.sin.default(hidden_states)"
 
 
 @pytest.mark.slow
