@@ -132,7 +132,7 @@ class Problem:
         """
         if self.calibration is None:
             raise ScheduleError(
-                f"policy {policy}: needs a few full generations of the model; compile a pipeline, not a module, or"
+                f"policy {policy}: needs a few uncached generations of the model; compile a pipeline, not a module, or"
                 " choose a policy that looks at nothing, such as uniform"
             )
         return self.calibration

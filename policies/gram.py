@@ -1,4 +1,4 @@
-"""Search on the Gram surrogate: needs a handful of full generations and no training."""
+"""Search on the Gram surrogate: needs a handful of uncached generations and no training."""
 
 from dataclasses import dataclass
 

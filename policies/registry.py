@@ -36,7 +36,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 CALIBRATED = (Gram, DynamicProgram, Minimax, TeaCache, MagCache)
-"""Policies that look at a few full generations of the model."""
+"""Policies that look at a few uncached generations of the model."""
 
 
 def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: int) -> Policy:

@@ -1,4 +1,4 @@
-"""A guess at the end error of schedules from a few full generations, without running the model."""
+"""A guess at the end error of schedules from a few uncached generations, without running the model."""
 
 from collections.abc import Sequence
 

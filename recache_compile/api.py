@@ -65,7 +65,7 @@ def compile(
             `get_policy`.  "auto": one that was trained for this model and forecaster and
             ships with the package, else "gram"; "uniform" for a module, with
             `example_inputs` and, with a warning, for pipelines that cannot be calibrated.
-            Policies such as "gram", and the forecaster "fitted", run a few full generations
+            Policies such as "gram", and the forecaster "fitted", run a few uncached generations
             of the pipeline.
         granularity: "output", "stack", "block" or "module": where features are cached.
         runtime: "eager", "inductor", "onnxruntime", "tensorrt", "tensorrt_rtx", or "auto": the

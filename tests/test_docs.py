@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.cli.app import main
@@ -15,14 +16,17 @@ from recache_compile.pipelines.load import load_pipeline
 from recache_compile.policies import registry as policies
 from recache_compile.runtimes import registry as runtimes
 from tests.families import DIFFERENT, EXACT, STEPS, TINY, compile_tiny, error, plain
+from tests.passes.tiny import Formula, show, simple
 from tests.tiny_pipelines import draw
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 EVERY = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"(<!-- not run -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy")))
-WRAPPED = ("quick-start.md", "compile-your-model.md", "train-a-policy.md", "extend.md", "comparison.md", "limits.md")
+RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy", "deploy")))
+MADE_BY_SCRIPTS = ("benchmarks.md", "models.md", "plans.md", "schedules.md")
+FOR_ALL = {"errors", "support", "_version"}
+"""What every folder may import."""
 
 
 def python_of(page: str) -> list[str]:
@@ -45,7 +49,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder; what is registered in it is gone afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
-    monkeypatch.setattr(runtimes, "RUNTIMES", dict(runtimes.RUNTIMES))
+    monkeypatch.setattr(
+        runtimes, "RUNTIMES", runtimes.RUNTIMES | {"inductor": runtimes.RUNTIMES["eager"]}
+    )  # for "auto"
+    monkeypatch.setenv("RECACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -58,6 +65,20 @@ def test_python_blocks_run_one_after_another(page: str, home: Path) -> None:
     with torch.enable_grad():
         for block in blocks:
             execute(block, names)
+
+
+def test_the_pass_in_contributing_is_one() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = (code for _, language, code in FENCE.findall(text) if language == "python")
+    names: dict[str, Any] = {"__name__": "docs"}
+    execute(block, names)
+
+    def scaled(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return (hidden * 1).sin()
+
+    result = names["FoldScale"]()(simple(Formula(scaled)))
+    assert result.modified and not names["FoldScale"]()(result.program).modified
+    assert show(result.program).splitlines()[-2] == "sin = aten.sin.default(hidden_states)"
 
 
 @pytest.mark.slow
@@ -137,4 +158,34 @@ def test_pages_are_tidy(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert not re.findall(r"TODO|/root/|/tmp/|/work/", text)
     lines = [line for line in FENCE.sub("", text).splitlines() if not line.startswith(("|", "!["))]
-    assert file.name not in WRAPPED or max(map(len, lines)) <= 120
+    assert file.name in MADE_BY_SCRIPTS or max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    "file", (ROOT / "docs" / "how-it-works.md", ROOT / "CONTRIBUTING.md"), ids=lambda file: file.name
+)
+def test_files_that_are_named_exist(file: Path) -> None:
+    package = ROOT / "recache_compile"
+    named = set(re.findall(r"(?<![\w/*])\w+/[\w/]+\.py\b", file.read_text(encoding="utf-8")))
+    assert named
+    assert [name for name in sorted(named) if not ((ROOT / name).exists() or (package / name).exists())] == []
+
+
+def imports_of(folder: str) -> set[str]:
+    """The folders whose files a folder's files import; a file at the package's root counts as one."""
+    place = ROOT / "recache_compile" / folder
+    files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    found = {name for text in texts for name in re.findall(r"^\s*from recache_compile\.(\w+)", text, re.MULTILINE)}
+    return found - FOR_ALL - {folder}
+
+
+def test_the_picture_of_folders_is_what_the_files_import() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    picture = next(code for _, _, code in FENCE.findall(text) if code.startswith("cli "))
+    one_line_each = re.sub(r"\n +(?=\w)", " ", picture).splitlines()
+    shown = {line.split()[0]: set(line.partition("→")[2].split()) for line in one_line_each}
+    assert {folder: found for folder in shown if (found := imports_of(folder) - shown[folder])} == {}
+    package = ROOT / "recache_compile"
+    folders = {place.name for place in package.iterdir() if place.is_dir() and any(place.glob("*.py"))}
+    assert folders - FOR_ALL == set(shown) - {"api", "config"}

@@ -3,11 +3,14 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from recache_compile.cli.app import main
+from recache_compile.pipelines.load import load_pipeline
+from recache_compile.runtimes.registry import RUNTIMES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +29,16 @@ def test_commands_run_in_the_order_shown(tmp_path: Path, monkeypatch: pytest.Mon
     for command in commands:
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
+
+
+def test_one_line_switches_a_pipeline_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECACHE_CACHE", str(tmp_path))
+    monkeypatch.setitem(RUNTIMES, "inductor", RUNTIMES["eager"])  # what "auto" takes first
+    (block,) = blocks("python")
+    names: dict[str, Any] = {"pipe": load_pipeline("shapes")}
+    exec(compile(block, "<README>", "exec"), names)  # noqa: S102 - our own page
+    assert len(list((tmp_path / "engines").iterdir())) == 1
+    assert names["image"].size == (32, 32)
 
 
 def test_local_links_lead_somewhere() -> None:

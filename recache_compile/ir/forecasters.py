@@ -184,7 +184,7 @@ def get_forecaster(name: str, order: int | None = None, gram: Sequence[Sequence[
     if name == "fitted":
         if gram is None:
             raise ScheduleError(
-                "forecaster fitted: needs a few full generations of the model; compile a pipeline, not a module"
+                "forecaster fitted: needs a few uncached generations of the model; compile a pipeline, not a module"
             )
         return Fitted(tuple(tuple(float(each) for each in row) for row in gram), 1 if order is None else order)
     if name == "reuse" or order is None:

@@ -46,7 +46,7 @@ class _ProblemWithoutModel(Problem):
 
     def need_calibration(self, policy: str) -> Calibration:
         """Raise `ScheduleError` with that option."""
-        raise ScheduleError(f"policy {policy}: needs a few full generations of a model; name the model with --model")
+        raise ScheduleError(f"policy {policy}: needs a few uncached generations of a model; name one with --model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def timeline(schedule: Schedule) -> str:
 
 def _forecaster(question: Question, calibration: Calibration | None) -> Forecaster:
     if question.forecaster == "fitted" and calibration is None:
-        raise ScheduleError("forecaster fitted: needs a few full generations of a model; name the model with --model")
+        raise ScheduleError("forecaster fitted: needs a few uncached generations of a model; name one with --model")
     gram = None if calibration is None else calibration.gram
     return get_forecaster(question.forecaster, question.order, gram)
 

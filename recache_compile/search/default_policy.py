@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether schedules or coefficients come from full generations of the model."""
+        """Whether schedules or coefficients come from uncached generations of the model."""
         return self.forecaster == "fitted" or isinstance(self.policy, CALIBRATED)
 
     def answer(self, calibration: Calibration | None = None) -> tuple[dict[int, Schedule], Forecaster]:
@@ -115,9 +115,8 @@ def choose_policy(
     )
     if pipeline is None and choice.needs_calibration:
         raise ScheduleError(
-            f"policy {choice.name}, forecaster {forecaster}: they need a few full generations; compile a pipeline"
-            f" without"
-            " example_inputs, or choose others, such as uniform and taylor"
+            f"policy {choice.name}, forecaster {forecaster}: they need a few uncached generations; compile a pipeline"
+            " without example_inputs, or choose others, such as uniform and taylor"
         )
     return choice
 

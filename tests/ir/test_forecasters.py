@@ -86,7 +86,7 @@ def test_without_an_order_each_forecaster_has_its_own() -> None:
 
 @pytest.mark.parametrize("order", [None, 2])
 def test_fitted_needs_something_to_be_fitted_to(order: int | None) -> None:
-    with pytest.raises(ScheduleError, match="forecaster fitted: needs a few full generations of the model"):
+    with pytest.raises(ScheduleError, match="forecaster fitted: needs a few uncached generations of the model"):
         get_forecaster("fitted", order)
 
 

@@ -95,7 +95,7 @@ def test_more_anchors_than_steps() -> None:
 
 @pytest.mark.parametrize("policy", [DynamicProgram(), Minimax()])
 def test_what_is_missing_is_named(policy: Policy) -> None:
-    with pytest.raises(ScheduleError, match="needs a few full generations"):
+    with pytest.raises(ScheduleError, match="needs a few uncached generations"):
         policy.schedule(Problem(TOTAL, Reuse()), 3)
     with pytest.raises(ScheduleError, match="needs a forecaster"):
         policy.schedule(Problem(TOTAL, None, calibration_of(smooth_features(0))), 3)

@@ -64,7 +64,7 @@ def test_the_smallest_and_largest_budgets_are_met(budget: int) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(ScheduleError, match="policy gram: needs a few full generations"):
+    with pytest.raises(ScheduleError, match="policy gram: needs a few uncached generations"):
         Gram().schedule(Problem(12, Taylor(1)), 4)
     with pytest.raises(ScheduleError, match="policy gram: needs a forecaster"):
         Gram().schedule(Problem(12, calibration=calibration_of(trajectories(12))), 4)

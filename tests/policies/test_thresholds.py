@@ -110,5 +110,5 @@ def test_unusable_options_are_refused() -> None:
 
 @pytest.mark.parametrize("policy", [TeaCache(), MagCache()])
 def test_a_missing_calibration_is_named(policy: Policy) -> None:
-    with pytest.raises(ScheduleError, match="needs a few full generations"):
+    with pytest.raises(ScheduleError, match="needs a few uncached generations"):
         policy.schedule(Problem(TOTAL), 5)

@@ -132,7 +132,7 @@ def test_calibrating_leaves_the_pipeline_alone(fitted: rc.Compiled, shapes: Any)
     ],
 )
 def test_a_module_cannot_be_looked_at(choice: dict[str, Any], shapes: Any) -> None:
-    message = r"they need a few full generations; compile a pipeline without example_inputs, or choose others"
+    message = r"they need a few uncached generations; compile a pipeline without example_inputs, or choose others"
     options = {"budgets": (3, 4), "num_steps": STEPS, **choice}
     for model, inputs in ((shapes.transformer, {}), (shapes.transformer, None), (shapes, {"hidden_states": 0})):
         with pytest.raises(ScheduleError, match=message):
