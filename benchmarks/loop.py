@@ -33,6 +33,7 @@ from recache_compile.bench.subjects import folder_bytes, lone_calls
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.measure import seconds
 from recache_compile.runtimes.registry import get_runtime
+from recache_compile.support.log import told
 from recache_compile.support.machine import machine
 
 Call = Callable[[int], Any]
@@ -107,14 +108,20 @@ def build_engines(
 ) -> tuple[dict[str, Compiled], dict[str, float]]:
     """The model compiled for every runtime and loaded from its artifact, and the seconds that building took."""
     compiled = rc.compile(
-        model, inputs, (sizes.budget,), sizes.steps, runtime="eager", timesteps={"timestep": timetable(sizes)}
+        model,
+        inputs,
+        budgets=(sizes.budget,),
+        num_steps=sizes.steps,
+        runtime="eager",
+        timesteps={"timestep": timetable(sizes)},
     )
     compiled.save(folder / "eager")
     engines, taken = {}, {}
     for name in runtimes:
         runtime, _, graphs = name.partition("+")
         begin = time.perf_counter()
-        rc.rebuild(folder / "eager", runtime, report=lambda stage: LOG.print(stage)).save(folder / name)
+        with told(LOG.print):
+            rc.rebuild(folder / "eager", runtime).save(folder / name)
         taken[name] = time.perf_counter() - begin
         engines[name] = rc.load(folder / name, cuda_graphs=bool(graphs))
     return engines, taken

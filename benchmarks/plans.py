@@ -11,10 +11,11 @@ from pathlib import Path
 import click
 import torch
 
-from recache_compile.api import compile_options
+import recache_compile as rc
 from recache_compile.artifact.inspect import with_unit
 from recache_compile.artifact.specs import known_specs
-from recache_compile.artifact.weightless import ORDERS, PlanFacts, find_weightless, plan_model
+from recache_compile.artifact.weightless import ORDERS, PlanFacts
+from recache_compile.pipelines.weightless import find_weightless
 
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 BUDGETS = (5, 10, 15)
@@ -23,10 +24,9 @@ BUDGETS = (5, 10, 15)
 def plan(name: str) -> tuple[PlanFacts, float]:
     """Plan a known model with the defaults; also the seconds that it took."""
     begin = time.perf_counter()
-    abstract = find_weightless(name, 50, {})
-    budgets = tuple(budget for budget in BUDGETS if budget <= abstract.num_steps)
-    options = compile_options(budgets, abstract.num_steps, "taylor", 1, "uniform", "stack", True)
-    return plan_model(abstract, options), time.perf_counter() - begin
+    num_steps = find_weightless(name, 50, {}).num_steps
+    facts = rc.plan(name, budgets=[budget for budget in BUDGETS if budget <= num_steps])
+    return facts, time.perf_counter() - begin
 
 
 def render(planned: list[tuple[PlanFacts, float]]) -> str:
@@ -48,7 +48,7 @@ at its peak.  One call is one guidance branch, or both where the pipeline batche
         cached = programs.get("forecast_2", programs["forecast_1"])
         share = 1 - facts.step_parameters / facts.parameters
         text += (
-            f"| {facts.model} | {facts.size} | {facts.num_steps} | {with_unit(facts.parameters)} | {share:.1%} |"
+            f"| {facts.model} | {facts.size} | {facts.config.num_steps} | {with_unit(facts.parameters)} | {share:.1%} |"
             f" {programs['recompute'].calls:,} | {cached.calls} | {with_unit(facts.call_macs)} |\n"
         )
     text += "\n## What a budget costs\n\nMACs of a whole generation, prologue included, and what it holds on the device.\n\n"
@@ -58,7 +58,7 @@ at its peak.  One call is one guidance branch, or both where the pipeline batche
         for each in facts.budgets:
             costs = (each.macs, each.prologue_macs)
             text += (
-                f"| {facts.model} | {each.budget} of {facts.num_steps} | {' | '.join(map(with_unit, costs))} |"
+                f"| {facts.model} | {each.budget} of {facts.config.num_steps} | {' | '.join(map(with_unit, costs))} |"
                 f" {each.macs_reduction:.2f} | {with_unit(each.history_bytes)}B | {with_unit(each.table_bytes)}B |\n"
             )
     text += "\n## Cache memory\n\nFeatures held by one guidance branch: order m holds m + 1 anchors.\n\n"

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
+from recache_compile.config import CompileConfig
 from recache_compile.evaluation.distances import get_distance
+from recache_compile.ir.forecasters import anchors_of
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.policies.annealing import Annealing
@@ -42,7 +44,8 @@ from recache_compile.policies.uniform import Uniform
 from recache_compile.search.objective import Losses
 from recache_compile.search.runner import StudyRunner
 from recache_compile.search.study import FIRST_HELD_OUT, Study
-from recache_compile.search.train import Effort, open_study, study_of
+from recache_compile.search.train import Effort, TrainingRequest, open_study
+from recache_compile.support.log import told
 
 BATCH = 16
 TRAINING, VALIDATION, TEST = 8, 4, 8
@@ -55,14 +58,18 @@ TEST_BATCHES = tuple(range(FIRST_HELD_OUT + 100, FIRST_HELD_OUT + 100 + TEST))
 
 def shapes(num_steps: int, forecaster: str, order: int, batch_size: int = BATCH) -> Study:
     """`shapes` under one forecaster."""
-    return study_of("shapes", num_steps, forecaster, order, "stack", "features", "caption", batch_size=batch_size)
+    config = CompileConfig(num_steps, anchors_of(forecaster, order))
+    choices = TrainingRequest(
+        "shapes", BUDGETS, config, forecaster, distance="features", reward="caption", batch_size=batch_size
+    )
+    return choices.study()
 
 
 @contextlib.contextmanager
 def studied(folder: Path, study: Study, effort: Effort) -> Iterator[tuple[Problem, Losses, StudyRunner]]:
     """A study in a folder of its own."""
     place = folder / f"T{study.num_steps}-{study.forecaster}-{study.order}"
-    with open_study(study, place, effort, click.echo) as found:
+    with told(click.echo), open_study(study, place, effort) as found:
         yield found
 
 

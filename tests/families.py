@@ -106,7 +106,7 @@ def compile_tiny(
     """Compile a transformer of a tiny pipeline with the defaults of these tests."""
     pipeline = tiny.make()
     change(pipeline)
-    options = {"budgets": (BUDGET, STEPS), "num_steps": STEPS, "runtime": "eager"} | options
+    options = {"budgets": (BUDGET, STEPS), "num_steps": STEPS, "runtime": "eager", "policy": "uniform"} | options
     return rc.compile(pipeline, call=calls, **options)
 
 
@@ -124,7 +124,7 @@ def counted(compiled: rc.Compiled, calls: Counter[str]) -> rc.Compiled:
         replace(each, engines={name: counting(name, engine) for name, engine in each.engines.items()})
         for each in compiled.variants
     )
-    return replace(compiled, variants=variants)
+    return replace(compiled, engines=replace(compiled.engines, variants=variants))
 
 
 def plain(tiny: TinyPipeline, call: Mapping[str, Any], change: Change = unchanged, **options: Any) -> Tensor:

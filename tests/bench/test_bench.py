@@ -17,9 +17,11 @@ import recache_compile as rc
 from recache_compile.bench.page import read_bench, summary
 from recache_compile.bench.session import BenchLine, BenchResult, run
 from recache_compile.bench.subjects import OURS, SUBJECTS, available
-from recache_compile.bench.workload import Request, make_workload, of_artifact, peers_schedule
+from recache_compile.bench.workload import BenchRequest, make_workload, of_artifact, peers_schedule
 from recache_compile.cli.app import main
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
+from recache_compile.support.log import told
 
 T, K = 8, 3
 COMMITTED = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -59,14 +61,19 @@ def artifact(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         workload = make_workload(request(str(spec)))
         compiled = rc.compile(
-            workload.module, workload.inputs, (K, 4), T, runtime="eager", timesteps=workload.timetable
+            workload.module,
+            workload.inputs,
+            budgets=(K, 4),
+            num_steps=T,
+            runtime="eager",
+            timesteps=workload.example.timesteps,
         )
         compiled.save(folder)
     return folder
 
 
-def request(model: str, runtime: str = "eager") -> Request:
-    return Request(model, T, K, runtime, "cpu", "float32", {}, threads=1)
+def request(model: str) -> BenchRequest:
+    return BenchRequest(model, K, CompileConfig(T, runtime="eager"), threads=1)
 
 
 @pytest.fixture
@@ -129,14 +136,15 @@ def test_a_budget_that_no_interval_has_is_refused() -> None:
 @pytest.mark.slow
 def test_a_run_tells_of_all_and_leaves_out_who_fails(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule, *_ = peers_schedule(T, K)
-    told: list[str] = []
+    lines_told: list[str] = []
     names = ("eager", OURS, "diffusers TaylorSeer lite")
     monkeypatch.setitem(SUBJECTS, "broken", SUBJECTS["eager"])
-    result = run(request(str(spec)), schedule, (*names, "broken"), 2, told.append)
+    with told(lines_told.append):
+        result = run(request(str(spec)), schedule, (*names, "broken"), 2)
     lines = {line.name: line for line in result.lines}
     assert tuple(lines) == names
     assert list(result.failed) == ["broken"]  # the children know no such subject
-    assert any(line.startswith("left out: broken: KeyError") for line in told)
+    assert any(line.startswith("left out: broken: KeyError") for line in lines_told)
     assert result.recompute_steps == schedule.recompute_steps
     assert lines["eager"].cached_step is None
     ours = lines[OURS]
