@@ -13,8 +13,9 @@ import torch
 
 import recache_compile as rc
 from recache_compile.artifact.inspect import with_unit
-from recache_compile.artifact.specs import find_spec_file, known_specs, read_spec
+from recache_compile.artifact.specs import known_specs
 from recache_compile.artifact.weightless import ORDERS, PlanFacts
+from recache_compile.pipelines.weightless import find_weightless
 
 PAGE = Path(__file__).parents[1] / "docs" / "plans.md"
 BUDGETS = (5, 10, 15)
@@ -23,11 +24,9 @@ BUDGETS = (5, 10, 15)
 def plan(name: str) -> tuple[PlanFacts, float]:
     """Plan a known model with the defaults; also the seconds that it took."""
     begin = time.perf_counter()
-    file = find_spec_file(name)
-    assert file is not None
-    num_steps = read_spec(file).num_steps
-    budgets = tuple(budget for budget in BUDGETS if budget <= num_steps)
-    return rc.plan(name, budgets=budgets), time.perf_counter() - begin
+    num_steps = find_weightless(name, 50, {}).num_steps
+    facts = rc.plan(name, budgets=[budget for budget in BUDGETS if budget <= num_steps])
+    return facts, time.perf_counter() - begin
 
 
 def render(planned: list[tuple[PlanFacts, float]]) -> str:

@@ -127,6 +127,7 @@ def written(estimate: Estimate | None) -> str:
 def bench_part(result: Mapping[str, Any]) -> str:
     """One model under everyone."""
     request = result["request"]
+    config = request["config"]
     rows = [
         [
             line["name"], seconds(line["loop"]), f"{seconds(line['spread'][0])} to {seconds(line['spread'][1])}",
@@ -160,8 +161,8 @@ def bench_part(result: Mapping[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"### {name}\n\n`recache-compile bench {name} --rounds {result['rounds']}`: {MODELS[name]}; T ="
-        f" {request['num_steps']},"
-        f" k = {request['budget']} ({steps}), {request['dtype']}. {result['date']}, {result['machine']}, {versions}"
+        f" {config['num_steps']},"
+        f" k = {request['budget']} ({steps}), {config['dtype']}. {result['date']}, {result['machine']}, {versions}"
         f" ([numbers](../benchmarks/results/bench-{name}.json)).\n\n{table(columns, rows)}{peer}{failed}"
     )
 

@@ -126,6 +126,14 @@ def compile_flux(module: torch.nn.Module, **options: Any) -> rc.Compiled:
     return rc.compile(module, flux_inputs(), timesteps={"timestep": timesteps()}, **options)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `accelerate` keeps on disk goes to a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECACHE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 import zipfile
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,32 +13,154 @@ import pytest
 import recache_compile as rc
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = "recache_compile"
 ROOMS = ("passes", "runtimes", "policies")
-CORE = (
-    *("compiler", "compiled", "artifact", "api", "adapters", "loading", "recording", "stand_in", "planning", "specs"),
-    *("measure", "picture", "inspection", "parameters", "cli"),
-    *("charts", "schedules"),
-    *("quality", "pretrained"),
-    *("choosing", "training", "training_view", "study", "objective", "rollout", "calibration", "prompts"),
-    *("workers", "bench", "evaluation", "report", "commands"),
-)
+
+MAY_IMPORT = {
+    "_version": "",
+    "errors": "",
+    "support": "_version errors",
+    "models": "errors",
+    "ir": "errors",
+    "config": "errors ir",
+    "capture": "errors ir",
+    "passes": "errors ir capture",
+    "policies": "errors support ir",
+    "runtimes": "errors support ir capture passes",
+    "compiler": "errors ir config capture passes runtimes",
+    "artifact": "_version errors support ir config capture runtimes compiler",
+    "pipelines": "errors support models ir config capture policies runtimes compiler artifact",
+    "judges": "errors models",
+    "search": "_version errors support models ir config policies runtimes compiler artifact pipelines judges",
+    "evaluation": "errors support models ir config policies runtimes compiler artifact pipelines judges search",
+    "api": "errors ir config runtimes compiler artifact pipelines search",
+    "package": "_version errors ir config compiler artifact pipelines api",
+    "bench": "errors support ir config runtimes compiler artifact pipelines evaluation package",
+    "report": "errors support models ir artifact evaluation bench",
+    "scripts": "models ir config policies pipelines search",
+    "cli": "_version errors support ir config runtimes artifact pipelines search evaluation api bench report",
+}
+"""What each part of the package imports, from the bottom to the top: a part sees only parts above it in this table.
+
+A part is a folder or a module at the package's root, but for those of `PARTS`; "package" is its public face.
+"""
+
+PARTS = {
+    "judges": ("evaluation.distances", "evaluation.judges", "evaluation.pretrained", "evaluation.rewards"),
+    "scripts": ("models.shapes.evaluate", "models.shapes.train", "models.shapes.train_policies"),
+}
+"""Modules that stand elsewhere in the order than the others of their folder."""
+
+WHEN_CALLED = {
+    "save": "artifact.store",
+    "push_to_hub": "artifact.hub",
+    "__reduce__": "artifact.pickling",
+}
+"""Methods of `Compiled`, and what they import of what stands above it when they are called."""
 
 
-def imports_of(file: Path) -> set[str]:
-    """Dotted names that a file imports, wherever the import stands."""
+@cache
+def modules() -> dict[str, Path]:
+    """Files of the package by their dotted names within it; "" is its public face."""
+    files = [file for room in ROOMS for file in (ROOT / room).glob("*.py")]
+    files = [file.relative_to(ROOT) for file in files] + [
+        file.relative_to(ROOT / PACKAGE) for file in (ROOT / PACKAGE).rglob("*.py")
+    ]
+    named = {}
+    for file in files:
+        name = ".".join(file.with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+        named[name] = ROOT / PACKAGE / file
+    return named
+
+
+def imports_in(tree: ast.AST) -> set[str]:
+    """Modules of the package that are imported, wherever the import stands."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, "imports are absolute"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = {name.removeprefix(f"{PACKAGE}.") for name in whole} & set(modules())
+            names |= {f"{PACKAGE}.{name}" for name in inside} or {node.module}
+    own = {name.removeprefix(PACKAGE).removeprefix(".") for name in names if name.partition(".")[0] == PACKAGE}
+    assert own <= set(modules())
+    return own
 
 
-def sees(file: Path, *modules: str) -> list[str]:
-    return [
-        name for name in imports_of(file) if any(name == module or name.startswith(f"{module}.") for module in modules)
+@cache
+def imports_of(name: str) -> frozenset[str]:
+    """Modules that a module imports, but for those of `WHEN_CALLED`."""
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    found = imports_in(tree)
+    return frozenset(found - set(WHEN_CALLED.values()) if name == "compiler.compiled" else found)
+
+
+def part_of(name: str) -> str:
+    """The row of the table that a module belongs to."""
+    own = [part for part, members in PARTS.items() if name in members]
+    return own[0] if own else name.partition(".")[0] or "package"
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_what_the_table_allows_and_nothing_else(part: str) -> None:
+    found = {
+        other: (name, module)
+        for name in modules()
+        if part_of(name) == part
+        for module in imports_of(name)
+        if (other := part_of(module)) != part
+    }
+    forbidden = [pair for other, pair in found.items() if other not in MAY_IMPORT[part].split()]
+    assert not forbidden
+    assert set(found) == set(MAY_IMPORT[part].split()), "the table allows more than is used"
+
+
+def test_the_table_is_in_order_and_complete() -> None:
+    assert {part_of(name) for name in modules()} == set(MAY_IMPORT)
+    assert {name for members in PARTS.values() for name in members} <= set(modules())
+    above: set[str] = set()
+    for part, allowed in MAY_IMPORT.items():
+        assert set(allowed.split()) <= above
+        above.add(part)
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    try:
+        TopologicalSorter({name: imports_of(name) for name in modules()}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_what_a_compiled_model_imports_when_called_is_in_these_methods() -> None:
+    tree = ast.parse(modules()["compiler.compiled"].read_text(encoding="utf-8"))
+    inside = {
+        function.name: imports_in(function) & set(WHEN_CALLED.values())
+        for kind in tree.body
+        if isinstance(kind, ast.ClassDef) and kind.name == "Compiled"
+        for function in kind.body
+        if isinstance(function, ast.FunctionDef)
+    }
+    assert {name: found for name, found in inside.items() if found} == {
+        name: {module} for name, module in WHEN_CALLED.items()
+    }
+    elsewhere = [
+        name
+        for node in tree.body
+        if not (isinstance(node, ast.ClassDef) and node.name == "Compiled")
+        for name in imports_in(node)
     ]
+    assert not set(elsewhere) & set(WHEN_CALLED.values())
+
+
+def test_the_package_s_root_is_small() -> None:
+    assert len(list((ROOT / PACKAGE).glob("*.py"))) <= 6
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "policies").glob("*.py")), ids=lambda file: file.name)
+def test_policies_see_no_graphs(file: Path) -> None:
+    assert "torch.fx" not in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -57,45 +181,24 @@ def test_top_level_entries_are_those_of_the_design() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "passes").glob("*.py")), ids=lambda file: file.name)
-def test_passes_see_facts_only(file: Path) -> None:
-    above = [f"recache_compile.{name}" for name in (*CORE, "runtimes", "policies", "models")]
-    assert not sees(file, *above)
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "policies").glob("*.py")), ids=lambda file: file.name)
-def test_policies_see_no_graphs(file: Path) -> None:
-    above = [f"recache_compile.{name}" for name in (*CORE, "runtimes", "passes", "models")]
-    assert not sees(file, "torch.fx", *above)
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "runtimes").glob("*.py")), ids=lambda file: file.name)
-def test_runtimes_see_no_compiler(file: Path) -> None:
-    above = [f"recache_compile.{name}" for name in (*CORE, "policies", "models")]
-    assert not sees(file, *above)
-
-
-def test_what_stands_above_the_rooms_exists() -> None:
-    places = [ROOT / "recache_compile" / name for name in CORE]
-    assert all(place.with_suffix(".py").is_file() or (place / "__init__.py").is_file() for place in places)
-
-
-def test_nothing_imports_the_command_line() -> None:
-    files = [file for folder in (*ROOMS, "recache_compile") for file in (ROOT / folder).rglob("*.py")]
-    assert not [file for file in files if sees(file, "recache_compile.cli.app")]
-
-
 def test_public_names() -> None:
     assert sorted(rc.__all__) == [
+        "CompileConfig",
         "Compiled",
+        "Engines",
         "RecacheError",
         "Schedule",
         "__version__",
         "accelerate",
+        "build_engines",
         "compile",
+        "inspect",
         "load",
+        "plan",
         "rebuild",
+        "restore",
     ]
+    assert all(hasattr(rc, name) for name in rc.__all__)
 
 
 @pytest.mark.slow

@@ -34,14 +34,13 @@ def check_same(other: BenchResult, request: BenchRequest, file: Path) -> None:
     Raises:
         ModelError: naming what differs.
     """
-    names = ("model", "num_steps", "budget", "dtype")
-    asked = {
-        "model": request.model,
-        "num_steps": request.num_steps,
-        "budget": request.budget,
-        "dtype": request.config.dtype,
+    facts = {
+        "model": (other.request.model, request.model),
+        "num_steps": (other.request.num_steps, request.num_steps),
+        "budget": (other.request.budget, request.budget),
+        "dtype": (other.request.config.dtype, request.config.dtype),
     }
-    wrong = [f"{name} {getattr(other.request, name)}" for name in names if getattr(other.request, name) != asked[name]]
+    wrong = [f"{name} {theirs}" for name, (theirs, ours) in facts.items() if theirs != ours]
     if wrong:
         raise ModelError(f"compare {file}: is of {', '.join(wrong)}; ask for the same")
 

@@ -21,6 +21,7 @@ from recache_compile.bench.workload import BenchRequest, make_workload, of_artif
 from recache_compile.cli.app import main
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
+from recache_compile.support.log import told
 
 T, K = 8, 3
 COMMITTED = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -61,7 +62,7 @@ def artifact(spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         workload = make_workload(request(str(spec)))
         compiled = rc.compile(
             workload.module,
-            dict(workload.inputs),
+            workload.inputs,
             budgets=(K, 4),
             num_steps=T,
             runtime="eager",
@@ -135,14 +136,15 @@ def test_a_budget_that_no_interval_has_is_refused() -> None:
 @pytest.mark.slow
 def test_a_run_tells_of_all_and_leaves_out_who_fails(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule, *_ = peers_schedule(T, K)
-    told: list[str] = []
+    lines_told: list[str] = []
     names = ("eager", OURS, "diffusers TaylorSeer lite")
     monkeypatch.setitem(SUBJECTS, "broken", SUBJECTS["eager"])
-    result = run(request(str(spec)), schedule, (*names, "broken"), 2, told.append)
+    with told(lines_told.append):
+        result = run(request(str(spec)), schedule, (*names, "broken"), 2)
     lines = {line.name: line for line in result.lines}
     assert tuple(lines) == names
     assert list(result.failed) == ["broken"]  # the children know no such subject
-    assert any(line.startswith("left out: broken: KeyError") for line in told)
+    assert any(line.startswith("left out: broken: KeyError") for line in lines_told)
     assert result.recompute_steps == schedule.recompute_steps
     assert lines["eager"].cached_step is None
     ours = lines[OURS]

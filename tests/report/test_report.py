@@ -55,8 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "prepare_seconds": 1.0, "first_loop": 3.0, "ideal": 2.0, "graphs": 0, "graph_breaks": 0, "recompiles": 0,
             "held_bytes": 1, "peak_bytes": 5_000_000, "disk_bytes": None, "more": {}, "over_ideal": 1.0}  # fmt: skip
     lines = [line, {**line, "name": "recache-compile", "loop": 0.5, "cached_step": 0.001}]
-    request = {"model": "flux-small", "num_steps": 20, "budget": 5, "runtime": "eager", "device": "cpu",
-               "dtype": "float32", "call": {}}  # fmt: skip
+    request = {"model": "flux-small", "budget": 5, "config": {"num_steps": 20, "runtime": "eager", "call": {}}}
     run = {"date": "2026-01-01", "machine": "a machine", "versions": {}, "request": request,
            "recompute_steps": [0, 5, 9, 13, 17], "rounds": 3, "lines": lines, "failed": {}, "best_peer": "-"}  # fmt: skip
     file = tmp_path_factory.mktemp("bench") / "bench.json"
