@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from recache_compile.capture.export import writes
+from recache_compile.capture.compat import writes
 
 aten = torch.ops.aten
 

@@ -8,19 +8,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.export import flatten, writes
+from recache_compile.capture.compat import writes
+from recache_compile.capture.export import flatten
+from recache_compile.capture.roles import assign_roles
 from recache_compile.capture.trace import trace_module
 from recache_compile.errors import CaptureError
 from recache_compile.ir.meta import describe_input, describe_outputs, number_nodes, result_of
 from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.signature import Signature, named_leaves
-from recache_compile.ir.value import ROLES, Kind, Value
-
-ROLE_NAMES = {
-    Kind.LATENTS: ("hidden_states", "sample", "latents", "latent_model_input", "x"),
-    Kind.TIMESTEP: ("timestep", "timesteps", "t", "time", "sigma", "sigmas"),
-}
-
+from recache_compile.ir.value import Kind, Value
 
 CONSTANT_PREFIX = "constant_"
 """Begins the names of tensors that the model's code made, which are no weights."""
@@ -77,7 +73,7 @@ def capture(
     if "return_dict" in parameters:
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
-    assigned = _assign_roles(tuple(name for name, leaf in leaves.items() if isinstance(leaf, Tensor)), roles or {})
+    assigned = assign_roles([name for name, leaf in leaves.items() if isinstance(leaf, Tensor)], roles or {})
     trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Kind.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     try:
@@ -133,21 +129,3 @@ def _describe(
     output.args = ([result for result in given if result is not None],)
     number_nodes(graph)
     return tuple(result is not None for result in given)
-
-
-def _assign_roles(names: tuple[str, ...], overrides: Mapping[str, Kind | str]) -> dict[str, Kind]:
-    unknown = sorted(set(overrides) - set(names))
-    if unknown:
-        raise CaptureError(f"roles: {unknown} are no tensor inputs; these are: {', '.join(names)}")
-    roles = {
-        name: next((role for role, usual in ROLE_NAMES.items() if name in usual), Kind.CONDITIONING) for name in names
-    }
-    for name, role in overrides.items():
-        if role not in ROLES:
-            raise CaptureError(f"roles: {role!r} for {name!r} is no role; choose one of {', '.join(ROLES)}")
-        roles[name] = Kind(role)
-    if Kind.LATENTS not in roles.values():
-        raise CaptureError(
-            f"roles: no latents among {', '.join(names) or 'no inputs'}; name one with roles={{'INPUT': 'latents'}}"
-        )
-    return roles

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from recache_compile.capture.compat import base_of, is_mapped, writes
 from recache_compile.capture.higher_order import inline_regions
 from recache_compile.errors import CaptureError
 from recache_compile.ir.program import get_attribute
@@ -57,7 +58,7 @@ def export_module(
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensor if base_of(tensor) is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -69,13 +70,7 @@ def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether a node neither writes to a tensor nor belongs to `torch.vmap`."""
-    return not writes(node) and getattr(node.target, "__module__", None) != "torch._functorch.predispatch"
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a call writes to one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return not writes(node) and not is_mapped(node)
 
 
 def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str) -> fx.GraphModule:

@@ -4,13 +4,13 @@ import contextlib
 import operator
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 from torch.nn.attention import flex_attention
 
+from recache_compile.capture.compat import flex_attention_as
 from recache_compile.errors import CaptureError
 from recache_compile.ir.program import get_attribute
 
@@ -66,7 +66,7 @@ def ordinary_attention() -> Iterator[None]:
     It is what `flex_attention` computes where it is not compiled: its mask function decides,
     and block masks are hints for kernels that skip blocks.
     """
-    with mock.patch.object(flex_attention, "flex_attention", _attend):
+    with flex_attention_as(_attend):
         yield
 
 

@@ -5,20 +5,21 @@ stops it, even where these values do not depend on any input.  Here they are com
 real beside the trace, and given to the code that asks.
 """
 
-import contextlib
+import logging
 import math
-from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from recache_compile.capture.compat import is_traced, outside_of_the_trace, writes_to
+
+log = logging.getLogger(__name__)
 
 READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 """Tags of the operators whose result's value or size cannot be traced."""
@@ -69,22 +70,24 @@ class KnownValues(TorchFunctionMode):
             return pytree.tree_map_only(Tensor, self._enter, values)
         result = func(*args, **kwargs)
         for traced, value in zip(_tensors(result), _tensors(values), strict=False):
-            if not _is_real(traced):
+            if is_traced(traced):
                 self._remember(traced, value)
         return result
 
     def _evaluate(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """The call's result for real, if its arguments are known; and whether that is what its caller asks for."""
         known, options = pytree.tree_map_only(Tensor, self._value, (args, kwargs))
-        # What fails here, because of its size for example, is not known; errors of the model come again in the trace.
-        with contextlib.suppress(Exception), _outside_of_the_trace(), _Evaluation() as evaluation:
-            if func in _MAKERS_LIKE and known[0] is _UNKNOWN:
-                known = (_blank(args[0]), *known[1:])
-            elif func not in _MAKERS and not _tensors((known, options)):
-                return None, False
-            if all(leaf is not _UNKNOWN for leaf in pytree.tree_leaves((known, options))):
-                values = func(*known, **options)
-                return values, evaluation.reads or func in TO_PYTHON
+        try:
+            with outside_of_the_trace(), _Evaluation() as evaluation:
+                if func in _MAKERS_LIKE and known[0] is _UNKNOWN:
+                    known = (_blank(args[0]), *known[1:])
+                elif func not in _MAKERS and not _tensors((known, options)):
+                    return None, False
+                if all(leaf is not _UNKNOWN for leaf in pytree.tree_leaves((known, options))):
+                    values = func(*known, **options)
+                    return values, evaluation.reads or func in TO_PYTHON
+        except Exception:  # errors of the model: they come again in the trace, which tells of them
+            log.debug("not known beside the trace: %s", func, exc_info=True)
         return None, False
 
     def _value(self, tensor: Tensor) -> Any:
@@ -93,14 +96,14 @@ class KnownValues(TorchFunctionMode):
         A write of something unknown bumps the version of the traced tensor alone, and that
         of everything which shares its memory: what was known of it is then no longer true.
         """
-        if _is_real(tensor) and tensor not in self._values:
-            with _outside_of_the_trace():
+        if not is_traced(tensor) and tensor not in self._values:
+            with outside_of_the_trace():
                 self._remember(tensor, tensor.detach().clone())
         value, distance = self._values.get(tensor, (None, 0))
-        return _UNKNOWN if value is None or _version(tensor) - _version(value) != distance else value
+        return _UNKNOWN if value is None or writes_to(tensor) - writes_to(value) != distance else value
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
-        self._values[tensor] = value, _version(tensor) - _version(value)
+        self._values[tensor] = value, writes_to(tensor) - writes_to(value)
 
     def _enter(self, value: Tensor) -> Tensor:
         """A new constant of the trace."""
@@ -120,7 +123,7 @@ class KnownValues(TorchFunctionMode):
             counts = kwargs["repeats"] if "repeats" in kwargs else args[1] if len(args) > 1 else None
             value = self._value(counts) if isinstance(counts, Tensor) else _UNKNOWN
             if value is not _UNKNOWN:
-                with _outside_of_the_trace():
+                with outside_of_the_trace():
                     return args, {"output_size": int(value.sum()), **kwargs}
         return args, kwargs
 
@@ -131,7 +134,7 @@ class KnownValues(TorchFunctionMode):
         if isinstance(part, Tensor) and is_mask(part) and part.dim():
             value = self._value(part)
             if value is not _UNKNOWN:
-                with _outside_of_the_trace():
+                with outside_of_the_trace():
                     return tuple(value.nonzero(as_tuple=True))
         return (part,)
 
@@ -140,7 +143,7 @@ class KnownValues(TorchFunctionMode):
         if not isinstance(value, Tensor) or value.dim():
             return value
         known = self._value(value)
-        with _outside_of_the_trace():
+        with outside_of_the_trace():
             return value if known is _UNKNOWN else known.item()
 
 
@@ -158,24 +161,9 @@ class _Evaluation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def _outside_of_the_trace() -> Iterator[None]:
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
-        yield
-
-
 def is_mask(index: Tensor) -> bool:
     """Whether an index chooses elements by true and false."""
     return index.dtype in (torch.bool, torch.uint8)
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is no tracer."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _blank(tensor: Tensor) -> Tensor:

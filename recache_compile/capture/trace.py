@@ -6,6 +6,7 @@ are taken as constants instead: partial evaluation with a known input.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from recache_compile.capture.compat import base_of
 from recache_compile.capture.export import export_module
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
 from recache_compile.errors import CaptureError
-from recache_compile.ir.signature import dotted_name, named_leaves
+from recache_compile.ir.signature import dotted_name, named_leaves, open_objects
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
     Raises:
         CaptureError: it cannot be exported.
     """
+    open_objects(arguments)
     tensors = {name: leaf for name, leaf in named_leaves(arguments).items() if isinstance(leaf, Tensor)}
     # Parts that are compiled already would hide what they do.
     with evaluating(module), torch.compiler.set_stance("force_eager"):
@@ -64,9 +69,11 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
                 f" cannot;"
                 " compile the calls that only read it"
             )
-        # torch.export raises whatever the model's code provokes.
-        with contextlib.suppress(Exception), ordinary_attention():
-            return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
+        try:
+            with ordinary_attention():
+                return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
+        except Exception:  # torch.export raises whatever the model's code provokes
+            log.debug("%s: export with all inputs open failed", type(module).__name__, exc_info=True)
         constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
             with _bound(module, constants), ordinary_attention(), KnownValues():
@@ -185,8 +192,8 @@ class _Dependence(TorchDispatchMode):
         found: frozenset[str] = frozenset()
         for leaf in _tensors(value):
             found |= self._sources.get(leaf, frozenset())
-            if leaf._base is not None:  # written through another view
-                found |= self._sources.get(leaf._base, frozenset())
+            if (base := base_of(leaf)) is not None:  # written through another view
+                found |= self._sources.get(base, frozenset())
         return found
 
     def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
@@ -203,8 +210,8 @@ class _Dependence(TorchDispatchMode):
         result = func(*args, **kwargs)
         for leaf in _tensors(result) if names else ():
             self._add(leaf, names)
-            if leaf._base is not None and schema is not None and schema.is_mutable:
-                self._add(leaf._base, names)
+            if (base := base_of(leaf)) is not None and schema is not None and schema.is_mutable:
+                self._add(base, names)
         return result
 
 

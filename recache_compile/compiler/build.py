@@ -5,14 +5,14 @@ import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recache_compile.capture.adapters import adapter_scale, fused_adapters
-from recache_compile.capture.capture import ROLE_NAMES, Captured, capture
+from recache_compile.capture.capture import Captured, capture
 from recache_compile.capture.check import check_modes, check_program, check_stateless, check_untouched
+from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
@@ -105,18 +105,13 @@ def capture_examples(
             log.info("capturing")
             label = f"{number}_{len(own)}" if own else str(number)  # tells the constants of several apart
             roles, who = {**example.roles, **config.roles}, type(module).__name__
-            check_stateless(module, inputs, latents_among(leaves, roles), who)
+            latents = [name for name in leaves if roles.get(name, usual_role(name)) == Kind.LATENTS]
+            check_stateless(module, inputs, latents, who)
             captured = capture(module, inputs, roles, label)
             check_program(module, inputs, captured, who)
             own.append(captured)
         captures += [(example, each) for each in own]
     return captures
-
-
-def latents_among(leaves: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
-    """Names of the latents inputs."""
-    usual = ROLE_NAMES[Kind.LATENTS]
-    return [name for name in leaves if roles.get(name, "latents" if name in usual else "") == "latents"]
 
 
 def check_same_model(captures: Sequence[Captured], annotated: Sequence[Program]) -> None:

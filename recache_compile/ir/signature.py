@@ -63,20 +63,27 @@ def call_kind(leaves: Mapping[str, Any], constants: Mapping[str, str] | None = N
 
 
 def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of nested arguments by dotted name, in `torch.export`'s order."""
+    """Leaves of nested arguments by dotted name, in `torch.export`'s order; those of an object are its attributes."""
     if all(isinstance(value, _PLAIN) for value in arguments.values()):
         return dict(arguments)
-    open_objects(arguments)
     flat, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return {dotted_name(path): leaf for path, leaf in flat}
+    leaves: dict[str, Any] = {}
+    for path, leaf in flat:
+        inner = named_leaves(dict(sorted(vars(leaf).items()))) if _holds_attributes(leaf) else {"": leaf}
+        leaves |= {f"{dotted_name(path)}.{name}".removesuffix("."): value for name, value in inner.items()}
+    return leaves
+
+
+def _holds_attributes(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (*_PLAIN, nn.Module, Enum)) and not callable(value)
 
 
 def open_objects(arguments: Mapping[str, Any]) -> None:
-    """Let `pytree` look into the objects among the arguments (key-value caches, say): leaves are their attributes."""
+    """Let `torch.export` look into the objects among the arguments (key-value caches, say), as `named_leaves` does."""
     pending: list[Any] = [dict(arguments)]
     while pending:
         for leaf in pytree.tree_leaves(pending.pop()):
-            if hasattr(leaf, "__dict__") and not isinstance(leaf, (*_PLAIN, nn.Module, Enum)) and not callable(leaf):
+            if _holds_attributes(leaf):
                 if type(leaf) not in pytree.SUPPORTED_NODES:
                     _register(type(leaf))
                 pending.append(leaf)

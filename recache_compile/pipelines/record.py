@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.capture import ROLE_NAMES
 from recache_compile.capture.check import check_modes, check_untouched
+from recache_compile.capture.roles import USUAL_NAMES, usual_role
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
-from recache_compile.ir.signature import call_kind, named_leaves
+from recache_compile.ir.signature import call_kind, named_leaves, open_objects
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
 
@@ -124,6 +124,7 @@ class CallRecorder:
 
     def _zeros(self, args: Any, kwargs: Any) -> Any:
         """A result of the right shape, where the arguments are; the module may be on the meta device."""
+        open_objects({"args": args, **kwargs})
         device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         if self.device.type == "meta":
             args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
@@ -188,13 +189,13 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     steps = [named_leaves(inputs) for inputs in firsts]
     tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
     columns = {name: [leaves[name] for leaves in steps] for name in tensors}
-    known = {name for names in ROLE_NAMES.values() for name in names}
+    known = {name for names in USUAL_NAMES.values() for name in names}
     roles = {
         name: Kind.TIMESTEP if tensor.dim() < 2 else Kind.LATENTS
         for name, tensor in tensors.items()
         if name not in known and not all(torch.equal(tensor, other) for other in columns[name])
     }
-    timely = [name for name in tensors if roles.get(name, _usual_role(name)) is Kind.TIMESTEP]
+    timely = [name for name in tensors if roles.get(name, usual_role(name)) is Kind.TIMESTEP]
     if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
         timely = []
     second = next((at for at, inputs in enumerate(calls) if len(firsts) > 1 and inputs is firsts[1]), 1)
@@ -207,7 +208,7 @@ def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, 
     Where no input is known to be a timestep, all steps must have equally many calls.
     """
     timesteps = [
-        {name: leaf for name, leaf in named_leaves(inputs).items() if _usual_role(name) is Kind.TIMESTEP}
+        {name: leaf for name, leaf in named_leaves(inputs).items() if usual_role(name) is Kind.TIMESTEP}
         for inputs in calls
     ]
     if not timesteps[0]:
@@ -217,10 +218,6 @@ def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, 
         any(not torch.equal(before[name], now[name]) for name in now) for before, now in itertools.pairwise(timesteps)
     )
     return [calls[0], *itertools.compress(calls[1:], begins)]
-
-
-def _usual_role(name: str) -> Kind:
-    return next((role for role, usual in ROLE_NAMES.items() if name in usual), Kind.CONDITIONING)
 
 
 def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What capture uses of torch that is not public, or that not every release has: all of it, in one place.
+
+A new release of torch is made to work here; `tests/capture/test_compat.py` has a test of each function.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.nn.attention import flex_attention
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor in whose memory a view lies; `torch.export` guards on it."""
+    return tensor._base
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How many writes a tensor's memory has seen; 0 where nobody counts them (under inference mode)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a value of the graph that is being made."""
+    return type(tensor) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_mapped(node: fx.Node) -> bool:
+    """Whether a node begins or ends a function that `torch.vmap` maps; decomposing makes ordinary calls of them."""
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)  # functions of Python and higher-order operators have none
+    return schema is not None and schema.is_mutable
+
+
+@contextlib.contextmanager
+def outside_of_the_trace() -> Iterator[None]:
+    """Compute for real in the middle of a trace."""
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        yield
+
+
+@contextlib.contextmanager
+def flex_attention_as(attend: Callable[..., Any]) -> Iterator[None]:
+    """Let another function stand for `flex_attention`, which models look up when they call it."""
+    original = flex_attention.flex_attention
+    flex_attention.flex_attention = attend
+    try:
+        yield
+    finally:
+        flex_attention.flex_attention = original
