@@ -1,4 +1,4 @@
-"""The house: its rooms, who may see whom, and what the wheel holds."""
+"""The folders, who may import whom, and what the wheel holds."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ import recache_compile as rc
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "recache_compile"
-ROOMS = ("passes", "runtimes", "policies")
+ROOT_FOLDERS = ("passes", "runtimes", "policies")
 
 MAY_IMPORT = {
     "_version": "",
@@ -62,7 +62,7 @@ WHEN_CALLED = {
 @cache
 def modules() -> dict[str, Path]:
     """Files of the package by their dotted names within it; "" is its public face."""
-    files = [file for room in ROOMS for file in (ROOT / room).glob("*.py")]
+    files = [file for folder in ROOT_FOLDERS for file in (ROOT / folder).glob("*.py")]
     files = [file.relative_to(ROOT) for file in files] + [
         file.relative_to(ROOT / PACKAGE) for file in (ROOT / PACKAGE).rglob("*.py")
     ]
@@ -163,20 +163,20 @@ def test_policies_see_no_graphs(file: Path) -> None:
     assert "torch.fx" not in file.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_are_real_flat_folders_with_a_link(room: str) -> None:
-    assert not (ROOT / room).is_symlink()
-    assert not [entry for entry in (ROOT / room).iterdir() if entry.is_dir() and entry.name != "__pycache__"]
-    link = ROOT / "recache_compile" / room
+@pytest.mark.parametrize("folder", ROOT_FOLDERS)
+def test_folders_at_the_root_are_real_flat_folders_with_a_link(folder: str) -> None:
+    assert not (ROOT / folder).is_symlink()
+    assert not [entry for entry in (ROOT / folder).iterdir() if entry.is_dir() and entry.name != "__pycache__"]
+    link = ROOT / "recache_compile" / folder
     assert link.is_symlink()
-    assert str(link.readlink()) == f"../{room}"
+    assert str(link.readlink()) == f"../{folder}"
 
 
 def test_top_level_entries_are_those_of_the_design() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     visible = {name.partition("/")[0] for name in tracked if not name.startswith(".")}
     assert visible <= {
-        *ROOMS, "recache_compile", "tests", "docs", "benchmarks",
+        *ROOT_FOLDERS, "recache_compile", "tests", "docs", "benchmarks",
         "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE",
     }  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     expected = {name for name in tracked if name.startswith("recache_compile/")} - {
-        f"recache_compile/{room}" for room in ROOMS
+        f"recache_compile/{folder}" for folder in ROOT_FOLDERS
     }
-    expected |= {f"recache_compile/{name}" for name in tracked if name.partition("/")[0] in ROOMS}
+    expected |= {f"recache_compile/{name}" for name in tracked if name.partition("/")[0] in ROOT_FOLDERS}
     assert names == expected

@@ -65,7 +65,8 @@ def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -
             continue
         digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
         if values or not leaf.is_floating_point() or "timestep" in name:
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            dense = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)  # expanded ones as well
+            digest.update(dense.view(torch.uint8).numpy().tobytes())
 
 
 def cached_engines(

@@ -24,7 +24,7 @@ def find_weightless(model: str, num_steps: int, call: Mapping[str, Any]) -> Weig
 
     Args:
         model: a spec's name or file, or what `load_pipeline` takes; then the pipeline is run
-            with a stand-in for its transformer, whose weights are not loaded; those of its
+            with a transformer whose weights are not loaded; those of its
             text encoders are.
         num_steps: length of the denoising loop, for pipelines.
         call: arguments of the pipeline.

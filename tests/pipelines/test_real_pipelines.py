@@ -5,6 +5,7 @@ What is expected comes from the pipeline itself, running its own transformer.
 
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -164,6 +165,21 @@ def test_the_second_transformer_begins_with_a_recompute_step(boundary: float) ->
         "transformer_2": 2 * (1 + sum(step > switch for step in schedule)),
     }
     assert error(draw(pipeline, call, STEPS, budget=STEPS), plain(this.tiny, call, move)) <= EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:schedules stay uniform")
+def test_one_line_accelerates_both_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECACHE_CACHE", str(tmp_path))
+    tiny = TINY["wan-2.2"]
+    call, drawn = tiny.call(0), []
+    for _ in range(2):
+        pipeline = tiny.make()
+        rc.accelerate(pipeline, budget=STEPS - 1, num_steps=STEPS, call=call, runtime="eager")
+        drawn.append(draw(pipeline, call, STEPS))
+        assert len(list((tmp_path / "engines").iterdir())) == 2
+    assert error(drawn[1], drawn[0]) <= SAME
+    assert error(draw(rc.restore(pipeline), call, STEPS), plain(tiny, call)) <= SAME
 
 
 # guidance branches
