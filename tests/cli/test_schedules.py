@@ -19,9 +19,9 @@ from recache_compile.policies import registry
 from recache_compile.policies.base import Problem
 from recache_compile.search.compare import (
     Compared,
-    Question,
     calibration_of,
     compare_policies,
+    make_question,
     print_compared,
     timeline,
 )
@@ -145,7 +145,7 @@ class OneMore:
 def test_a_policy_that_gives_another_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.POLICIES, "uniform", OneMore)
     with pytest.raises(ScheduleError, match=r"OneMore.*: gave .* for budget 2"):
-        compare_policies(Question(("uniform",), (2,), 8, "taylor", 1))
+        compare_policies(make_question(("uniform",), (2,), 8, "taylor", 1))
 
 
 def test_a_timeline_has_one_character_a_step() -> None:
