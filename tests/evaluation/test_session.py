@@ -284,8 +284,9 @@ def test_a_prompt_that_an_artifact_was_compiled_with_is_not_judged_against_other
     config = replace(loaded.engines.config, call={"prompt": "a red circle", "guidance_scale": 1.0})
     engines = replace(loaded.engines, description=replace(loaded.description, config=config))
     replace(loaded, engines=engines).save(mine)
-    setting = EvaluationRequest(str(mine), config=base_config(str(mine)), metrics=("psnr",)).setting()
-    assert setting.config.call == {"guidance_scale": 1.0}
+    for config in (None, base_config(str(mine))):
+        setting = EvaluationRequest(str(mine), config=config, metrics=("psnr",)).setting()
+        assert setting.config.call == {"guidance_scale": 1.0}
 
 
 def test_an_artifact_without_its_pipeline_says_what_to_do(eager_artifact: Path, tmp_path: Path) -> None:
@@ -371,8 +372,9 @@ def test_videos_are_judged_by_their_frames(tmp_path: Path, monkeypatch: pytest.M
     def load_captioned(*_: Any, **__: Any) -> Any:
         pipeline = tiny.make()
 
-        def draw(self: Any, prompt: list[str], **given: Any) -> Any:
+        def draw(self: Any, prompt: list[str], num_inference_steps: int = 50, **given: Any) -> Any:
             embeds = {name: call[name].repeat(len(prompt), 1, 1) for name in call if "embeds" in name}
+            given["num_inference_steps"] = num_inference_steps
             return type(pipeline).__mro__[1].__call__(self, **{**call, **embeds, **given})
 
         pipeline.__class__ = type("Captioned", (type(pipeline),), {"__call__": draw})
