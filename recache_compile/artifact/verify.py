@@ -98,8 +98,8 @@ class _Known:
 
     def holds(self, name: str, expected: str) -> bool:
         """Whether a file had this hash when it was last looked at, and has not changed since."""
-        known = self._facts.get(name)
-        return known is not None and known == self._facts_of(name, expected)
+        now = self._facts_of(name, expected)
+        return now is not None and self._facts.get(name) == now
 
     def write(self, hashes: Mapping[str, str]) -> None:
         """Remember files that have these hashes now; a cache that cannot be written to is done without."""

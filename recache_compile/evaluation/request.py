@@ -1,8 +1,10 @@
 """What a user asks of `evaluate`, checked before anything takes long."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,7 +153,7 @@ class EvaluationRequest:
                 f" folder or"
                 " Hub id instead, with --policy and the artifact's steps"
             )
-        wished = self.config or facts.config
+        wished = self.config or base_config(self.model)
         known = {"forecaster": manifest.forecaster.name, "order": manifest.forecaster.order}
         wishes = {"forecaster": self.forecaster, "order": self.order}
         for name in ("num_steps", "granularity", "runtime", "dtype", "component"):
@@ -164,8 +166,7 @@ class EvaluationRequest:
                     " evaluate the model"
                 )
         device = str(usable_device(wished.device))
-        call = {name: value for name, value in facts.config.call.items() if not name.startswith("prompt")}
-        config = replace(facts.config, device=device, call=call | dict(wished.call))
+        config = replace(facts.config, device=device, call=_promptless(facts.config.call) | dict(wished.call))
         place = str(Path(self.model).resolve()), manifest.digest
         return Setting(facts.model, *place, config, manifest.forecaster.name, manifest.forecaster.order, (), 1)
 
@@ -178,5 +179,11 @@ def base_config(model: str) -> CompileConfig:
     """
     if is_artifact(Path(model)):
         manifest = check(Path(model))
-        return replace(manifest.description.config, device=manifest.device)
+        config = manifest.description.config
+        return replace(config, device=manifest.device, call=_promptless(config.call))
     return CompileConfig(device=str(usable_device()))
+
+
+def _promptless(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline call without its prompt: samples have captions of their own."""
+    return {name: value for name, value in call.items() if not name.startswith("prompt")}

@@ -86,10 +86,10 @@ def cached_engines(
         except ArtifactError as error:
             log.info("engines are built anew: %s", error)
     engines = build_engines(module, examples, config, runtime)
-    cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
         engines.uncached().save(folder)
-    except ArtifactError as error:
+    except (OSError, ArtifactError) as error:
         log.info("engines are not kept: %s", error)
     return engines
 

@@ -105,12 +105,13 @@ class CompiledTransformer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What pipelines read: entries of the configuration, and values, buffers and parts of the original.
 
-        Its methods are not given out: what they would change, engines do not follow.
+        Its methods are not given out: what they would change, engines do not follow.  Nor is
+        what is private, such as the hooks that offloading has put there.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "_original" not in self.__dict__:
+            if name.startswith("_") or "_original" not in self.__dict__:
                 raise
         if name in self._compiled.description.model_config:
             return self._compiled.description.model_config[name]

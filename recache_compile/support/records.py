@@ -42,13 +42,13 @@ def read_record(file: Path, kind: type[T], remedy: str) -> T:
         raise ArtifactError(f"{file}: cannot be read ({reason}); {remedy}") from None
 
 
-def _flat(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass and of those that it holds, by their own names."""
-    found: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        found |= _flat(value) if is_dataclass(value) else {field.name: value}
-    return found
+def facts_of(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, those of dataclasses inside beside the others."""
+    facts: dict[str, Any] = {}
+    for each in fields(record):
+        value = getattr(record, each.name)
+        facts |= facts_of(value) if is_dataclass(value) else {each.name: value}
+    return facts
 
 
 def check_folder(record: Any, before: Any | None, folder: Path, what: str, free: Collection[str] = ()) -> bool:
@@ -65,7 +65,7 @@ def check_folder(record: Any, before: Any | None, folder: Path, what: str, free:
         ArtifactError: the folder holds other work, or something else.
     """
     if before is not None:
-        now, then = _flat(record), _flat(before)
+        now, then = facts_of(record), facts_of(before)
         if names := [name for name, value in now.items() if name not in free and then[name] != value]:
             raise ArtifactError(
                 f"output {folder}: holds {what} with another {' and '.join(names)}; name another folder"

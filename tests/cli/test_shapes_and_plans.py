@@ -33,7 +33,7 @@ def test_several_batches_share_their_weights(artifact: Path) -> None:
 
 
 def test_the_artifact_knows_its_type_and_its_call(artifact: Path, tmp_path: Path) -> None:
-    facts = json.loads(run("inspect", artifact, "--json").stdout)["description"]
+    facts = json.loads(run("inspect", artifact, "--json").stdout)["description"]["config"]
     assert (facts["granularity"], facts["dtype"], facts["call"]) == ("block", "bfloat16", {"guidance_scale": 2.0})
     result = run("run", artifact, PROMPT, "--output", tmp_path / "picture.png")
     assert result.exit_code == 0, result.output
@@ -44,7 +44,7 @@ def test_a_plan_needs_no_weights_and_tells_all_granularities() -> None:
     facts = json.loads(run("plan", "shapes", "--budgets", "3,6", "--steps", "6", "--json").stdout)
     assert [each["granularity"] for each in facts["sites"]] == ["output", "stack", "block", "module"]
     assert [each["budget"] for each in facts["budgets"]] == [3, 6]
-    assert facts["num_steps"] == 6
+    assert facts["config"]["num_steps"] == 6
     assert {each["name"] for each in facts["programs"]} == {"prologue", "recompute", "forecast_1", "forecast_2"}
 
 

@@ -305,7 +305,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_folder_of_another_study_is_left_alone(own: Path) -> None:
     before = files(own)
     check_refused(train(own, "--seed", 1, "--batch", 4), "holds a study with another batch_size and seed")
-    check_refused(train(own, "--forecaster", "reuse"), "another forecaster and order; name another folder")
+    check_refused(train(own, "--forecaster", "reuse"), "another anchors and forecaster; name another folder")
     assert files(own) == before
 
 

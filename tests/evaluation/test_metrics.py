@@ -27,6 +27,7 @@ from recache_compile.models.registry import EMBEDDED
 from recache_compile.models.shapes.classifier import load_classifier
 from recache_compile.models.shapes.judges import SCENES
 from recache_compile.models.shapes.scenes import parse_caption, render
+from recache_compile.support.log import told
 
 CAPTIONS = (
     "a red circle left of a blue square on a dark background",
@@ -214,12 +215,13 @@ def test_unknown_metrics_and_those_of_shapes_are_refused() -> None:
 def test_usual_metrics_are_those_that_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("lpips", "transformers", "torch_fidelity"):
         monkeypatch.setitem(sys.modules, package, None)
-    told: list[str] = []
-    assert usual_metrics("some/model", told.append) == ("psnr", "ssim")
-    assert [line.split(":")[:2] for line in told] == [
+    lines: list[str] = []
+    with told(lines.append):
+        assert usual_metrics("some/model") == ("psnr", "ssim")
+    assert [line.split(":")[:2] for line in lines] == [
         ["left out", f" {name}"] for name in ("distance lpips", "reward clip", "metric fid")
     ]
-    assert usual_metrics("shapes", told.append) == ("psnr", "ssim", "features", "attributes", "fid")
+    assert usual_metrics("shapes") == ("psnr", "ssim", "features", "attributes", "fid")
 
 
 def test_every_metric_says_what_it_is() -> None:

@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 import recache_compile as rc
-from recache_compile.artifact.restore import with_config
 from recache_compile.config import CompileConfig
 from recache_compile.evaluation import session
 from recache_compile.evaluation.metrics import features_of_reference, judge_of
-from recache_compile.evaluation.request import EvaluationRequest
+from recache_compile.evaluation.request import EvaluationRequest, base_config
 from recache_compile.evaluation.result import EvaluationResult, read_result
 from recache_compile.evaluation.runner import KEPT, PICTURES, read_values
 from recache_compile.evaluation.session import evaluate
@@ -76,9 +75,13 @@ def drawn(evaluated: Path) -> dict[str, Tensor]:
     for line in found.lines:
         pipeline = load_pipeline("shapes")
         compiled = rc.compile(
-            pipeline, budgets=(line.budget,), num_steps=STEPS, policy={line.budget: line.recompute_steps}, runtime="eager",
+            pipeline,
+            budgets=(line.budget,),
+            num_steps=STEPS,
+            policy={line.budget: line.recompute_steps},
+            runtime="eager",
             call={"prompt": captions},
-        )  # fmt: skip
+        )
         pictures[f"{line.policy} {line.budget}"] = draw(rc.accelerate(pipeline, compiled))
     return pictures
 
@@ -123,9 +126,8 @@ def test_every_policy_is_evaluated_at_every_budget(result: EvaluationResult) -> 
 def test_costs_are_those_of_the_artifact(result: EvaluationResult, evaluated: Path) -> None:
     compiled = rc.load(evaluated / "engines")
     for line in result.lines:
-        cost = compiled.engines.with_plans(
-            {line.budget: Schedule(line.recompute_steps, STEPS)}, compiled.forecaster
-        ).cost(line.budget)
+        schedules = {line.budget: Schedule(line.recompute_steps, STEPS)}
+        cost = compiled.engines.with_plans(schedules, compiled.forecaster).cost(line.budget)
         assert (line.macs_reduction, line.history_bytes, line.table_bytes) == (
             cost.macs_reduction,
             cost.history_bytes,
@@ -278,9 +280,12 @@ def test_a_prompt_that_an_artifact_was_compiled_with_is_not_judged_against_other
 ) -> None:
     mine = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     loaded = rc.load(mine)
-    with_config(loaded, call={"prompt": "a red circle", "guidance_scale": 1.0}).save(mine)
-    setting = EvaluationRequest(str(mine), metrics=("psnr",)).setting()
-    assert setting.config.call == {"guidance_scale": 1.0}
+    config = replace(loaded.engines.config, call={"prompt": "a red circle", "guidance_scale": 1.0})
+    engines = replace(loaded.engines, description=replace(loaded.description, config=config))
+    replace(loaded, engines=engines).save(mine)
+    for config in (None, base_config(str(mine))):
+        setting = EvaluationRequest(str(mine), config=config, metrics=("psnr",)).setting()
+        assert setting.config.call == {"guidance_scale": 1.0}
 
 
 def test_an_artifact_without_its_pipeline_says_what_to_do(eager_artifact: Path, tmp_path: Path) -> None:
@@ -366,16 +371,17 @@ def test_videos_are_judged_by_their_frames(tmp_path: Path, monkeypatch: pytest.M
     def load_captioned(*_: Any, **__: Any) -> Any:
         pipeline = tiny.make()
 
-        def draw(self: Any, prompt: list[str], **given: Any) -> Any:
+        def draw(self: Any, prompt: list[str], num_inference_steps: int = 50, **given: Any) -> Any:
             embeds = {name: call[name].repeat(len(prompt), 1, 1) for name in call if "embeds" in name}
+            given["num_inference_steps"] = num_inference_steps
             return type(pipeline).__mro__[1].__call__(self, **{**call, **embeds, **given})
 
         pipeline.__class__ = type("Captioned", (type(pipeline),), {"__call__": draw})
         return pipeline
 
     monkeypatch.setattr(session, "load_pipeline", load_captioned)
-    config = CompileConfig(num_steps=8, runtime="eager")
-    request = EvaluationRequest("some/video", (3,), ("uniform",), config, samples=2, metrics=("psnr",))
+    config = CompileConfig(8, runtime="eager")
+    request = EvaluationRequest("some/video", (3,), ("uniform",), config, metrics=("psnr",), samples=2)
     found = evaluate(request, tmp_path / "video")
     setting = read_setting(tmp_path / "video")
     steps = torch.Generator().manual_seed(1)

@@ -97,7 +97,7 @@ def test_a_second_model_is_one_more_entry(monkeypatch: pytest.MonkeyPatch) -> No
         get_distance("features", "dots")
     with pytest.raises(ModelError, match="reward 'caption' judges pictures of shapes only, not of dots; choose none"):
         get_reward("caption", "dots")
-    assert usual_metrics("dots", print) == ("psnr", "fid")
+    assert usual_metrics("dots") == ("psnr", "fid")
     assert torch.equal(judge_of("fid", "dots")(pictures, pictures, ("one dot",) * 2), pictures.flatten(1))
     assert training_and_held_out("dots", None) == (("one dot",), ("two dots", "three dots"))
     assert captions_of("dots", None) == ("two dots", "three dots")

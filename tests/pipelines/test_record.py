@@ -4,16 +4,18 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
-from recache_compile.errors import ModelError
+from recache_compile.errors import MismatchError, ModelError
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.record import denoisers_of, record_examples
 from tests.conftest import PROMPT
-from tests.families import TINY
+from tests.families import BUDGET, EXACT, TINY, compile_tiny, error, plain
+from tests.tiny_pipelines import FLOW_HEUN, TinyPipeline, draw
 
 STEPS = 8
 
@@ -121,3 +123,54 @@ def test_a_forward_that_someone_else_has_replaced_is_put_back() -> None:
     pipeline.transformer.forward = hooked  # type: ignore[method-assign]
     record_examples(pipeline, STEPS, {})
     assert vars(pipeline.transformer)["forward"] is hooked
+
+
+def test_the_generators_of_a_call_and_the_global_one_do_not_move() -> None:
+    tiny = TINY["flux"]
+    generator = torch.Generator().manual_seed(5)
+    before, everywhere = generator.get_state(), torch.get_rng_state()
+    call = tiny.call(0) | {"generator": generator}
+    record_examples(tiny.make(), STEPS, call)
+    compile_tiny(tiny, call)
+    compile_tiny(tiny, call, policy="gram")
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), everywhere)
+
+
+def sana_sprint() -> Any:
+    """A pipeline whose scheduler has one timestep more than the loop has steps."""
+    sana = TINY["sana"].make()
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(**dict(sana.transformer.config) | {"guidance_embeds": True}).eval()
+    pipeline = diffusers.SanaSprintPipeline(None, None, sana.vae, transformer, diffusers.SCMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sana_sprint_call(n: int) -> dict[str, Any]:
+    call = TINY["sana"].call(n)
+    kept = ("height", "width", "use_resolution_binning", "prompt_embeds", "prompt_attention_mask")
+    return {name: call[name] for name in kept} | {"intermediate_timesteps": None}
+
+
+def test_a_spare_timestep_at_the_end_is_no_step() -> None:
+    tiny = TinyPipeline("sana-sprint", sana_sprint, sana_sprint_call, None)
+    call = tiny.call(0)
+    expected = plain(tiny, call)
+    compiled = compile_tiny(tiny, call)
+    pipeline = rc.accelerate(tiny.make(), compiled, budget=STEPS)
+    assert len(pipeline.scheduler.timesteps) != STEPS + 1
+    assert error(draw(pipeline, call, STEPS), expected) <= EXACT
+    assert len(pipeline.scheduler.timesteps) == STEPS + 1
+    assert torch.isfinite(draw(pipeline, call, STEPS, budget=BUDGET)).all()
+    with pytest.raises(MismatchError, match=f"but {STEPS} were compiled"):
+        draw(pipeline, call, STEPS + 1)
+
+
+def test_a_scheduler_that_makes_more_steps_than_it_is_asked_for_is_refused_early() -> None:
+    tiny = TINY["sd3"]
+    pipeline = tiny.make()
+    pipeline.scheduler = FLOW_HEUN(pipeline.scheduler.config)
+    remedy = r"compile with num_steps=15 and call=\{'num_inference_steps': 8\}, or use another scheduler"
+    with pytest.raises(ModelError, match=f"the pipeline runs 15 steps, but 8 were compiled: .*{remedy}"):
+        record_examples(pipeline, STEPS, tiny.call(0))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.artifact.restore import with_config
 from recache_compile.errors import DispatchError
 from recache_compile.evaluation.measure import psnr
 from recache_compile.pipelines.load import load_pipeline
@@ -22,7 +21,8 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def compiled(shapes: Any) -> rc.Compiled:
-    return rc.compile(shapes, budgets=(3, STEPS), num_steps=STEPS, runtime="eager", call={"prompt": PROMPT})
+    call = {"prompt": PROMPT}
+    return rc.compile(shapes, budgets=(3, STEPS), num_steps=STEPS, policy="uniform", runtime="eager", call=call)
 
 
 @pytest.fixture
@@ -143,7 +143,9 @@ def test_the_configuration_is_given_out_as_attributes(pipeline: Any, compiled: r
 
 
 def test_a_compilation_knows_whose_place_it_takes(pipeline: Any, compiled: rc.Compiled) -> None:
-    other = with_config(compiled, component="transformer_2")
+    config = dataclasses.replace(compiled.engines.config, component="transformer_2")
+    description = dataclasses.replace(compiled.description, config=config)
+    other = dataclasses.replace(compiled, engines=dataclasses.replace(compiled.engines, description=description))
     pipeline.register_modules(transformer_2=None)
     rc.accelerate(pipeline, other)
     assert isinstance(pipeline.transformer_2, CompiledTransformer)
