@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.artifact.restore import with_config
 from recache_compile.config import CompileConfig
 from recache_compile.evaluation import session
 from recache_compile.evaluation.metrics import features_of_reference, judge_of
@@ -280,9 +281,7 @@ def test_a_prompt_that_an_artifact_was_compiled_with_is_not_judged_against_other
 ) -> None:
     mine = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     loaded = rc.load(mine)
-    config = replace(loaded.engines.config, call={"prompt": "a red circle", "guidance_scale": 1.0})
-    engines = replace(loaded.engines, description=replace(loaded.description, config=config))
-    replace(loaded, engines=engines).save(mine)
+    with_config(loaded, call={"prompt": "a red circle", "guidance_scale": 1.0}).save(mine)
     for config in (None, base_config(str(mine))):
         setting = EvaluationRequest(str(mine), config=config, metrics=("psnr",)).setting()
         assert setting.config.call == {"guidance_scale": 1.0}

@@ -100,13 +100,6 @@ def test_a_generation_begins_with_the_first_call_and_where_steps_go_back() -> No
     assert begins == list(zip(steps, (True, False, False, False, False, True, False, False, True), strict=True))
 
 
-def test_a_generation_begins_with_the_first_call_whatever_its_step() -> None:
-    for step in (1, 2):
-        subject = tracker()
-        assert subject.advance(scheduler(step_index=step), call()) == (step, True)
-        assert subject.advance(scheduler(step_index=step), call()) == (step, False)
-
-
 def test_a_call_that_is_refused_begins_nothing() -> None:
     subject = tracker()
     with pytest.raises(DispatchError):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import recache_compile as rc
+from recache_compile.artifact.restore import with_config
 from recache_compile.errors import DispatchError
 from recache_compile.evaluation.measure import psnr
 from recache_compile.pipelines.load import load_pipeline
@@ -143,9 +144,7 @@ def test_the_configuration_is_given_out_as_attributes(pipeline: Any, compiled: r
 
 
 def test_a_compilation_knows_whose_place_it_takes(pipeline: Any, compiled: rc.Compiled) -> None:
-    config = dataclasses.replace(compiled.engines.config, component="transformer_2")
-    description = dataclasses.replace(compiled.description, config=config)
-    other = dataclasses.replace(compiled, engines=dataclasses.replace(compiled.engines, description=description))
+    other = with_config(compiled, component="transformer_2")
     pipeline.register_modules(transformer_2=None)
     rc.accelerate(pipeline, other)
     assert isinstance(pipeline.transformer_2, CompiledTransformer)
