@@ -108,3 +108,25 @@ def test_a_call_that_is_refused_begins_nothing() -> None:
     with pytest.raises(MismatchError):
         subject.advance(scheduler(timesteps=torch.arange(5.0), step_index=0), call())
     assert subject.advance(scheduler(step_index=3), call()) == (3, False)
+
+
+def test_outside_of_a_pipeline_s_call_the_scheduler_s_step_must_fit_the_timestep() -> None:
+    knowing = scheduler(step_index=2)
+    assert tracker().advance(knowing, call(300.0), in_call=False)[0] == 2
+    assert tracker().advance(knowing, call(100.0))[0] == 2
+    with pytest.raises(DispatchError, match=r"a loop that does not move the scheduler .*; rc\.accelerate\(\.\.\.\)"):
+        tracker().advance(knowing, call(100.0), in_call=False)
+    with pytest.raises(DispatchError, match="a loop that does not move the scheduler"):
+        tracker().advance(scheduler(step_index=4), call(), in_call=False)
+    with pytest.raises(MismatchError, match=r"compile with num_steps=5 \(or this call comes from a loop"):
+        tracker().advance(scheduler(timesteps=torch.arange(5.0)), call(), in_call=False)
+
+
+def test_tokens_may_have_timesteps_of_their_own() -> None:
+    given = {"timestep": torch.tensor([[0.0, 300.0, 300.0]])}
+    assert tracker().advance(scheduler(step_index=None), given)[0] == 2
+
+
+def test_a_timestep_of_zero_at_the_end_is_no_step() -> None:
+    spare = scheduler(timesteps=torch.tensor([*TABLE, 0.0]), step_index=None, num_inference_steps=4)
+    assert tracker().advance(spare, call(100.0))[0] == 3
