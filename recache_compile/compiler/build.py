@@ -16,7 +16,7 @@ from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
-from recache_compile.compiler.refit import hash_of_weight
+from recache_compile.compiler.refit import hash_of_weight, tied_weights
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
@@ -136,11 +136,14 @@ def describe(
 ) -> Description:
     """What was compiled; `state` is the module's state dict, adapters merged."""
     latents = next(value for value in variant.inputs if value.kind is Kind.LATENTS)
+    tied = {name: first for name, first in tied_weights(module).items() if name in state and first in lowering.weights}
+    read = lowering.weights.keys() | tied.keys()
     return Description(
         model=type(module).__name__,
         model_class=f"{type(module).__module__}.{type(module).__qualname__}",
         model_config=json.loads(json.dumps(dict(getattr(module, "config", {})), default=str)),
         config=config.resolved(runtime.name, dtype_name(latents.dtype), str(variant.device)),
         weights=tuple(state),
-        unread={name: hash_of_weight(weight) for name, weight in state.items() if name not in lowering.weights},
+        unread={name: hash_of_weight(weight) for name, weight in state.items() if name not in read},
+        tied=tied,
     )

@@ -37,6 +37,7 @@ class Description:
         config: the choices of the compilation; runtime, dtype and device are those that it found.
         weights: names of the module's parameters and stored buffers, read by a program or not.
         unread: hash of those that no program reads, by name: new values of them would have no effect.
+        tied: second names of weights, and the names by which programs read them.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Description:
     config: CompileConfig
     weights: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -154,7 +156,8 @@ class Engines:
             ModelError: a weight is missing, unknown, of another shape, or one that no engine reads;
                 nothing has changed then.
         """
-        replace_weights(self.weights, self.description.weights, self.description.unread, state_dict, strict)
+        facts = self.description
+        replace_weights(self.weights, facts.weights, facts.unread, facts.tied, state_dict, strict)
         self.revision.number += 1
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recache_compile.errors import ModelError
 from recache_compile.ir.program import dtype_name
@@ -14,6 +14,7 @@ def replace_weights(
     weights: Mapping[str, Tensor],
     names_of_module: Collection[str],
     unread: Mapping[str, str],
+    tied: Mapping[str, str],
     state_dict: Mapping[str, Tensor],
     strict: bool,
 ) -> None:
@@ -23,15 +24,24 @@ def replace_weights(
         weights: that programs read, by name.
         names_of_module: of the module's parameters and stored buffers.
         unread: hash, at the time of compiling, of those that no program reads.
+        tied: second names of weights, and the names by which programs read them.
         state_dict: the new values; cast to the dtype that is there.
         strict: expect every weight of the module.
 
     Raises:
-        ModelError: a weight is missing, unknown, of another shape, or a new value of one that no
-            engine reads; nothing has changed then.
+        ModelError: a weight is missing, unknown, of another shape, has two values under two names,
+            or is a new value of one that no engine reads; nothing has changed then.
     """
     if not isinstance(state_dict, Mapping):
         raise ModelError(f"refit: expected a state dict, got {type(state_dict).__name__}; nothing was changed")
+    split = sorted(
+        name
+        for name, first in tied.items()
+        if name in state_dict
+        and first in state_dict
+        and hash_of_weight(state_dict[name]) != hash_of_weight(state_dict[first])
+    )
+    state_dict = {tied.get(name, name): value for name, value in state_dict.items()}
     known = set(weights) & set(names_of_module)
     unknown = sorted(set(state_dict) - set(names_of_module))
     missing = sorted(known - set(state_dict)) if strict else []
@@ -51,19 +61,26 @@ def replace_weights(
         "missing": missing,
         "of another shape": shapes,
         "no dense tensor": unusable,
+        "not equal to what they are tied to": split,
         "read by no engine": lost,
     }
     for what, names in wrong.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(
-                f"refit: {what}: {', '.join(names[:3])}{more}; engines read {', '.join(sorted(known)[:3])} ...;"
-                f" nothing was"
-                " changed"
-            )
+            remedy = f" (they read {', '.join(sorted(known)[:3])} ...; leave the others out)" if names is lost else ""
+            raise ModelError(f"refit: {what}: {', '.join(names[:3])}{more}{remedy}; nothing was changed")
     for name in known & set(state_dict):
         with torch.no_grad(), torch.inference_mode(weights[name].is_inference()):  # whatever mode the caller is in
             weights[name].copy_(state_dict[name])
+
+
+def tied_weights(module: nn.Module) -> dict[str, str]:
+    """The names of parameters and buffers that are another one too, and the first name of that."""
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, weight in named:
+        first.setdefault(id(weight), name)
+    return {name: first[id(weight)] for name, weight in named if first[id(weight)] != name}
 
 
 def _is_usable(value: object) -> bool:

@@ -66,7 +66,7 @@ def estimates(
         compiled: the engines.
         times: of the uncached pipeline and of every budget.
     """
-    uncached = _columns(judged, setting.full, setting.metrics)
+    uncached = _columns(judged, setting.uncached, setting.metrics)
     lines = []
     for policy, of_policy in schedules.items():
         costs = compiled.engines.with_plans(of_policy, compiled.forecaster)

@@ -58,7 +58,9 @@ class SampleRunner:
         uncached = self._rollouts.uncached(batch)
         found = {}
         for mask, names in sorted(missing.items()):
-            made = uncached if mask == self._setting.full else self._rollouts.generate(Schedule.from_mask(mask), batch)
+            made = (
+                uncached if mask == self._setting.uncached else self._rollouts.generate(Schedule.from_mask(mask), batch)
+            )
             found[mask] = self._values(made, uncached, batch.prompts, names)
             if PICTURES in names:
                 found[mask][PICTURES] = _kept(made, number * self._setting.batch_size)

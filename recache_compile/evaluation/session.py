@@ -214,7 +214,7 @@ def _judged(
         return judged, Reference(f"the pictures in {request.reference}", features, True)
     if embedded is not None:
         return judged, Reference(embedded.reference, features_of_reference(embedded, setting.prompts), True)
-    features = features_in([read_values(folder, number) for number in others], setting.full)
+    features = features_in([read_values(folder, number) for number in others], setting.uncached)
     return judged, Reference("uncached samples of other noise", features, False)
 
 

@@ -63,7 +63,7 @@ class Setting:
         return Batch.taken(self.prompts, number, self.batch_size, self.seed, first)
 
     @property
-    def full(self) -> str:
+    def uncached(self) -> str:
         """The mask of an uncached generation."""
         return Schedule.every(self.num_steps).mask
 
@@ -71,9 +71,9 @@ class Setting:
         """The metrics of a batch by mask; the reference set is uncached, and only features are taken of it."""
         sets = tuple(name for name in self.metrics if METRICS[name].against == "set")
         if number >= FIRST_OF_REFERENCE:
-            return {self.full: sets}
+            return {self.uncached: sets}
         alone = tuple(name for name in self.metrics if METRICS[name].against != "uncached")
-        return dict.fromkeys(self.masks, self.metrics) | {self.full: alone}
+        return dict.fromkeys(self.masks, self.metrics) | {self.uncached: alone}
 
     def engines(self, folder: Path) -> Path:
         """Where the engines are, for an evaluation in a folder."""

@@ -224,7 +224,8 @@ def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments that the pipeline's call has a parameter for."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     is_modular = any(kind.__name__ == "ModularPipeline" for kind in type(pipeline).__mro__)  # takes what its blocks do
-    return {name: value for name, value in arguments.items() if name in parameters or is_modular}
+    is_open = is_modular or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {name: value for name, value in arguments.items() if name in parameters or is_open}
 
 
 @contextlib.contextmanager

@@ -164,10 +164,10 @@ def _samples(folder: Path, setting: Setting, result: EvaluationResult) -> tuple[
     side = 0
     for number in range(result.samples // setting.batch_size):
         values = read_values(folder, number)
-        if PICTURES not in values.get(setting.full, {}):
+        if PICTURES not in values.get(setting.uncached, {}):
             break
-        batch, side = setting.batch(number), max(values[setting.full][PICTURES].shape[-2:])
-        for place in range(len(values[setting.full][PICTURES])):
+        batch, side = setting.batch(number), max(values[setting.uncached][PICTURES].shape[-2:])
+        for place in range(len(values[setting.uncached][PICTURES])):
             pictures = _pictures(values, place, setting, result)
             found.append(Sample(batch.prompts[place], batch.seeds[place], pictures))
     if not found:
@@ -176,7 +176,7 @@ def _samples(folder: Path, setting: Setting, result: EvaluationResult) -> tuple[
 
 
 def _pictures(values: Values, place: int, setting: Setting, result: EvaluationResult) -> tuple[Picture, ...]:
-    uncached = values[setting.full][PICTURES][place]
+    uncached = values[setting.uncached][PICTURES][place]
     pictures = [Picture("", setting.num_steps, _source(uncached), "", "")]
     for line in result.lines:
         of_mask = values[_mask(line, setting)]

@@ -99,7 +99,7 @@ class StudyRunner:
         for number in numbers:
             self._reference(number)
 
-    def full(self, number: int) -> Tensor:
+    def uncached(self, number: int) -> Tensor:
         """The uncached results of a batch (samples, *shape), as the pipeline returns them."""
         return self._reference(number)[1]
 
@@ -107,8 +107,8 @@ class StudyRunner:
         """Noise and uncached results of a batch."""
         file = self._folder / "samples" / f"{number}.safetensors"
         if not file.exists():
-            full = self._rollouts.uncached(self.study.batch(number))
-            write_tensors({"noise": self._rollouts.noise().cpu(), "full": full}, file)
+            uncached = self._rollouts.uncached(self.study.batch(number))
+            write_tensors({"noise": self._rollouts.noise().cpu(), "uncached": uncached}, file)
             self._rollouts.forget()
-        tensors = read_tensors(file, ("noise", "full"))
-        return tensors["noise"], tensors["full"]
+        tensors = read_tensors(file, ("noise", "uncached"))
+        return tensors["noise"], tensors["uncached"]

@@ -36,5 +36,5 @@ def read_tensors(file: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); remove it, it is then made anew") from None
     if missing := [name for name in names if name not in tensors]:
-        raise ArtifactError(f"{file}: damaged ({', '.join(map(repr, missing))}); remove it, it is then made anew")
+        raise ArtifactError(f"{file}: damaged (no {', '.join(missing)}); remove it, it is then made anew")
     return tensors

@@ -44,15 +44,15 @@ def test_a_spec_becomes_a_module_and_a_call_without_memory(tmp_path: Path) -> No
     abstract = read_spec(written(tmp_path))
     assert {parameter.device.type for parameter in abstract.module.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in abstract.module.parameters()} == {torch.bfloat16}
-    assert abstract.inputs["hidden_states"].shape == (1, 4, 8, 8)
-    assert abstract.inputs["cross_attention_kwargs"] is None
-    assert abstract.module(**abstract.inputs, return_dict=False)[0].device.type == "meta"
+    assert abstract.example.inputs["hidden_states"].shape == (1, 4, 8, 8)
+    assert abstract.example.inputs["cross_attention_kwargs"] is None
+    assert abstract.module(**abstract.example.inputs, return_dict=False)[0].device.type == "meta"
 
 
 def test_inputs_may_be_nested(tmp_path: Path) -> None:
     entry = {"shape": [2, 3], "dtype": "float32"}
     nested = {"x": [entry, entry], "y": {"scale": {"value": 0.5}, "mask": entry}}
-    inputs = read_spec(written(tmp_path, inputs=nested)).inputs
+    inputs = read_spec(written(tmp_path, inputs=nested)).example.inputs
     assert [each.shape for each in inputs["x"]] == [(2, 3), (2, 3)]
     assert inputs["y"]["scale"] == 0.5
     assert inputs["y"]["mask"].shape == (2, 3)

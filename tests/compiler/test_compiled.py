@@ -208,7 +208,7 @@ class ConstantName(Odd):
 )
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_state_of_the_same_class_always_fits(kind: type[Odd], saved: bool, tmp_path: Path) -> None:
-    """Whatever is tied, unused, made by the code or not part of the state."""
+    """Whatever is tied, made by the code or not part of the state; new values of what is unused are refused."""
     inputs = {"sample": torch.randn(2, 4), "timestep": torch.ones(1)}
     compiled = rc.compile(kind(), inputs, budgets=(2,), num_steps=4, granularity="output", runtime="eager")
     if saved:
@@ -217,8 +217,22 @@ def test_the_state_of_the_same_class_always_fits(kind: type[Odd], saved: bool, t
     run = compiled.dispatcher(budget=2)
     run(step=0, **inputs)
     other = kind(seed=1)
-    compiled.refit(other.state_dict())
+    unread = {"unused.weight", "unused.bias"} | ({"constant_scale"} if kind is not ConstantName else set())
+    assert set(compiled.description.unread) == unread
+    state = {name: weight for name, weight in other.state_dict().items() if name not in unread}
+    for fitting in (state, {**kind().state_dict(), **state}):
+        compiled.refit(fitting)
+        torch.testing.assert_close(run(step=0, **inputs), other(**inputs))
+    compiled.refit({"tied.bias": torch.ones(4)}, strict=False)
+    other.linear.bias.data.fill_(1)
     torch.testing.assert_close(run(step=0, **inputs), other(**inputs))
+    for wrong, message in (
+        (other.state_dict(), r"read by no engine: .*unused.bias, unused.weight \(they read .*; leave the others out\)"),
+        (state | {"tied.bias": torch.zeros(4)}, "not equal to what they are tied to: tied.bias"),
+    ):
+        with pytest.raises(ModelError, match=f"refit: {message}; nothing was changed"):
+            compiled.refit(wrong)
+        torch.testing.assert_close(run(step=0, **inputs), other(**inputs))
 
 
 def test_weights_that_were_written_to_reach_the_prologue_with_the_next_generation() -> None:

@@ -186,7 +186,7 @@ def test_another_policy_joins_those_that_are_known(own: Path, result: Evaluation
 
 def test_pictures_of_the_first_samples_are_kept(evaluated: Path, drawn: dict[str, Tensor]) -> None:
     setting = read_setting(evaluated)
-    kept = torch.cat([read_values(evaluated, number)[setting.full][PICTURES] for number in (0, 1)])
+    kept = torch.cat([read_values(evaluated, number)[setting.uncached][PICTURES] for number in (0, 1)])
     assert kept.shape == (KEPT, 3, 32, 32)
     assert (kept.float() / 255 - drawn["uncached"][:KEPT]).abs().max() < 0.01
 
@@ -195,7 +195,7 @@ def test_the_reference_set_has_other_noise_and_only_features(evaluated: Path) ->
     setting = read_setting(evaluated)
     seeds = [set(setting.batch(number).seeds) for number in (0, 1, FIRST_OF_REFERENCE, FIRST_OF_REFERENCE + 1)]
     assert len(set.union(*seeds)) == 4 * BATCH
-    assert setting.wanted(FIRST_OF_REFERENCE) == {setting.full: ("fid",)}
+    assert setting.wanted(FIRST_OF_REFERENCE) == {setting.uncached: ("fid",)}
 
 
 def test_pictures_of_a_folder_are_a_reference(own: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_videos_are_judged_by_their_frames(tmp_path: Path, monkeypatch: pytest.M
     setting = read_setting(tmp_path / "video")
     steps = torch.Generator().manual_seed(1)
     made = load_captioned()(["x"], num_inference_steps=8, generator=[steps], output_type="pt").frames[0]
-    kept = read_values(tmp_path / "video", 1)[setting.full][PICTURES][0]
+    kept = read_values(tmp_path / "video", 1)[setting.uncached][PICTURES][0]
     assert (kept.float() / 255 - made[made.shape[0] // 2]).abs().max() < 0.01
     assert found.lines[0].target == "unknown"
     assert 10 < (found.lines[0].values["psnr"].value or 0) < 99

@@ -43,7 +43,7 @@ def graphed(compiled: rc.Compiled, budget: int, capture: Any = recorder) -> Disp
         compiled.plans[budget],
         compiled.forecaster,
         compiled.variants,
-        compiled.signature,
+        compiled.engines.signature,
         compiled.engines.revision,
         lambda variant: CudaGraphs(variant, capture),
     )

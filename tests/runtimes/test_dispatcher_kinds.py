@@ -126,7 +126,7 @@ def test_variants_that_differ_in_values_compiled_in_keep_apart(model: Masked) ->
 
 
 def test_results_that_are_none_are_none(masked: rc.Compiled) -> None:
-    assert masked.signature.tensors == (True, False, False)
+    assert masked.engines.signature.tensors == (True, False, False)
     run = masked.dispatcher(budget=2)
     for step in range(STEPS):
         prediction, extra, more = run(step=step, **inputs(step))

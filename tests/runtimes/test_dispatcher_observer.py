@@ -43,7 +43,7 @@ def observed(compiled: rc.Compiled, *observers: Observer, schedule: Schedule = E
     sites = len(next(iter(compiled.plans.values())).steps[0].pattern)
     plan = make_plan(schedule, compiled.forecaster, sites)
     return Dispatcher(
-        plan, compiled.forecaster, compiled.variants, compiled.signature, graphs=graphs, observers=observers
+        plan, compiled.forecaster, compiled.variants, compiled.engines.signature, graphs=graphs, observers=observers
     )
 
 

@@ -286,7 +286,7 @@ def test_a_generation_goes_on_where_its_begin_was_called_alone(eager: rc.Compile
 def replaying(compiled: rc.Compiled, observer: Observer) -> ReplayDispatcher:
     sites = len(next(iter(compiled.plans.values())).steps[0].pattern)
     return ReplayDispatcher(
-        compiled.forecaster, sites, NUM_STEPS, compiled.variants, compiled.signature, observers=(observer,)
+        compiled.forecaster, sites, NUM_STEPS, compiled.variants, compiled.engines.signature, observers=(observer,)
     )
 
 

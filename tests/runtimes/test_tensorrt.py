@@ -70,7 +70,7 @@ def test_an_engine_that_cannot_run_here_says_so(compiled: rc.Compiled) -> None:
 def test_inspect_needs_no_gpu(bundle: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(bundle), "--json"])
     facts = json.loads(result.stdout)
-    assert facts["description"]["runtime"] == "tensorrt_rtx"
+    assert facts["description"]["config"]["runtime"] == "tensorrt_rtx"
     assert facts["requirements"]["gpu"] == "sm89"
     page = CliRunner().invoke(main, ["inspect", str(bundle)]).stdout
     assert f"tensorrt_rtx for tensorrt_rtx {trt.__version__}, gpu sm89" in page

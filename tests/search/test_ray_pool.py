@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, RuntimeUnavailableError
 from recache_compile.ir.schedule import Schedule
 from recache_compile.search import ray_pool as workers
@@ -22,16 +23,13 @@ from recache_compile.search.study import Study, Task, write_study
 
 STUDY = Study(
     model="shapes",
-    num_steps=6,
+    config=CompileConfig(num_steps=6, anchors=2, granularity="stack", runtime="eager"),
     forecaster="taylor",
-    order=1,
-    granularity="stack",
     distance="features",
     reward="caption",
     training_prompts=("a red circle left of a blue square on a dark background",),
     held_out_prompts=("a green triangle above a red square on a light background",),
     batch_size=2,
-    runtime="eager",
 )
 MASKS = tuple(f"1{number:05b}" for number in range(12))
 TASKS = tuple((batch, mask) for batch in (0, 1) for mask in MASKS)

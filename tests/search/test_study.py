@@ -224,7 +224,7 @@ def reference(shapes: Any, number: int, compiled: rc.Compiled | None, study: Stu
 def test_samples_are_those_of_the_original_model(
     number: int, study_runner: StudyRunner, folder: Path, shapes: Any
 ) -> None:
-    torch.testing.assert_close(study_runner.full(number), reference(shapes, number, None), rtol=0, atol=1e-4)
+    torch.testing.assert_close(study_runner.uncached(number), reference(shapes, number, None), rtol=0, atol=1e-4)
     noise = load_file(folder / "samples" / f"{number}.safetensors")["noise"]
     seeds = STUDY.batch(number).seeds
     assert noise.shape == (2, 64, 48)
@@ -272,7 +272,7 @@ def test_the_fitted_forecaster_has_the_same_engines_and_lower_losses(
     ((_, ours, _),) = fitted.run([(0, SCHEDULES[0].mask)])
     compiled = fitted.engines.with_plans({3: SCHEDULES[0]}, fitted.forecaster())
     made = reference(shapes, 0, compiled, study)
-    expected = get_distance("features", "shapes")(made, fitted.full(0))
+    expected = get_distance("features", "shapes")(made, fitted.uncached(0))
     assert ours == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-6)
     ((_, taylor, _),) = study_runner.run([(0, SCHEDULES[0].mask)])
     assert sum(ours) < sum(taylor)
@@ -296,19 +296,19 @@ def test_damaged_files_name_the_remedy(content: bytes, own: Path, shapes: Any) -
         file.write_bytes(content)
     study_runner = StudyRunner(own, shapes)
     with pytest.raises(ArtifactError, match=r"0\.safetensors: damaged \(.*\); remove it, it is then made anew"):
-        study_runner.full(0)
+        study_runner.uncached(0)
     with pytest.raises(ArtifactError, match=r"calibration\.safetensors: no calibration \(.*\); remove it"):
         study_runner.calibration()
     for file in (sample, calibration):
         file.unlink()
-    torch.testing.assert_close(study_runner.full(0), reference(shapes, 0, None), rtol=0, atol=1e-4)
+    torch.testing.assert_close(study_runner.uncached(0), reference(shapes, 0, None), rtol=0, atol=1e-4)
     assert study_runner.calibration().num_steps == STEPS
 
 
 def test_a_sample_without_its_noise_is_damaged(own: Path, shapes: Any) -> None:
-    save_file({"full": torch.zeros(1)}, own / "samples" / "0.safetensors")
+    save_file({"uncached": torch.zeros(1)}, own / "samples" / "0.safetensors")
     with pytest.raises(ArtifactError, match=r"0\.safetensors: damaged \(no noise\)"):
-        StudyRunner(own, shapes).full(0)
+        StudyRunner(own, shapes).uncached(0)
 
 
 def test_the_calibration_is_of_the_original_predictions(
