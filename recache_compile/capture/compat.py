@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -38,6 +39,19 @@ def writes(node: fx.Node) -> bool:
     """Whether a call writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)  # functions of Python and higher-order operators have none
     return schema is not None and schema.is_mutable
+
+
+class DataIsDetached(TorchFunctionMode):
+    """While a model is traced: `tensor.data` is `tensor.detach()`.
+
+    Both lie in the tensor's memory, but what is written to `.data` is hidden from a tracer, which
+    then holds a tensor that nobody filled (the positions of CogVideoX at other sizes, for example).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

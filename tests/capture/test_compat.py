@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from recache_compile.capture.compat import (
+    DataIsDetached,
     base_of,
     flex_attention_as,
     is_mapped,
@@ -35,6 +36,15 @@ class Filled(nn.Module):
         copy = hidden + 1
         copy[0] = 0
         return copy * 2
+
+
+class DataWritten(nn.Module):
+    """Fills a tensor through `data`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.new_zeros(4, 3)
+        rows.data[2:].copy_(torch.arange(6.0).view(2, 3))
+        return torch.cat([hidden, rows])
 
 
 def test_base_of_a_view_alone() -> None:
@@ -68,6 +78,13 @@ def test_values_are_computed_in_the_middle_of_a_trace() -> None:
         with outside_of_the_trace():
             assert torch.arange(3).sum().item() == 3
         assert is_traced(torch.arange(3))
+
+
+def test_writes_to_the_data_of_a_tensor_are_seen() -> None:
+    rows = torch.ones(2, 3)
+    with DataIsDetached():
+        program = torch.export.export(DataWritten(), (rows,), strict=False)
+    torch.testing.assert_close(program.module()(rows + 1), DataWritten()(rows + 1))
 
 
 def test_only_mapped_functions_are_mapped() -> None:

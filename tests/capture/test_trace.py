@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
 from recache_compile.capture.trace import Trace, inputs_read, trace_module
@@ -195,3 +196,17 @@ def test_writes_to_objects_are_refused() -> None:
 def test_parts_that_are_compiled_already_are_seen_through() -> None:
     part = torch.compile(lambda x, mask: x[:, : int(mask.sum())], fullgraph=True)
     assert set(trace(lambda x, mask: part(x, mask)).constants) == {"mask"}
+
+
+def test_cogvideox_is_traced_at_sizes_that_are_not_its_usual_ones() -> None:
+    """It then makes its table of positions anew, through `tensor.data`."""
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=8,
+        num_layers=1, sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=8,
+    ).eval()  # fmt: skip
+    hidden, text = torch.randn(1, 2, 4, 4, 12), torch.randn(1, 8, 8)
+    inputs = {"hidden_states": hidden, "encoder_hidden_states": text, "timestep": torch.ones(1), "return_dict": False}
+    traced = trace_module(model, inputs, ["hidden_states", "timestep"])
+    other = {**inputs, "hidden_states": hidden + 1}
+    torch.testing.assert_close(traced.exported.module()(**other), model(**other))
