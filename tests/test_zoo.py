@@ -26,7 +26,7 @@ DOZEN = (
 two streams of latents, in-place writes, audio."""
 
 EVERYWHERE = (*DOZEN[:2], "SanaTransformer2DModel", "WanTransformer3DModel")
-"""Those that are compiled at every granularity here; docs/models.md has all of them at all."""
+"""Those that are compiled at every granularity always; docs/models.md has all of them at all."""
 
 UNREADABLE = ("HiDreamImageTransformer2DModel",)
 """Their code decides by values of the latents: which experts get how many tokens."""
@@ -47,6 +47,9 @@ SECOND_DOZEN = (
 )
 """Looked at where most cached features are, at the end of the stack."""
 
+SECOND_LOOK = tuple(name for name in (*DOZEN, *SECOND_DOZEN) if name not in EVERYWHERE)
+"""Whose blocks are looked at with `-m zoo`."""
+
 OTHERS = [
     pytest.param(name, marks=pytest.mark.zoo) for name in CASES if name not in (*DOZEN, *SECOND_DOZEN, *UNREADABLE)
 ]
@@ -57,11 +60,20 @@ OTHERS = [
 )
 def test_both_budgets_are_right(name: str) -> None:
     checker = Checker(CASES[name])
-    for granularity in ("stack",) if name in SECOND_DOZEN else ("stack", "block"):
+    for granularity in ("stack",) if name in (*DOZEN, *SECOND_DOZEN) else ("stack", "block"):
         checked = checker.check(granularity)
         assert checked.full_error <= TOLERANCE, granularity
         assert checked.cached_error is not None
         assert checked.cached_error <= TOLERANCE, granularity
+
+
+@pytest.mark.parametrize("name", [*EVERYWHERE, *(pytest.param(name, marks=pytest.mark.zoo) for name in SECOND_LOOK)])
+def test_blocks_are_right_too(name: str) -> None:
+    checker = Checker(CASES[name])
+    checked = checker.check("block")
+    assert checked.full_error <= TOLERANCE
+    assert checked.cached_error is not None
+    assert checked.cached_error <= TOLERANCE
     if name in EVERYWHERE:
         for granularity in ("output", "module"):
             assert checker.check(granularity).full_error <= TOLERANCE, granularity
