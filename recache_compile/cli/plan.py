@@ -18,7 +18,9 @@ from recache_compile.cli.parameters import JsonObject, Numbers
 )
 @click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
-@click.option("--policy", default="uniform", show_default=True, help="As for compile.")
+@click.option(
+    "--policy", default="auto", show_default=True, help="As for compile; auto is uniform, costs are the same."
+)
 @click.option("--granularity", default="stack", show_default=True, help="output, stack, block or module.")
 @click.option("--residual/--absolute", default=None, help="As for compile.")
 @click.option("--hoist/--no-hoist", default=True, show_default=True, help="As for compile.")
