@@ -62,10 +62,9 @@ def truth_table(truth: Mapping[str, Any]) -> str:
         f"**{truth['forecaster']}, order {truth['order']}, T = {truth['num_steps']}, k = {truth['budget']}**:"
         f" {truth['schedules']:,} schedules on {truth['samples']} + {truth['held_out_samples']} samples. Best:"
         f" {' '.join(map(str, truth['best']))}, loss {truth['best_loss']:.4g}. Rank correlation of the surrogate with"
-        f" the"
-        f" loss: {correlations['predictions']:.2f} on predictions, {correlations['features']:.2f} on features."
-        f" Mean regret of REINFORCE over five seeds: {truth['likelihoods']['set']:.1%} with the set's"
-        f" log-probability, {truth['likelihoods']['ordered']:.1%} with the ordered one."
+        f" the loss: {correlations['predictions']:.2f} on predictions, {correlations['features']:.2f} on features. Mean"
+        f" regret of REINFORCE over five seeds: {truth['likelihoods']['set']:.1%} with the set's log-probability,"
+        f" {truth['likelihoods']['ordered']:.1%} with the ordered one."
     )
     columns = ("policy", "steps", "regret", "held-out regret", "generations")
     return f"{head}\n\n{table(columns, rows)}"

@@ -59,7 +59,7 @@ def loop_part(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     what = (
         f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, {result['rounds']} rounds"
-        f" ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷"
+        " ([numbers](../benchmarks/results/loop.json)); multiply-accumulates per generation ÷"
         f" {result['macs_reduction']:.2f}:"
     )
     columns = (
@@ -111,11 +111,10 @@ def quality_part(result: Mapping[str, Any]) -> str:
     columns = ("", "k", "MACs", "speed", *names, *(f"loss in {name}" for name in losses), "target")
     return (
         f"`{evaluated.command}`: {evaluated.samples} captions, {evaluated.batch_size} at a time, T ="
-        f" {evaluated.num_steps},"
-        f" {evaluated.forecaster} order {evaluated.order}. {evaluated.date}, {evaluated.machine}, torch"
-        f" {evaluated.versions['torch']} ([numbers](../benchmarks/results/evaluate-shapes.json)). fid is the distance"
-        f" to"
-        f" {evaluated.reference}, in features of the shipped classifier; {UNSURE}.\n\n{table(columns, rows)}\n\n{told}"
+        f" {evaluated.num_steps}, {evaluated.forecaster} order {evaluated.order}. {evaluated.date},"
+        f" {evaluated.machine}, torch {evaluated.versions['torch']}"
+        f" ([numbers](../benchmarks/results/evaluate-shapes.json)). fid is the distance to {evaluated.reference}, in"
+        f" features of the shipped classifier; {UNSURE}.\n\n{table(columns, rows)}\n\n{told}"
     )
 
 
@@ -161,8 +160,8 @@ def bench_part(result: Mapping[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"### {name}\n\n`recache-compile bench {name} --rounds {result['rounds']}`: {MODELS[name]}; T ="
-        f" {config['num_steps']},"
-        f" k = {request['budget']} ({steps}), {config['dtype']}. {result['date']}, {result['machine']}, {versions}"
+        f" {config['num_steps']}, k = {request['budget']} ({steps}), {config['dtype']}. {result['date']},"
+        f" {result['machine']}, {versions}"
         f" ([numbers](../benchmarks/results/bench-{name}.json)).\n\n{table(columns, rows)}{peer}{failed}"
     )
 

@@ -125,7 +125,7 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
             f"runtime onnxruntime: this onnxruntime has no {provider or 'provider'} for {device}; pip install"
-            f" onnxruntime-gpu"
+            " onnxruntime-gpu"
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -138,5 +138,5 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
     except Exception as error:  # the package raises a class for each of its status codes
         raise RuntimeUnavailableError(
             f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}; choose another --dtype or"
-            f" --runtime"
+            " --runtime"
         ) from error

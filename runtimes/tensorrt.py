@@ -75,8 +75,7 @@ class TensorRTBase(Runtime, abc.ABC):
         if device.type != "cuda":
             return UnavailableEngine(
                 f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the"
-                f" artifact"
-                " and load it there"
+                " artifact and load it there"
             )
         with self.logging() as logger, _on(device):
             runtime = self.trt().Runtime(logger)
@@ -108,8 +107,7 @@ class TensorRTBase(Runtime, abc.ABC):
             if plan is None:
                 raise RuntimeUnavailableError(
                     f"runtime {self.name}: {name} cannot be built: {logger.reason()}; choose another --workspace,"
-                    f" --dtype or"
-                    " --runtime"
+                    " --dtype or --runtime"
                 )
             return bytes(plan)
 
@@ -254,7 +252,7 @@ class TensorRT(TensorRTBase):
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise RuntimeUnavailableError(
                 f"timing cache {self.timing_cache}: damaged, or of another version or GPU; remove it, or name another"
-                f" file"
+                " file"
             )
         yield
         with writing(self.timing_cache) as partial:

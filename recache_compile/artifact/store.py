@@ -201,8 +201,7 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
             raise ArtifactError(f"its engines are for {built_for}, and there is no CUDA GPU here; leave the device out")
         raise ArtifactError(
             f"its engines are for {built_for}, and there is no CUDA GPU here; load it where there is one, or run"
-            f" {command}"
-            " --runtime auto --output OTHER"
+            f" {command} --runtime auto --output OTHER"
         )
     if device.type != torch.device(manifest.device).type:
         other = "" if runtime.engine_device(device).type == device.type else " --runtime auto"

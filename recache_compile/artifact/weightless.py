@@ -150,8 +150,7 @@ def print_plan(facts: PlanFacts, console: Console) -> None:
     console.print(
         f"{facts.model} {facts.size}, {facts.config.num_steps} steps, {facts.forecaster} order {facts.order},"
         f" {facts.config.granularity} sites\n{with_unit(facts.parameters)} parameters, {hoisted:.1%} of them out of"
-        f" the steps;"
-        f" {with_unit(facts.call_macs)} MACs a call",
+        f" the steps; {with_unit(facts.call_macs)} MACs a call",
         highlight=False,
         markup=False,
         soft_wrap=True,

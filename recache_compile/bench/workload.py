@@ -149,8 +149,7 @@ def of_artifact(request: BenchRequest, num_steps: int | None, budget: int | None
     if chosen not in budgets or num_steps not in (None, config.num_steps):
         raise ModelError(
             f"{request.model}: was compiled for {config.num_steps} steps and budgets {', '.join(map(str, budgets))};"
-            f" ask for"
-            " those, or leave --steps and --budget out"
+            " ask for those, or leave --steps and --budget out"
         )
     config = replace(config, device=request.config.device, anchors=manifest.forecaster.order + 1)
     schedule = Schedule(manifest.plans[chosen].recompute_steps, config.num_steps)

@@ -40,8 +40,7 @@ def check_untouched(module: nn.Module, who: str) -> None:
         if hooks:
             raise CaptureError(
                 f"{where}: has the hooks {', '.join(hooks)} of diffusers (offloading, layerwise casting or a cache),"
-                f" which"
-                " cannot be traced; compile a pipeline that was loaded without them (caches: disable_cache())"
+                " which cannot be traced; compile a pipeline that was loaded without them (caches: disable_cache())"
             )
 
 
@@ -50,9 +49,8 @@ def check_modes() -> None:
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             raise CaptureError(
-                f"torch.autocast is on for {device}: engines compute in the model's own types; compile and call"
-                f" outside of"
-                " it, and load the model in bfloat16 or float16 for half precision"
+                f"torch.autocast is on for {device}: engines compute in the model's own types; compile and call outside"
+                " of it, and load the model in bfloat16 or float16 for half precision"
             )
 
 
@@ -111,8 +109,7 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
     if difference > bound_of(theirs):
         raise CaptureError(
             f"capture of {who}: the program differs from the model by {difference:.1e} where the latents are other"
-            f" ones;"
-            f" {STATE}"
+            f" ones; {STATE}"
         )
 
 

@@ -66,8 +66,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         if _attributes(given) != attributes:
             raise CaptureError(
                 f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program"
-                f" cannot;"
-                " compile the calls that only read it"
+                " cannot; compile the calls that only read it"
             )
         try:
             with ordinary_attention():

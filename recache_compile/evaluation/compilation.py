@@ -153,8 +153,8 @@ def check_prompts(pipeline: Any, captions: Sequence[str], call: Mapping[str, Any
         if kind != kinds[0]:
             raise ModelError(
                 f"prompt {caption!r}: the transformer is called with other shapes than for {captions[0]!r}; engines"
-                f" have"
-                " one length of text: choose prompts of one length, or have the pipeline pad them (max_sequence_length)"
+                " have one length of text: choose prompts of one length, or have the pipeline pad them"
+                " (max_sequence_length)"
             )
 
 

@@ -149,9 +149,8 @@ class EvaluationRequest:
         facts = manifest.description
         if facts.model == facts.model_class.rpartition(".")[2]:
             raise ModelError(
-                f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's"
-                f" folder or"
-                " Hub id instead, with --policy and the artifact's steps"
+                f"{self.model}: was compiled from Python and does not tell its pipeline; evaluate the pipeline's folder"
+                " or Hub id instead, with --policy and the artifact's steps"
             )
         wished = self.config or base_config(self.model)
         known = {"forecaster": manifest.forecaster.name, "order": manifest.forecaster.order}
@@ -161,9 +160,8 @@ class EvaluationRequest:
         for name, value in known.items():
             if wishes[name] not in (None, value, "auto" if name == "runtime" else value):
                 raise ModelError(
-                    f"--{OPTIONS.get(name, name)} {wishes[name]}: {self.model} was compiled with {value}; leave it"
-                    f" out, or"
-                    " evaluate the model"
+                    f"--{OPTIONS.get(name, name)} {wishes[name]}: {self.model} was compiled with {value}; leave it out,"
+                    " or evaluate the model"
                 )
         device = str(usable_device(wished.device))
         config = replace(facts.config, device=device, call=_promptless(facts.config.call) | dict(wished.call))

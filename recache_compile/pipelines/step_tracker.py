@@ -135,6 +135,5 @@ def remedy_for_length(scheduler: Any, compiled: int) -> str:
         return f"{wrong}: pass num_inference_steps={compiled}, or compile with num_steps={steps}"
     return (
         f"{wrong}: {type(scheduler).__name__} makes {steps} of num_inference_steps={asked}; compile with"
-        f" num_steps={steps} and"
-        f" call={{'num_inference_steps': {asked}}}, or use another scheduler"
+        f" num_steps={steps} and call={{'num_inference_steps': {asked}}}, or use another scheduler"
     )

@@ -74,8 +74,7 @@ class Worker:
         if not self._folder.is_dir():
             raise ArtifactError(
                 f"{self._folder}: the worker on {socket.gethostname()} cannot read it; keep it on a file system that"
-                f" all"
-                " machines of the cluster share"
+                " all machines of the cluster share"
             )
         return self._place(self._folder)
 

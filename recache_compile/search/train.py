@@ -199,9 +199,8 @@ def check_out(study: Study, budgets: Sequence[int], out: Path) -> None:
         known = read_policy(out).facts.get("schedules", {})
         if lost := [budget for budget in known if int(budget) not in budgets]:
             raise ArtifactError(
-                f"output {out}: its policy is for {', '.join(known)} too; add {', '.join(lost)} to --budgets (what"
-                f" was run is"
-                " not run again), or name another folder"
+                f"output {out}: its policy is for {', '.join(known)} too; add {', '.join(lost)} to --budgets (what was"
+                " run is not run again), or name another folder"
             )
 
 
