@@ -201,7 +201,7 @@ def test_the_reference_set_has_other_noise_and_only_features(evaluated: Path) ->
 def test_pictures_of_a_folder_are_a_reference(own: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for number, picture in enumerate(read_values(own, 0)[read_setting(own).full][PICTURES]):
+    for number, picture in enumerate(read_values(own, 0)[read_setting(own).uncached][PICTURES]):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(pictures / f"{number}.png")
     assert evaluation(own, "--reference", pictures).exit_code == 0
     found = read_result(own)

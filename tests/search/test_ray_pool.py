@@ -56,6 +56,7 @@ def rows(study: Path, shapes: Any) -> list[TaskLosses]:
     return list(StudyRunner(study, shapes).run(TASKS))
 
 
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("tasks", [TASKS, TASKS[:1], (), tuple((0, f"{number:09b}") for number in range(400))])
 def test_chunks_hold_every_task_once_in_order(tasks: tuple[Task, ...], count: int) -> None:
     pieces = list(chunks(reversed(tasks), count))
