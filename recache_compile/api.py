@@ -16,7 +16,7 @@ from recache_compile.compiler.examples import given_examples
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.ir.forecasters import Taylor, anchors_of, check_forecaster
-from recache_compile.pipelines.accelerate import Fallback, install
+from recache_compile.pipelines.accelerate import Fallback, install, originals
 from recache_compile.pipelines.engine_cache import cached_engines, keep_schedules, key_of, known_schedule
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import denoiser_of, denoisers_of, record_examples
@@ -146,9 +146,9 @@ def accelerate(
     budget: int | None = None,
     *,
     fallback: Fallback | None = None,
-    num_steps: int = 50,
+    num_steps: int | None = None,
     call: Calls | None = None,
-    runtime: str | Runtime = "auto",
+    runtime: str | Runtime | None = None,
 ) -> Any:
     """Let a pipeline run on compiled engines, in place.
 
@@ -165,7 +165,8 @@ def accelerate(
         budget: number of recompute steps; by default the smallest compiled one, or 10.
         fallback: "eager" runs the original transformer, with a warning, where a call is not
             of a kind that was compiled; by default that is an error.
-        num_steps, call, runtime: as of `compile`, where it is compiled now.
+        num_steps, call, runtime: as of `compile`, where it is compiled now; without effect on what
+            is compiled already, and refused then.
 
     Returns:
         The pipeline.
@@ -175,10 +176,17 @@ def accelerate(
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
     if compiled is None:
+        num_steps = 50 if num_steps is None else num_steps
         budget = min(10, num_steps) if budget is None else budget
-        compiled = {
-            name: _from_cache(pipeline, name, budget, num_steps, call, runtime) for name in denoisers_of(pipeline)
-        }
+        with originals(pipeline):
+            compiled = {
+                name: _from_cache(pipeline, name, budget, num_steps, call, runtime or "auto")
+                for name in denoisers_of(pipeline)
+            }
+    else:
+        asked = {"num_steps": num_steps, "call": call, "runtime": runtime}
+        if given := [name for name, value in asked.items() if value is not None]:
+            raise ModelError(f"accelerate: {', '.join(given)}: what is compiled already has its own; leave them out")
     return install(pipeline, compiled, budget, fallback)
 
 
@@ -198,7 +206,8 @@ def _from_cache(
     if schedule is not None:
         return engines.with_plans({budget: schedule}, Taylor(1), choice.name)
     compiled = plan_pipeline(engines, choice, pipeline, [calls[0]] * CALIBRATIONS)
-    keep_schedules(key, compiled)
+    if compiled.policy == choice.name:  # it was not done without
+        keep_schedules(key, compiled)
     return compiled
 
 

@@ -4,6 +4,7 @@ What is pickled holds an artifact, which is checked like any other; no code of i
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ Reduced = tuple[Any, tuple[Any, ...]]
 def reduce(compiled: Compiled) -> Reduced:
     """What `pickle` keeps of a compiled model.
 
-    One that was loaded from a folder is found there again; the files of another travel along.
+    Engines that were loaded from a folder, and have its weights still, are found there again; the
+    files of others travel along.
     """
-    folder, device = compiled.engines.folder, str(compiled.engines.device)
-    if (folder / MANIFEST).is_file():
-        return _from_folder, (str(folder), read_manifest(folder).digest, device)
+    engines = compiled.engines
+    folder, device = engines.folder, str(engines.device)
+    if engines.revision.number == 0 and (folder / MANIFEST).is_file():
+        how = {
+            "device": device,
+            "cuda_graphs": engines.config.cuda_graphs,
+            "offload_prologue": any(weight.device != engines.device for weight in engines.weights.values()),
+        }
+        plans = compiled.schedules, compiled.forecaster, compiled.policy
+        return _from_folder, (str(folder), read_manifest(folder).digest, how, plans)
     with tempfile.TemporaryDirectory(prefix="recache-") as place:
         made = Path(place, "artifact")
         compiled.save(made)
@@ -30,10 +39,10 @@ def reduce(compiled: Compiled) -> Reduced:
     return _from_files, (files, device)
 
 
-def _from_folder(folder: str, digest: str, device: str) -> Compiled:
+def _from_folder(folder: str, digest: str, how: dict[str, Any], plans: tuple[Any, ...]) -> Compiled:
     if read_manifest(Path(folder)).digest != digest:
         raise ArtifactError(f"{folder}: is another artifact than the one that was pickled; load it instead")
-    return load(folder, device=device)
+    return load(folder, **how).engines.with_plans(*plans)
 
 
 def _from_files(files: dict[str, bytes], device: str) -> Compiled:
@@ -43,5 +52,4 @@ def _from_files(files: dict[str, bytes], device: str) -> Compiled:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     compiled = load(place.name, device=device, verify="always")
-    object.__setattr__(compiled.engines, "keep", place)
-    return compiled
+    return replace(compiled, engines=replace(compiled.engines, keep=place))

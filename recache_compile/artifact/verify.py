@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from recache_compile.errors import ArtifactError
 from recache_compile.support.files import cache_folder, writing
@@ -65,14 +65,16 @@ def check_files(
     if missing := next((name for name in names if name not in present), None):
         raise ArtifactError(f"{folder}: {missing} is missing from the artifact; compile again")
     check_links(folder, names)
+    if verify not in get_args(Verify):
+        raise ArtifactError(f"verify {verify!r} is unknown; choose {' or '.join(map(repr, get_args(Verify)))}")
     known = _Known.read(folder) if verify == "once" else _Known(folder, {})
     for name in names:
-        if not known.holds(name, expected[name]) and hash_of(folder / name) != expected[name]:
+        if not known.holds(name, expected[name]) and not known.finds(name, expected[name]):
             raise ArtifactError(f"{folder / name}: damaged (its hash differs from the manifest's); compile again")
     if extra := sorted(present - set(expected)):
         raise ArtifactError(f"{folder / extra[0]}: not part of the artifact; remove it or compile again")
     if verify == "once":
-        known.write({name: expected[name] for name in names})
+        known.write()
 
 
 def hash_of(file: Path) -> str:
@@ -85,7 +87,7 @@ class _Known:
     """Which files of a folder were found whole, kept in the user's cache."""
 
     def __init__(self, folder: Path, facts: Mapping[str, object]) -> None:
-        self._folder, self._facts = folder.resolve(), facts
+        self._folder, self._facts, self._found = folder.resolve(), facts, dict(facts)
 
     @classmethod
     def read(cls, folder: Path) -> "_Known":
@@ -101,15 +103,22 @@ class _Known:
         now = self._facts_of(name, expected)
         return now is not None and self._facts.get(name) == now
 
-    def write(self, hashes: Mapping[str, str]) -> None:
-        """Remember files that have these hashes now; a cache that cannot be written to is done without."""
-        found = {name: self._facts_of(name, expected) for name, expected in hashes.items()}
-        facts = {name: each for name, each in found.items() if each is not None}
-        if facts == self._facts:
+    def finds(self, name: str, expected: str) -> bool:
+        """Whether a file has this hash; remembered as it was before, in case it changes while it is hashed."""
+        before = self._facts_of(name, expected)
+        is_whole = hash_of(self._folder / name) == expected
+        self._found.pop(name, None)
+        if is_whole and before is not None:
+            self._found[name] = before
+        return is_whole
+
+    def write(self) -> None:
+        """Remember what was found; a cache that cannot be written to is done without."""
+        if self._found == self._facts:
             return
         try:
             with writing(_note(self._folder)) as partial:
-                partial.write_text(json.dumps(facts), encoding="utf-8")
+                partial.write_text(json.dumps(self._found), encoding="utf-8")
         except ArtifactError:
             return
 

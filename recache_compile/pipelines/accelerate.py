@@ -104,7 +104,7 @@ def accelerated_class(base: Any) -> Any:
 
     @functools.wraps(base.save_pretrained)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _originals(self):
+        with originals(self):
             return base.save_pretrained(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -144,8 +144,8 @@ def _new_accelerated(base: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _originals(pipeline: Any) -> Iterator[None]:
-    """While it is saved, a pipeline has its own transformers: engines are saved by `Compiled.save`.
+def originals(pipeline: Any) -> Iterator[None]:
+    """For a while, a pipeline has its own transformers: to be saved (engines are, by `Compiled.save`) or compiled.
 
     Raises:
         ModelError: it had none.

@@ -5,8 +5,10 @@ schedules/KEY-K.json    recompute steps of budget K, as the default policy has f
 """
 
 import hashlib
+import inspect
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from recache_compile.artifact.store import load
+from recache_compile.capture.adapters import adapter_scale, fused_adapters
+from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.build import build_engines
 from recache_compile.compiler.compiled import Compiled, Engines
 from recache_compile.compiler.examples import Example
@@ -23,11 +27,15 @@ from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ScheduleError
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Runtime
 from recache_compile.support.files import cache_folder, writing
 from recache_compile.support.machine import versions
 
 log = logging.getLogger(__name__)
+
+COMPILERS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "CXX", "CC")
+"""Variables of the environment that change what compilers make begin with these."""
 
 
 def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime) -> str:
@@ -39,22 +47,44 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
             a model may decide by (whole numbers and truth values).
         config: the choices.
         runtime: the backend.
+
+    All weights are read for it, as the adapters that are active make them; that takes about two
+    seconds a gigabyte.
     """
     digest = hashlib.sha256()
     facts = {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
         "model": dict(getattr(module, "config", {})),
         "config": asdict(config),
+        "attention": {name: repr(vars(each)) for name, each in getattr(module, "attn_processors", {}).items()},
         "runtime": repr(runtime),
+        "device": str(examples[0].device),
         "requirements": dict(runtime.build_requirements(examples[0].device)),
         "versions": versions(),
+        "compilers": {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)},
+        "roles": [example.roles for example in examples],
     }
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
     for example in examples:
-        for inputs in (example.inputs, example.timesteps, *example.others):
+        _add(digest, example.timesteps.items(), values=True)
+        for inputs in (example.inputs, *example.others):
             _add(digest, named_leaves(inputs).items())
-    _add(digest, module.state_dict().items(), values=True)
+    for code in (*sorted(Path(__file__).parents[1].rglob("*.py")), _source_of(module)):
+        digest.update(code.read_bytes() if code is not None else b"")
+    with fused_adapters(
+        module, adapter_scale(call for example in examples for call in (example.inputs, *example.others))
+    ):
+        _add(digest, module.state_dict().items(), values=True)
+        _add(digest, module.named_buffers(), values=True)
     return digest.hexdigest()[:32]
+
+
+def _source_of(module: nn.Module) -> Path | None:
+    """The file with the model's class, where there is one."""
+    try:
+        return Path(inspect.getfile(type(module)))
+    except (TypeError, OSError):
+        return None
 
 
 def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -> None:
@@ -64,7 +94,7 @@ def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -
             digest.update(repr(leaf).encode())
             continue
         digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-        if values or not leaf.is_floating_point() or "timestep" in name:
+        if values or not leaf.is_floating_point() or usual_role(name) is Kind.TIMESTEP:
             dense = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)  # expanded ones as well
             digest.update(dense.view(torch.uint8).numpy().tobytes())
 
@@ -80,9 +110,12 @@ def cached_engines(
     folder = cache_folder() / "engines" / key
     if folder.exists():
         try:
+            _check_owner(cache_folder())
             found = load(folder, device=str(examples[0].device)).engines
-            log.info("engines from %s", folder)
-            return found
+            if all(_takes(found, example) for example in examples):
+                log.info("engines from %s", folder)
+                return found
+            log.info("engines are built anew: other values have become constants of them")
         except ArtifactError as error:
             log.info("engines are built anew: %s", error)
     engines = build_engines(module, examples, config, runtime)
@@ -92,6 +125,25 @@ def cached_engines(
     except (OSError, ArtifactError) as error:
         log.info("engines are not kept: %s", error)
     return engines
+
+
+def _takes(engines: Engines, example: Example) -> bool:
+    """Whether inputs that engines have taken in as constants have these values in every call."""
+    calls = [named_leaves(inputs) for inputs in (example.inputs, *example.others)]
+    return all(
+        any(
+            all(name in call and torch.equal(call[name], value) for name, value in variant.fixed.items())
+            for variant in engines.variants
+        )
+        for call in calls
+    )
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise `ArtifactError` where others could have put engines into the cache, which are code."""
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ArtifactError(f"{folder}: others may write to this cache; chmod go-w {folder}, or set RECACHE_CACHE")
 
 
 def known_schedule(key: str, budget: int, num_steps: int) -> Schedule | None:

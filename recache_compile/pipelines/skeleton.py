@@ -1,6 +1,7 @@
 """A transformer without its weights, for pipelines that read more of it than its configuration."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from recache_compile.artifact.specs import transformer_class
 from recache_compile.compiler.compiled import Description
 from recache_compile.errors import ModelError
+
+_PATCHING = threading.Lock()
+"""One thread at a time changes how modules register parameters."""
 
 
 def skeleton_of(description: Description, weights: Mapping[str, Tensor]) -> nn.Module | None:
@@ -41,13 +45,17 @@ def skeleton_of(description: Description, weights: Mapping[str, Tensor]) -> nn.M
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Constructors register parameters without memory, and buffers as they are."""
-    register = nn.Module.register_parameter
+    own = threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+        if parameter is not None and threading.get_ident() == own:  # other threads make modules of their own
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with _PATCHING:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

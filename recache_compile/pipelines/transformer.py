@@ -78,11 +78,14 @@ class CompiledTransformer(nn.Module):
 
     @budget.setter
     def budget(self, budget: int) -> None:
+        self._budget = self._known(budget)
+
+    def _known(self, budget: int) -> int:
         if budget not in self._budgets:
             raise DispatchError(
                 f"budget {budget!r} was not compiled; there are {', '.join(map(str, self._compiled.plans))}"
             )
-        self._budget = budget
+        return budget
 
     @property
     def config(self) -> Any:
@@ -152,11 +155,8 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: the budget was not compiled.
         """
-        before = self._budget
-        if budget is not None:
-            self.budget = budget  # checks it
-            self.budget = before
-        with self._generations.begin(pipeline, before if budget is None else budget, self._new_steps()):
+        chosen = self._budget if budget is None else self._known(budget)
+        with self._generations.begin(pipeline, chosen, self._new_steps()):
             yield
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def writing(file: Path) -> Iterator[Path]:
         ArtifactError: it cannot be written.
     """
     check_file(file)
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")  # others may write it too
     try:
         with output_errors(file, "file"):
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,18 @@
 """`accelerate` without a compilation: engines and schedules are made once, and afterwards found on the disk."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import recache_compile as rc
 from recache_compile import api
+from recache_compile.errors import ModelError
+from recache_compile.ir.forecasters import Taylor
 from recache_compile.pipelines import engine_cache
 from tests.families import BUDGET, EXACT, SAME, STEPS, TINY, error, plain
 from tests.tiny_pipelines import draw
@@ -91,3 +95,62 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
     monkeypatch.setenv("RECACHE_CACHE", str(tmp_path / "file"))
     assert torch.isfinite(draw(accelerated(FLUX.make()), CALL, STEPS)).all()
     assert made == {"built": 1, "planned": 1}
+
+
+def test_an_accelerated_pipeline_from_the_cache_can_be_pickled(made: Counter[str]) -> None:
+    accelerated(FLUX.make())
+    pipeline = accelerated(FLUX.make())
+    again = pickle.loads(pickle.dumps(pipeline))  # our own
+    assert again.transformer.compiled.schedules == pipeline.transformer.compiled.schedules
+    assert again.transformer.compiled.policy == pipeline.transformer.compiled.policy
+    assert error(draw(again, CALL, STEPS), draw(pipeline, CALL, STEPS)) <= SAME
+
+
+def test_engines_with_other_weights_than_their_folder_are_pickled_with_them(made: Counter[str]) -> None:
+    accelerated(FLUX.make())
+    compiled = accelerated(FLUX.make()).transformer.compiled
+    compiled.refit({"proj_out.bias": torch.ones(16)}, strict=False)
+    again = pickle.loads(pickle.dumps(compiled))  # our own
+    assert torch.equal(again.weights["proj_out.bias"], torch.ones(16))
+
+
+def test_an_accelerated_pipeline_is_accelerated_anew(made: Counter[str]) -> None:
+    pipeline = accelerated(FLUX.make())
+    original = pipeline.transformer.original
+    assert accelerated(pipeline, STEPS).transformer.original is original
+    assert made["built"] == 1
+    assert error(draw(pipeline, CALL, STEPS), plain(FLUX, CALL)) <= EXACT
+
+
+def test_another_strength_of_an_adapter_is_another_model(made: Counter[str]) -> None:
+    pipeline = FLUX.make()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    for number, strength in enumerate((1.0, 0.25, 1.0)):
+        pipeline.transformer.set_adapters(["default"], [strength])
+        accelerated(pipeline)
+        rc.restore(pipeline)
+        assert made["built"] == min(number + 1, 2)
+
+
+def test_schedules_that_were_done_without_are_not_kept(made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*args: Any) -> rc.Compiled:
+        made["planned"] += 1
+        return args[0].with_plans({BUDGET: rc.Schedule((0, 1, 2), STEPS)}, Taylor(1), "uniform")
+
+    monkeypatch.setattr(api, "plan_pipeline", refusing)
+    for _ in range(2):
+        assert accelerated(FLUX.make()).transformer.compiled.policy == "uniform"
+    assert made["planned"] == 2
+
+
+def test_a_cache_that_others_may_write_to_is_not_read(made: Counter[str], tmp_path: Path) -> None:
+    accelerated(FLUX.make())
+    (tmp_path / "cache").chmod(0o777)
+    accelerated(FLUX.make())
+    assert made["built"] == 2
+
+
+def test_what_is_compiled_takes_no_choices_of_a_compilation(made: Counter[str]) -> None:
+    compiled = accelerated(FLUX.make()).transformer.compiled
+    with pytest.raises(ModelError, match="accelerate: num_steps, runtime: what is compiled already has its own"):
+        rc.accelerate(FLUX.make(), compiled, num_steps=STEPS, runtime="eager")
