@@ -30,7 +30,7 @@ from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Runtime
 from recache_compile.support.files import cache_folder, writing
-from recache_compile.support.machine import versions
+from recache_compile.support.machine import processor_flags, versions
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         "device": str(examples[0].device),
         "requirements": dict(runtime.build_requirements(examples[0].device)),
         "versions": versions(),
+        "processor": processor_flags(),
         "compilers": {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)},
         "roles": [example.roles for example in examples],
     }
@@ -69,8 +70,8 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         _add(digest, example.timesteps.items(), values=True)
         for inputs in (example.inputs, *example.others):
             _add(digest, named_leaves(inputs).items())
-    for code in (*sorted(Path(__file__).parents[1].rglob("*.py")), _source_of(module)):
-        digest.update(code.read_bytes() if code is not None else b"")
+    for code in (*_own_sources(), *_sources_of(module)):
+        digest.update(code.read_bytes())
     with fused_adapters(
         module, adapter_scale(call for example in examples for call in (example.inputs, *example.others))
     ):
@@ -79,12 +80,19 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
     return digest.hexdigest()[:32]
 
 
-def _source_of(module: nn.Module) -> Path | None:
+def _own_sources() -> list[Path]:
+    """The files of this package, which may be one that is worked on."""
+    root = Path(__file__).parents[1]
+    places = os.walk(root, followlinks=True)  # in a checkout, three of its folders are links
+    return sorted(Path(place, name) for place, _, names in places for name in names if name.endswith(".py"))
+
+
+def _sources_of(module: nn.Module) -> list[Path]:
     """The file with the model's class, where there is one."""
     try:
-        return Path(inspect.getfile(type(module)))
+        return [Path(inspect.getfile(type(module)))]
     except (TypeError, OSError):
-        return None
+        return []
 
 
 def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -> None:
