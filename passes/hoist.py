@@ -89,8 +89,8 @@ def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]
     pending = [source for node in readers for source in node.all_input_nodes]
     while pending:
         node = pending.pop()
-        stays = Binding.LATENTS in times[node] or node.op == "get_attr" or _is_coefficients(node)
-        if node in visited or stays:
+        is_bound = Binding.LATENTS in times[node] or node.op == "get_attr" or _is_coefficients(node)
+        if node in visited or is_bound:
             continue
         visited.add(node)
         if is_cheap(node) or is_kept_in_step(node):

@@ -256,8 +256,8 @@ def inspect(compiled: Compiled | str | Path) -> ArtifactFacts:
     """What a compiled model, or an artifact on any machine, holds: programs, cache sites, schedules, costs.
 
     Args:
-        compiled: what `compile` or `load` returned, or an artifact's folder, which is read
-            without its engines.
+        compiled: what `compile` or `load` returned, or an artifact's folder or Hub id, which is
+            read without its engines.
 
     Raises:
         ArtifactError: the folder is no artifact, or is damaged.

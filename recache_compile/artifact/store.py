@@ -162,10 +162,13 @@ def load_own(folder: Path, device: str | None = None) -> Compiled:
 def look(folder: str | Path) -> Compiled:
     """An artifact on the CPU without engines, on any machine: for those who only look at it.
 
+    Args:
+        folder: as of `load`.
+
     Raises:
         ArtifactError: the folder is no artifact, or is damaged.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     manifest = check(folder)
     with _naming_artifact(folder):
         return restore(

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -10,10 +9,10 @@ from recache_compile.cli.console import PAGE, showing_stages
 
 
 @click.command("inspect")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=click.Path())
 @click.option("--graph", help="Print one program: its name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def inspect_command(artifact: Path, graph: str | None, as_json: bool) -> None:
+def inspect_command(artifact: str, graph: str | None, as_json: bool) -> None:
     """Show the plan of a compiled ARTIFACT: steps, engines, sites, costs."""
     with showing_stages():
         from recache_compile.artifact.inspect import facts_of, print_facts, print_graph

@@ -58,8 +58,8 @@ def frechet(features: np.ndarray, reference: np.ndarray) -> float:
         return float("nan")
     one, other = (_centred(each) for each in (features, reference))
     shift = features.mean(0) - reference.mean(0)
-    together = np.linalg.norm(_reduced(one) @ _reduced(other).T, "nuc")
-    return float(shift @ shift + (one**2).sum() + (other**2).sum() - 2 * together)
+    overlap = np.linalg.norm(_reduced(one) @ _reduced(other).T, "nuc")
+    return float(shift @ shift + (one**2).sum() + (other**2).sum() - 2 * overlap)
 
 
 def distance_of_sets(features: np.ndarray, reference: np.ndarray) -> Estimate:

@@ -49,7 +49,7 @@ class Cost:
 
     Args:
         macs: multiply-accumulates of the whole generation, with timesteps known ahead.
-        full_macs: those of the uncached, unhoisted model.
+        uncached_macs: those of the uncached, unhoisted model.
         step_macs: per step.
         prologue_macs: of the prologue, its rows included.
         history_bytes: features held by one guidance branch.
@@ -57,7 +57,7 @@ class Cost:
     """
 
     macs: int
-    full_macs: int
+    uncached_macs: int
     step_macs: tuple[int, ...]
     prologue_macs: int
     history_bytes: int
@@ -66,7 +66,7 @@ class Cost:
     @property
     def macs_reduction(self) -> float:
         """How many times fewer multiply-accumulates than the uncached model."""
-        return self.full_macs / self.macs
+        return self.uncached_macs / self.macs
 
 
 def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, capture_macs: int) -> Cost:

@@ -34,7 +34,7 @@ def test_a_generation_costs_its_steps_and_its_prologue(eager: rc.Compiled) -> No
     assert cost.step_macs.count(recompute) == 3
     assert cost.step_macs.count(forecast) == NUM_STEPS - 3
     assert cost.macs == 3 * recompute + (NUM_STEPS - 3) * forecast + cost.prologue_macs
-    assert cost.full_macs == NUM_STEPS * eager.variants[0].macs
+    assert cost.uncached_macs == NUM_STEPS * eager.variants[0].macs
     assert forecast == 16 * 32 * 8
 
 
