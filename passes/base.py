@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from recache_compile.capture.compat import FakeTensorMode, detect_fake_mode
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import number_nodes, result_of, set_result, tensor_of
 from recache_compile.ir.program import PassRecord, Program

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from recache_compile.capture.compat import arguments_of, is_operator
 from recache_compile.passes.ops import aten
 
 
@@ -151,9 +152,9 @@ def use_free_row_rules(graph: fx.Graph) -> None:
     """Let the operators whose own rule is not good enough use ours."""
     ours = torch.ops.recache
     for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not is_operator(node):
             continue
-        given = _arguments(node)
+        given = arguments_of(node)
         if node.target in (aten.cat.default, aten.concat.default, aten.concatenate.default):
             _retarget(node, ours.cat.default, given["tensors"], given["dim"])
         elif node.target is aten.index_select.default:
@@ -166,13 +167,6 @@ def use_free_row_rules(graph: fx.Graph) -> None:
         elif node.target is aten.scaled_dot_product_attention.default and not given["dropout_p"]:
             names = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
             _retarget(node, ours.attention.default, *map(given.get, names))
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of a call by name, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {argument.name: argument.default_value for argument in schema}
-    return given | dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
 
 
 def _retarget(node: fx.Node, target: Any, *args: Any) -> None:

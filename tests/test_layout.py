@@ -1,6 +1,7 @@
 """The folders, who may import whom, and what the wheel holds."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -152,6 +153,25 @@ def test_what_a_compiled_model_imports_when_called_is_in_these_methods() -> None
         for name in imports_in(node)
     ]
     assert not set(elsewhere) & set(WHEN_CALLED.values())
+
+
+def test_private_names_stand_in_one_place() -> None:
+    """But for files below it, and those of which each has a library's inside to itself."""
+    private = re.compile(
+        r"\btorch(?:\.(?!utils\._pytree)\w+)*\._[a-z]\w*|\b_(?:hf_hook|diffusers_hook|orig_mod)\b|\w\._schema\b"
+    )
+    found = {
+        name: sorted(set(private.findall(code)))
+        for name, file in modules().items()
+        if private.search(code := file.read_text(encoding="utf-8")) and name != "capture.compat"
+    }
+    assert found == {
+        "bench.process": ["torch._dynamo"],
+        "capture.export": ["torch._export"],  # the name of a logger
+        "ir.cost": ["torch._subclasses"],
+        "ir.serialize": ["torch._ops"],
+        "runtimes.inductor": ["torch._inductor"],
+    }
 
 
 def test_the_package_s_root_is_small() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.capture import Captured
+from recache_compile.capture.compat import hooks_of, is_offloaded
 from recache_compile.capture.trace import evaluating
 from recache_compile.errors import CaptureError
 from recache_compile.ir.signature import named_leaves
@@ -32,12 +33,11 @@ def check_untouched(module: nn.Module, who: str) -> None:
     """
     for name, child in module.named_modules():
         where = f"{who}{'.' if name else ''}{name}"
-        if hasattr(child, "_hf_hook"):
+        if is_offloaded(child):
             raise CaptureError(
                 f"{where}: is offloaded by accelerate, which cannot be traced; call remove_all_hooks() before compiling"
             )
-        hooks = getattr(getattr(child, "_diffusers_hook", None), "hooks", None)
-        if hooks:
+        if hooks := hooks_of(child):
             raise CaptureError(
                 f"{where}: has the hooks {', '.join(hooks)} of diffusers (offloading, layerwise casting or a cache),"
                 " which cannot be traced; compile a pipeline that was loaded without them (caches: disable_cache())"

@@ -1,6 +1,8 @@
-"""What capture uses of torch that is not public, or that not every release has: all of it, in one place.
+"""What the package uses of torch and diffusers that is not public, or that not every release has, in one place.
 
-A new release of torch is made to work here; `tests/capture/test_compat.py` has a test of each function.
+A new release is made to work here; `tests/capture/test_compat.py` has a test of each function, and
+`tests/test_layout.py` names the files outside that know a private name too, because they lie below this one (`ir`),
+or because nobody else needs it (a runtime, the benchmark).
 """
 
 import contextlib
@@ -9,10 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "WeakTensorKeyDictionary", "detect_fake_mode"]
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -52,6 +59,38 @@ class DataIsDetached(TorchFunctionMode):
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         return func(*args, **(kwargs or {}))
+
+
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an operator of torch, which has a schema."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call by name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {argument.name: argument.default_value for argument in schema}
+    return given | dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate moves a module's weights when it is called."""
+    return hasattr(module, "_hf_hook")
+
+
+def hooks_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the hooks that diffusers has put around a module's call."""
+    return tuple(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
+
+
+def uncompiled(module: Any) -> Any:
+    """What `torch.compile` has wrapped, else the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def progress_bar_of(pipeline: Any) -> dict[str, Any]:
+    """How a pipeline of diffusers shows its progress, to be set again afterwards."""
+    return dict(getattr(pipeline, "_progress_bar_config", {}))
 
 
 @contextlib.contextmanager

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from recache_compile.capture.compat import is_traced, outside_of_the_trace, writes_to
+from recache_compile.capture.compat import (
+    TorchDispatchMode,
+    WeakTensorKeyDictionary,
+    is_traced,
+    outside_of_the_trace,
+    writes_to,
+)
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from recache_compile.capture.compat import base_of
+from recache_compile.capture.compat import TorchDispatchMode, WeakTensorKeyDictionary, base_of
 from recache_compile.capture.export import export_module
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.check import check_modes, check_untouched
+from recache_compile.capture.compat import progress_bar_of, uncompiled
 from recache_compile.capture.roles import USUAL_NAMES, usual_role
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
@@ -27,7 +28,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's transformers by the name of their component."""
     names = [name for name in getattr(pipeline, "components", {}) if name.startswith(DENOISER)] or [DENOISER]
     found = {name: getattr(pipeline, name, None) for name in names}
-    plain = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}  # as torch.compile wraps it
+    plain = {name: uncompiled(module) for name, module in found.items()}
     return {name: module for name, module in plain.items() if isinstance(module, nn.Module)}
 
 
@@ -230,7 +231,7 @@ def _accepted(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silent_progress(pipeline: Any) -> Iterator[None]:
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    before = progress_bar_of(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     try:
         yield

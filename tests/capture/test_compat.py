@@ -1,20 +1,36 @@
 """The parts of torch that are not public do what capture takes them to do."""
 
+from typing import Any
+
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks.hooks import HookRegistry
+from diffusers.hooks.hooks import ModelHook as DiffusersHook
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from recache_compile.capture.compat import (
     DataIsDetached,
+    FakeTensorMode,
+    TorchDispatchMode,
+    WeakTensorKeyDictionary,
+    arguments_of,
     base_of,
+    detect_fake_mode,
     flex_attention_as,
+    hooks_of,
     is_mapped,
+    is_offloaded,
+    is_operator,
     is_traced,
     outside_of_the_trace,
+    progress_bar_of,
+    uncompiled,
     writes,
     writes_to,
 )
+from recache_compile.pipelines.load import load_pipeline
+from tests.conftest import tiny_flux
 
 
 def exported(module: nn.Module, *inputs: Tensor) -> list[fx.Node]:
@@ -98,6 +114,53 @@ def test_only_mapped_functions_are_mapped() -> None:
 def test_only_calls_that_write_write() -> None:
     assert any(map(writes, exported(Filled(), torch.ones(2, 3))))
     assert not any(map(writes, exported(nn.Linear(3, 3), torch.ones(2, 3))))
+
+
+def test_arguments_of_an_operator_are_told_by_name() -> None:
+    nodes = exported(nn.Linear(3, 3), torch.ones(2, 3))
+    (linear,) = filter(is_operator, nodes)
+    assert list(arguments_of(linear)) == ["input", "weight", "bias"]
+    assert arguments_of(linear)["input"] is nodes[2]
+
+
+def test_hooks_of_offloading_and_caches_are_known() -> None:
+    plain, offloaded, cached = nn.Linear(2, 2), nn.Linear(2, 2), tiny_flux()
+    add_hook_to_module(offloaded, ModelHook())
+    HookRegistry.check_if_exists_or_initialize(cached).register_hook(DiffusersHook(), "mine")
+    assert [is_offloaded(module) for module in (plain, offloaded, cached)] == [False, True, False]
+    assert [hooks_of(module) for module in (plain, offloaded, cached)] == [(), (), ("mine",)]
+
+
+def test_compiled_modules_are_unwrapped() -> None:
+    module = nn.Linear(2, 2)
+    assert uncompiled(torch.compile(module)) is module
+    assert uncompiled(module) is module
+
+
+def test_progress_bars_are_told() -> None:
+    pipeline = load_pipeline("shapes")
+    pipeline.set_progress_bar_config(disable=True)
+    assert progress_bar_of(pipeline) == {"disable": True}
+
+
+def test_modes_that_are_borrowed_from_torch_work() -> None:
+    seen: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    first, second = torch.ones(2), torch.ones(2)
+    with Noting():
+        first + second
+    assert seen == ["aten.add.Tensor"]
+    known = WeakTensorKeyDictionary({first: 1})
+    assert first in known
+    assert second not in known
+    with FakeTensorMode() as mode:
+        assert detect_fake_mode([torch.ones(2)]) is mode
+    assert detect_fake_mode([first]) is None
 
 
 def test_flex_attention_is_replaced_for_a_while() -> None:
