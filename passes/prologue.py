@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from recache_compile.capture.export import export_module, flatten
-from recache_compile.errors import PassError
+from recache_compile.errors import PassError, first_line
 from recache_compile.ir.meta import (
     by_origin,
     describe_input,
@@ -70,7 +70,7 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
     except Exception as error:  # torch raises many kinds, depending on the operator
         if not has_rows:
             raise _refusal(error) from error
-        log.debug("rows are made one by one, they cannot be mapped over a free number: %s", _first_line(error))
+        log.debug("rows are made one by one, they cannot be mapped over a free number: %s", first_line(error))
     try:
         return _build(annotated, packs, 1)
     except Exception as error:
@@ -80,13 +80,8 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
 def _refusal(error: Exception) -> PassError:
     return PassError(
         "build-prologue: the work that does not depend on the latents cannot be exported"
-        f" ({_first_line(error)}); compile without hoisting: hoist=False, --no-hoist"
+        f" ({first_line(error)}); compile without hoisting: hoist=False, --no-hoist"
     )
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of torch says, without the graph that it prints."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -> Program:

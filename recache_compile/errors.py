@@ -56,6 +56,11 @@ def root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {reason_of(error)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says before it goes on (torch prints whole graphs); its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def reason_of(error: BaseException) -> str:
     """What another library's error says, on one line."""
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

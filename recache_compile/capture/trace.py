@@ -20,7 +20,7 @@ from recache_compile.capture.compat import TorchDispatchMode, WeakTensorKeyDicti
 from recache_compile.capture.export import export_module
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
-from recache_compile.errors import CaptureError
+from recache_compile.errors import CaptureError, first_line
 from recache_compile.ir.signature import dotted_name, named_leaves, open_objects
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         except Exception as error:
             raise CaptureError(
                 f"capture of {type(module).__name__}: it cannot be called with this example: {type(error).__name__}:"
-                f" {_first_line(error)}"
+                f" {first_line(error)}"
             ) from error
         if _attributes(given) != attributes:
             raise CaptureError(
@@ -79,12 +79,8 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
             raise CaptureError(_explain(module, error, read & set(variable))) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
 def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:
-    message = f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}: {_first_line(error)}"
+    message = f"capture of {type(module).__name__}: torch.export failed: {type(error).__name__}: {first_line(error)}"
     if read:
         message += (
             f" (the model's code decides by values computed from {', '.join(sorted(read))}, which change from step to"

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from recache_compile.errors import ArtifactError, RecacheError, RuntimeUnavailableError
+from recache_compile.errors import ArtifactError, RecacheError, RuntimeUnavailableError, first_line
 from recache_compile.search.objective import TaskLosses
 from recache_compile.search.runner import StudyRunner
 from recache_compile.search.study import Task
@@ -147,7 +147,7 @@ class RayPool:
             raise
         except self._ray.exceptions.RayActorError as error:
             raise RuntimeUnavailableError(
-                f"workers: Ray cannot start one, or has lost too many ({_first_line(error)}); take fewer if memory is"
+                f"workers: Ray cannot start one, or has lost too many ({first_line(error)}); take fewer if memory is"
                 " short, and install the same recache-compile on every machine of the cluster"
             ) from error
 
@@ -213,7 +213,7 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
         ray.init(address, **quiet)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise RuntimeUnavailableError(
-            f"workers: no Ray cluster can be joined at {address} ({_first_line(error)}); start one with `ray start"
+            f"workers: no Ray cluster can be joined at {address} ({first_line(error)}); start one with `ray start"
             " --head`, or give no address to use this machine"
         ) from error
 
@@ -223,7 +223,3 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
