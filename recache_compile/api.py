@@ -106,7 +106,7 @@ def compile(
     choice = choose_policy(policy, budgets, forecaster, order, config, looked_at)
     if not choice.needs_calibration:
         choice.answer()  # refused before anything takes long
-    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=3))
+    backend = get_runtime(runtime, _warn_caller)
     engines = _engines(model, example_inputs, timesteps or {}, calls, config, backend)
     return plan_pipeline(engines, choice, model, calibrate or [calls[0]] * CALIBRATIONS)
 
@@ -126,6 +126,11 @@ def _engines(
         return engines_of_pipeline(model, config, calls, runtime)
     module = model if isinstance(model, nn.Module) else denoiser_of(model, config.component)
     return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
+
+
+def _warn_caller(message: str) -> None:
+    """Warn at the line that called the public function which asked `get_runtime`."""
+    warnings.warn(message, stacklevel=5)
 
 
 def _calls(call: Calls | None) -> list[Mapping[str, Any]]:
@@ -178,9 +183,10 @@ def accelerate(
     if compiled is None:
         num_steps = 50 if num_steps is None else num_steps
         budget = min(10, num_steps) if budget is None else budget
+        backend = get_runtime("auto" if runtime is None else runtime, _warn_caller)
         with originals(pipeline):
             compiled = {
-                name: _from_cache(pipeline, name, budget, num_steps, call, runtime or "auto")
+                name: _from_cache(pipeline, name, budget, num_steps, _calls(call), backend)
                 for name in denoisers_of(pipeline)
             }
     else:
@@ -191,17 +197,15 @@ def accelerate(
 
 
 def _from_cache(
-    pipeline: Any, component: str, budget: int, num_steps: int, call: Calls | None, runtime: str | Runtime
+    pipeline: Any, component: str, budget: int, num_steps: int, calls: Sequence[Mapping[str, Any]], runtime: Runtime
 ) -> Compiled:
     """One transformer compiled with the usual choices, or what the disk has of that."""
-    calls = _calls(call)
     config = CompileConfig(num_steps=num_steps, component=component, call=_recorded(calls[0]))
     choice = choose_policy("auto", (budget,), "taylor", 1, config, type(pipeline).__name__)
-    backend = get_runtime(runtime, explain=lambda message: warnings.warn(message, stacklevel=4))
     module = denoiser_of(pipeline, component)
     examples = [each for one in calls for each in record_examples(pipeline, num_steps, one, component)]
-    key = key_of(module, examples, config, backend)
-    engines = cached_engines(key, module, examples, config, backend)
+    key = key_of(module, examples, config, runtime)
+    engines = cached_engines(key, module, examples, config, runtime)
     schedule = known_schedule(key, budget, num_steps)
     if schedule is not None:
         return engines.with_plans({budget: schedule}, Taylor(1), choice.name)

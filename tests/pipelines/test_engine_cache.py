@@ -11,9 +11,11 @@ from peft import LoraConfig
 
 import recache_compile as rc
 from recache_compile import api
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.pipelines import engine_cache
+from recache_compile.runtimes.inductor import Inductor
+from recache_compile.runtimes.onnxruntime import OnnxRuntime
 from tests.families import BUDGET, EXACT, SAME, STEPS, TINY, error, plain
 from tests.tiny_pipelines import draw
 
@@ -154,3 +156,18 @@ def test_what_is_compiled_takes_no_choices_of_a_compilation(made: Counter[str]) 
     compiled = accelerated(FLUX.make()).transformer.compiled
     with pytest.raises(ModelError, match="accelerate: num_steps, runtime: what is compiled already has its own"):
         rc.accelerate(FLUX.make(), compiled, num_steps=STEPS, runtime="eager")
+
+
+def test_a_runtime_that_is_passed_over_is_told_at_the_caller_s_line(
+    made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Any, building: bool) -> None:
+        raise RuntimeUnavailableError(f"runtime {self.name}: is not here")
+
+    for kind in (Inductor, OnnxRuntime):
+        monkeypatch.setattr(kind, "require", missing)
+    with pytest.warns(UserWarning, match="runtime inductor: is not here; using runtime eager") as told:
+        rc.accelerate(FLUX.make(), budget=BUDGET, num_steps=STEPS, call=CALL)
+    with pytest.warns(UserWarning, match="runtime inductor: is not here; using runtime eager") as also:
+        rc.compile(FLUX.make(), budgets=(BUDGET,), num_steps=STEPS, call=CALL, policy="uniform")
+    assert {told[0].filename, also[0].filename} == {__file__}
