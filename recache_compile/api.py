@@ -180,6 +180,8 @@ def accelerate(
         DispatchError: the budget was not compiled.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
+    if not hasattr(pipeline, "components"):
+        raise ModelError(f"accelerate: expected a pipeline of diffusers, got {pipeline!r:.60}; load it first")
     if compiled is None:
         num_steps = 50 if num_steps is None else num_steps
         budget = min(10, num_steps) if budget is None else budget
@@ -193,6 +195,9 @@ def accelerate(
         asked = {"num_steps": num_steps, "call": call, "runtime": runtime}
         if given := [name for name, value in asked.items() if value is not None]:
             raise ModelError(f"accelerate: {', '.join(given)}: what is compiled already has its own; leave them out")
+        parts = compiled.values() if isinstance(compiled, Mapping) else (compiled,)
+        if wrong := [part for part in parts if not isinstance(part, Compiled)]:
+            raise ModelError(f"accelerate: expected what rc.compile or rc.load returned, got {wrong[0]!r:.60}")
     return install(pipeline, compiled, budget, fallback)
 
 

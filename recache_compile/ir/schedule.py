@@ -76,6 +76,8 @@ class Schedule:
 
 def check_budgets(budgets: Iterable[int], num_steps: int) -> tuple[int, ...]:
     """The budgets, once each of them is known to be a whole number in 1..T and not repeated."""
+    if not isinstance(budgets, Iterable) or isinstance(budgets, str):
+        raise ScheduleError(f"budgets {budgets!r}: expected several whole numbers, as in (5, 10, 15)")
     checked = tuple(budgets)
     if num_steps < 1:
         raise ScheduleError(f"steps {num_steps}: a generation has at least one step")

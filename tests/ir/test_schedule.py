@@ -1,5 +1,7 @@
 """Schedules are exact or refused."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +83,9 @@ def test_mask_of_other_digits_is_refused() -> None:
 def test_unusable_budgets_are_refused(budgets: tuple[int, ...], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         check_budgets(budgets, 10)
+
+
+@pytest.mark.parametrize("budgets", [5, "5,10", None])
+def test_budgets_are_several_numbers(budgets: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"budgets .*: expected several whole numbers, as in \(5, 10, 15\)"):
+        check_budgets(budgets, 8)

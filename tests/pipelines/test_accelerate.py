@@ -308,3 +308,17 @@ def test_adapters_are_not_ignored() -> None:
         ModelError, match=r"load_lora_weights: the engines hold what was there .* rc.restore\(pipeline\)"
     ):
         pipeline.load_lora_weights(weights)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "compiled", "message"),
+    [
+        (None, None, "accelerate: expected a pipeline of diffusers, got None; load it first"),
+        ("some/model", None, "accelerate: expected a pipeline of diffusers, got 'some/model'; load it first"),
+        (FLUX.make(), "folder", "accelerate: expected what rc.compile or rc.load returned, got 'folder'"),
+        (FLUX.make(), {"transformer": 3}, "accelerate: expected what rc.compile or rc.load returned, got 3"),
+    ],
+)
+def test_what_cannot_be_accelerated_is_refused(pipeline: Any, compiled: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        rc.accelerate(pipeline, compiled)
