@@ -244,3 +244,17 @@ def test_weights_that_were_written_to_reach_the_prologue_with_the_next_generatio
     module.load_state_dict(other.state_dict())
     expected = other(**flux_inputs(), return_dict=False)[0]
     torch.testing.assert_close(run(step=0, **flux_inputs())[0], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_what_is_compiled_is_shown_in_a_few_lines(eager: rc.Compiled) -> None:
+    first, *rows = repr(eager).splitlines()
+    assert first.startswith("Compiled FluxTransformer2DModel: 12 steps, taylor order 1, policy ")
+    assert rows == [f"  k = {budget}: {schedule.mask}" for budget, schedule in eager.schedules.items()]
+    assert len(repr(eager.engines).splitlines()) == 1
+
+
+def test_notebooks_show_a_cell_a_step(eager: rc.Compiled) -> None:
+    shown = eager._repr_html_()
+    assert shown.count("<tr>") == len(eager.schedules)
+    (row, *_) = shown.split("<tr>")[1:]
+    assert row.count("<span") == NUM_STEPS
