@@ -180,7 +180,7 @@ def accelerate(
         DispatchError: the budget was not compiled.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
-    if not hasattr(pipeline, "components"):
+    if not hasattr(type(pipeline), "components"):
         raise ModelError(f"accelerate: expected a pipeline of diffusers, got {pipeline!r:.60}; load it first")
     if compiled is None:
         num_steps = 50 if num_steps is None else num_steps

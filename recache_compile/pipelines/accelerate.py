@@ -77,7 +77,7 @@ def restore(pipeline: Any) -> Any:
 
 def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
     """The components of a pipeline that run on engines, by name."""
-    return {name: each for name, each in pipeline.components.items() if isinstance(each, CompiledTransformer)}
+    return {name: each for name, each in vars(pipeline).items() if isinstance(each, CompiledTransformer)}
 
 
 def _own_class(pipeline: Any) -> Any:
