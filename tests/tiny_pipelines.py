@@ -1,5 +1,6 @@
 """Real `diffusers` pipelines, small and with random weights; all but DiT's need the package `transformers`."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ POOLED = 12  # width of the pooled text embedding, where there is one
 NEGATIVE = 997  # number of the negative prompt
 
 Call = Callable[[int], dict[str, Any]]
-Part = tuple[str, Mapping[str, Any]]  # a class of `diffusers` and the arguments of its constructor
+Part = functools.partial[Any]  # makes a component
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +63,45 @@ def _join(values: list[Any]) -> Any:
     return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
 
 
-def _maker(
-    pipeline: str, scheduler: Part, vae: Part, *transformers: Part, **settings: Any
-) -> Callable[[], "DiffusionPipeline"]:
-    """How to make a pipeline of these parts that has neither tokenizers nor text encoders."""
+def maker(pipeline: str, **parts: Any) -> Callable[[], "DiffusionPipeline"]:
+    """How to make a pipeline of these parts; what else its constructor asks for is None.
+
+    Args:
+        pipeline: its class in `diffusers`.
+        parts: arguments of its constructor; those that are a `functools.partial`, as `part` returns it,
+            are called each time, others are handed on as they are.
+    """
 
     def make() -> "DiffusionPipeline":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            modules = {
-                f"transformer_{i}" if i > 1 else "transformer": _without_constants(_new(part))
-                for i, part in enumerate(transformers, 1)
-            }
-            parts = modules | {"scheduler": _new(scheduler), "vae": _new(vae).eval()} | settings
+            made = {name: each() if isinstance(each, functools.partial) else each for name, each in parts.items()}
+        for each in made.values():
+            if isinstance(each, nn.Module):
+                each.eval()
         cls = getattr(diffusers, pipeline)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        absent = {p.name: None for p in parameters if p.default is p.empty and p.name not in parts}
-        result = cls(**absent, **parts)
+        absent = {p.name: None for p in parameters if p.default is p.empty and p.name not in made}
+        result = cls(**absent, **made)
         result.set_progress_bar_config(disable=True)
         return result
 
     return make
 
 
-def _part(name: str, **config: Any) -> Part:
-    return name, config
+def part(name: str, **config: Any) -> Part:
+    """A component of a class of `diffusers`, made of a configuration."""
+    return functools.partial(_new, name, config)
 
 
-def _new(part: Part) -> Any:
-    return getattr(diffusers, part[0])(**part[1])
+def _new(name: str, config: Mapping[str, Any]) -> Any:
+    made = getattr(diffusers, name)(**config)
+    return _without_constants(made) if isinstance(made, nn.Module) else made
+
+
+def _parts(scheduler: Part, vae: Part, transformer: Part) -> dict[str, Part]:
+    """What most pipelines are made of; the transformer is made first."""
+    return {"transformer": transformer, "scheduler": scheduler, "vae": vae}
 
 
 def _without_constants(module: nn.Module) -> nn.Module:
@@ -98,10 +109,10 @@ def _without_constants(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         if bool((parameter == parameter.flatten()[0]).all()):
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return module.eval()
+    return module
 
 
-def _prompt(n: int, tokens: int = TOKENS, pooled: bool = False, mask: str = "", padding: bool = True) -> dict[str, Any]:
+def prompt(n: int, tokens: int = TOKENS, pooled: bool = False, mask: str = "", padding: bool = True) -> dict[str, Any]:
     """Embeddings of a prompt, with a mask if it is given a name."""
     generator = torch.Generator().manual_seed(n)
     result = {"prompt_embeds": torch.randn(1, tokens, TEXT, generator=generator)}
@@ -112,7 +123,7 @@ def _prompt(n: int, tokens: int = TOKENS, pooled: bool = False, mask: str = "", 
     return result
 
 
-def _calls(
+def calls(
     size: Mapping[str, Any],
     guided: Mapping[str, Any],
     unguided: Mapping[str, Any],
@@ -124,34 +135,34 @@ def _calls(
 
     def arguments(n: int) -> dict[str, Any]:
         picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(n))
-        return {**size, **_prompt(n, **text), **({"image": picture, "strength": 0.6} if image else {})}
+        return {**size, **prompt(n, **text), **({"image": picture, "strength": 0.6} if image else {})}
 
     def negative() -> dict[str, Any]:
-        return {f"negative_{k}": v for k, v in _prompt(NEGATIVE, negative_tokens, **text).items()}
+        return {f"negative_{k}": v for k, v in prompt(NEGATIVE, negative_tokens, **text).items()}
 
     return lambda n: arguments(n) | negative() | guided, lambda n: arguments(n) | unguided
 
 
-def _scheduler(name: str, **changes: Any) -> Callable[[Any], Any]:
+def scheduler(name: str, **changes: Any) -> Callable[[Any], Any]:
     return lambda config: getattr(diffusers, name).from_config(config, **changes)
 
 
-def _image_vae(**config: Any) -> Part:
+def image_vae(**config: Any) -> Part:
     """Two pixels to a latent."""
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    return _part("AutoencoderKL", down_block_types=down, up_block_types=up, latent_channels=4, **NARROW | config)
+    return part("AutoencoderKL", down_block_types=down, up_block_types=up, latent_channels=4, **NARROW | config)
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0}
-FLOW_UNIPC = _scheduler("UniPCMultistepScheduler", **FLOW)
-FLOW_DPM = _scheduler("DPMSolverMultistepScheduler", **FLOW)
-FLOW_EULER = _scheduler("FlowMatchEulerDiscreteScheduler", shift=5.0)
-FLOW_HEUN = _scheduler("FlowMatchHeunDiscreteScheduler", shift=3.0)
-UNIPC = _scheduler("UniPCMultistepScheduler")
-DPM = _scheduler("DPMSolverMultistepScheduler")
-DDIM = _scheduler("DDIMScheduler", clip_sample=False)
-HEUN = _scheduler("HeunDiscreteScheduler")
-COG_DPM = _scheduler("CogVideoXDPMScheduler")
+FLOW_UNIPC = scheduler("UniPCMultistepScheduler", **FLOW)
+FLOW_DPM = scheduler("DPMSolverMultistepScheduler", **FLOW)
+FLOW_EULER = scheduler("FlowMatchEulerDiscreteScheduler", shift=5.0)
+FLOW_HEUN = scheduler("FlowMatchHeunDiscreteScheduler", shift=3.0)
+UNIPC = scheduler("UniPCMultistepScheduler")
+DPM = scheduler("DPMSolverMultistepScheduler")
+DDIM = scheduler("DDIMScheduler", clip_sample=False)
+HEUN = scheduler("HeunDiscreteScheduler")
+COG_DPM = scheduler("CogVideoXDPMScheduler")
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}  # 24 wide
 LATENTS = {"in_channels": 4, "out_channels": 4}
@@ -177,10 +188,10 @@ MASKED = {"mask": "prompt_attention_mask"}
 # single prompts have no padding, so the negative one is shorter
 UNPADDED = {"mask": "prompt_embeds_mask", "padding": False, "negative_tokens": 4}
 
-FLUX_PARTS = (
-    _part("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
-    _image_vae(shift_factor=0.1, scaling_factor=0.36),
-    _part(
+FLUX_PARTS = _parts(
+    part("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True),
+    image_vae(shift_factor=0.1, scaling_factor=0.36),
+    part(
         "FluxTransformer2DModel",
         **HEADS,
         in_channels=16,
@@ -192,10 +203,10 @@ FLUX_PARTS = (
         axes_dims_rope=(4, 4, 4),
     ),
 )
-SD3_PARTS = (
-    _part("FlowMatchEulerDiscreteScheduler", shift=3.0),
-    _image_vae(shift_factor=0.06, scaling_factor=1.5),
-    _part(
+SD3_PARTS = _parts(
+    part("FlowMatchEulerDiscreteScheduler", shift=3.0),
+    image_vae(shift_factor=0.06, scaling_factor=1.5),
+    part(
         "SD3Transformer2DModel",
         **HEADS,
         **LATENTS,
@@ -209,10 +220,10 @@ SD3_PARTS = (
         qk_norm="rms_norm",
     ),
 )
-PIXART_PARTS = (
-    _part("DPMSolverMultistepScheduler", **MILD),
-    _image_vae(),
-    _part(
+PIXART_PARTS = _parts(
+    part("DPMSolverMultistepScheduler", **MILD),
+    image_vae(),
+    part(
         "PixArtTransformer2DModel",
         **HEADS,
         in_channels=4,
@@ -225,12 +236,12 @@ PIXART_PARTS = (
         caption_channels=TEXT,
     ),
 )
-DIT_PARTS = (
-    _part("DDIMScheduler", clip_sample=False, **MILD),
-    _image_vae(),
-    _part("DiTTransformer2DModel", **HEADS, in_channels=4, out_channels=8, num_layers=3, sample_size=8),
+DIT_PARTS = _parts(
+    part("DDIMScheduler", clip_sample=False, **MILD),
+    image_vae(),
+    part("DiTTransformer2DModel", **HEADS, in_channels=4, out_channels=8, num_layers=3, sample_size=8),
 )
-WAN_VAE = _part(
+WAN_VAE = part(
     "AutoencoderKLWan",
     **UNSCALED,
     base_dim=4,
@@ -240,7 +251,7 @@ WAN_VAE = _part(
     temperal_downsample=[True, True],
     scale_factor_spatial=4,
 )
-WAN_TRANSFORMER = _part(
+WAN_TRANSFORMER = part(
     "WanTransformer3DModel",
     **HEADS,
     **LATENTS,
@@ -250,16 +261,16 @@ WAN_TRANSFORMER = _part(
     num_layers=3,
     rope_max_seq_len=16,
 )
-WAN_PARTS = (_part("UniPCMultistepScheduler", **FLOW), WAN_VAE, WAN_TRANSFORMER)
-HUNYUAN_PARTS = (
-    _part("FlowMatchEulerDiscreteScheduler", shift=7.0),
-    _part(
+WAN_PARTS = _parts(part("UniPCMultistepScheduler", **FLOW), WAN_VAE, WAN_TRANSFORMER)
+HUNYUAN_PARTS = _parts(
+    part("FlowMatchEulerDiscreteScheduler", shift=7.0),
+    part(
         "AutoencoderKLHunyuanVideo",
         latent_channels=4,
         layers_per_block=1,
         **NARROW | {"block_out_channels": (4, 4, 4, 4)},
     ),
-    _part(
+    part(
         "HunyuanVideoTransformer3DModel",
         **HEADS,
         **LATENTS,
@@ -272,9 +283,9 @@ HUNYUAN_PARTS = (
         rope_axes_dim=(4, 4, 4),
     ),
 )
-QWEN_PARTS = (
-    _part("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
-    _part(
+QWEN_PARTS = _parts(
+    part("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+    part(
         "AutoencoderKLQwenImage",
         **UNSCALED,
         base_dim=4,
@@ -283,7 +294,7 @@ QWEN_PARTS = (
         num_res_blocks=1,
         temperal_downsample=[False],
     ),
-    _part(
+    part(
         "QwenImageTransformer2DModel",
         **HEADS,
         in_channels=16,
@@ -293,9 +304,9 @@ QWEN_PARTS = (
         axes_dims_rope=(4, 4, 4),
     ),
 )
-LTX_PARTS = (
-    _part("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.95, shift_terminal=0.1),
-    _part(
+LTX_PARTS = _parts(
+    part("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, base_shift=0.95, shift_terminal=0.1),
+    part(
         "AutoencoderKLLTXVideo",
         latent_channels=4,
         block_out_channels=(4, 4, 4, 4),
@@ -303,7 +314,7 @@ LTX_PARTS = (
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
     ),
-    _part(
+    part(
         "LTXVideoTransformer3DModel",
         **HEADS,
         **LATENTS,
@@ -312,9 +323,9 @@ LTX_PARTS = (
         caption_channels=TEXT,
     ),
 )
-SANA_PARTS = (
-    _part("DPMSolverMultistepScheduler", **FLOW),
-    _part(
+SANA_PARTS = _parts(
+    part("DPMSolverMultistepScheduler", **FLOW),
+    part(
         "AutoencoderDC",
         latent_channels=4,
         encoder_block_out_channels=(8, 8, 8, 8),
@@ -324,7 +335,7 @@ SANA_PARTS = (
         encoder_qkv_multiscales=((), (), (), ()),
         decoder_qkv_multiscales=((), (), (), ()),
     ),
-    _part(
+    part(
         "SanaTransformer2DModel",
         **HEADS,
         **LATENTS,
@@ -336,16 +347,16 @@ SANA_PARTS = (
         sample_size=4,
     ),
 )
-COG_PARTS = (
-    _part("CogVideoXDDIMScheduler", prediction_type="v_prediction", timestep_spacing="trailing"),
-    _part(
+COG_PARTS = _parts(
+    part("CogVideoXDDIMScheduler", prediction_type="v_prediction", timestep_spacing="trailing"),
+    part(
         "AutoencoderKLCogVideoX",
         block_out_channels=(4, 4, 4, 4),
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
     ),
-    _part(
+    part(
         "CogVideoXTransformer3DModel",
         **HEADS | {"attention_head_dim": 16},
         **LATENTS,
@@ -361,65 +372,65 @@ COG_PARTS = (
 )
 
 PIPELINES: tuple[TinyPipeline, ...] = (
-    TinyPipeline("flux", _maker("FluxPipeline", *FLUX_PARTS), *_calls(IMAGE, **DISTILLED, pooled=True)),
+    TinyPipeline("flux", maker("FluxPipeline", **FLUX_PARTS), *calls(IMAGE, **DISTILLED, pooled=True)),
     TinyPipeline(
         "flux-img2img",
-        _maker("FluxImg2ImgPipeline", *FLUX_PARTS),
-        *_calls(IMAGE, **DISTILLED, pooled=True, image=True),
+        maker("FluxImg2ImgPipeline", **FLUX_PARTS),
+        *calls(IMAGE, **DISTILLED, pooled=True, image=True),
     ),
     TinyPipeline(
         "sd3",
-        _maker("StableDiffusion3Pipeline", *SD3_PARTS),
-        *_calls(IMAGE, **GUIDANCE, pooled=True),
+        maker("StableDiffusion3Pipeline", **SD3_PARTS),
+        *calls(IMAGE, **GUIDANCE, pooled=True),
         schedulers=(FLOW_UNIPC, FLOW_DPM, FLOW_HEUN),
     ),
     TinyPipeline(
         "sd3-img2img",
-        _maker("StableDiffusion3Img2ImgPipeline", *SD3_PARTS),
-        *_calls(IMAGE, **GUIDANCE, pooled=True, image=True),
+        maker("StableDiffusion3Img2ImgPipeline", **SD3_PARTS),
+        *calls(IMAGE, **GUIDANCE, pooled=True, image=True),
     ),
     TinyPipeline(
         "pixart-sigma",
-        _maker("PixArtSigmaPipeline", *PIXART_PARTS),
-        *_calls(IMAGE | UNBINNED, **GUIDANCE, **MASKED),
+        maker("PixArtSigmaPipeline", **PIXART_PARTS),
+        *calls(IMAGE | UNBINNED, **GUIDANCE, **MASKED),
         schedulers=(UNIPC, DDIM, HEUN),
     ),
     TinyPipeline(
         "dit",
-        _maker("DiTPipeline", *DIT_PARTS),
+        maker("DiTPipeline", **DIT_PARTS),
         lambda n: {"class_labels": [n % 1000], "guidance_scale": 4.0},
         lambda n: {"class_labels": [n % 1000], "guidance_scale": 1.0},
         schedulers=(UNIPC, DPM),
     ),
     TinyPipeline(
         "wan-2.1",
-        _maker("WanPipeline", *WAN_PARTS),
-        *_calls(WAN_SIZE, **GUIDANCE),
+        maker("WanPipeline", **WAN_PARTS),
+        *calls(WAN_SIZE, **GUIDANCE),
         schedulers=(FLOW_DPM, FLOW_EULER),
     ),
     TinyPipeline(
         "wan-2.2",
-        _maker("WanPipeline", *WAN_PARTS, WAN_TRANSFORMER, boundary_ratio=0.875),
-        *_calls(WAN_SIZE, **TWO_GUIDANCES),
+        maker("WanPipeline", **WAN_PARTS, transformer_2=WAN_TRANSFORMER, boundary_ratio=0.875),
+        *calls(WAN_SIZE, **TWO_GUIDANCES),
         schedulers=(FLOW_DPM, FLOW_EULER),
     ),
     TinyPipeline(
         "hunyuan-video",
-        _maker("HunyuanVideoPipeline", *HUNYUAN_PARTS),
-        *_calls(VIDEO_SIZE, **DISTILLED, **MASKED, pooled=True),
+        maker("HunyuanVideoPipeline", **HUNYUAN_PARTS),
+        *calls(VIDEO_SIZE, **DISTILLED, **MASKED, pooled=True),
     ),
-    TinyPipeline("qwen-image", _maker("QwenImagePipeline", *QWEN_PARTS), *_calls(IMAGE, **TRUE_CFG, **UNPADDED)),
-    TinyPipeline("ltx-video", _maker("LTXPipeline", *LTX_PARTS), *_calls(LTX_SIZE, **GUIDANCE, **MASKED)),
+    TinyPipeline("qwen-image", maker("QwenImagePipeline", **QWEN_PARTS), *calls(IMAGE, **TRUE_CFG, **UNPADDED)),
+    TinyPipeline("ltx-video", maker("LTXPipeline", **LTX_PARTS), *calls(LTX_SIZE, **GUIDANCE, **MASKED)),
     TinyPipeline(
         "sana",
-        _maker("SanaPipeline", *SANA_PARTS),
-        *_calls(SANA_SIZE | UNBINNED, **GUIDANCE, **MASKED),
+        maker("SanaPipeline", **SANA_PARTS),
+        *calls(SANA_SIZE | UNBINNED, **GUIDANCE, **MASKED),
         schedulers=(FLOW_UNIPC, FLOW_EULER),
     ),
     TinyPipeline(
         "cogvideox",
-        _maker("CogVideoXPipeline", *COG_PARTS),
-        *_calls(VIDEO_SIZE, **GUIDANCE),
+        maker("CogVideoXPipeline", **COG_PARTS),
+        *calls(VIDEO_SIZE, **GUIDANCE),
         schedulers=(COG_DPM,),
     ),
 )
