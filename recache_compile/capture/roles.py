@@ -13,8 +13,9 @@ USUAL_NAMES = {
 
 
 def usual_role(name: str) -> Kind:
-    """The role of an input that nothing but its name is known of."""
-    return next((role for role, usual in USUAL_NAMES.items() if name in usual), Kind.CONDITIONING)
+    """The role of an input that nothing but its name is known of; members of a list or dict have that of the whole."""
+    whole = name.partition(".")[0]
+    return next((role for role, usual in USUAL_NAMES.items() if whole in usual), Kind.CONDITIONING)
 
 
 def assign_roles(names: Iterable[str], overrides: Mapping[str, Kind | str]) -> dict[str, Kind]:

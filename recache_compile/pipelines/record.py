@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.capture.compat import progress_bar_of, uncompiled
-from recache_compile.capture.roles import USUAL_NAMES, usual_role
+from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import ModelError
 from recache_compile.ir.signature import call_kind, named_leaves, open_objects
@@ -116,10 +116,10 @@ class CallRecorder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Keep a call; zeros of its result's shape."""
-        inputs = bind(inspect.signature(self.forward), args, kwargs)
+        inputs = with_own_containers(bind(inspect.signature(self.forward), args, kwargs))
         kind = call_kind(named_leaves(inputs))
         if kind not in self.answers:
-            self.answers[kind] = self._zeros(args, kwargs)
+            self.answers[kind] = self._zeros(*with_own_containers((args, kwargs)))
         self.calls.append(inputs)
         return self.answers[kind]
 
@@ -144,6 +144,11 @@ def _recording(module: nn.Module) -> Iterator[CallRecorder]:
         del module.forward
         if own is not None:
             module.forward = own  # type: ignore[method-assign]
+
+
+def with_own_containers(tree: Any) -> Any:
+    """The same leaves in lists and dicts of their own: some models add to those that they are given, or take away."""
+    return pytree.tree_map(lambda leaf: leaf, tree, is_leaf=lambda node: not isinstance(node, (list, tuple, dict)))
 
 
 def with_own_generators(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,11 +195,10 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     steps = [named_leaves(inputs) for inputs in firsts]
     tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
     columns = {name: [leaves[name] for leaves in steps] for name in tensors}
-    known = {name for names in USUAL_NAMES.values() for name in names}
     roles = {
         name: Kind.TIMESTEP if tensor.dim() < 2 else Kind.LATENTS
         for name, tensor in tensors.items()
-        if name not in known and not all(torch.equal(tensor, other) for other in columns[name])
+        if usual_role(name) is Kind.CONDITIONING and not all(torch.equal(tensor, other) for other in columns[name])
     }
     timely = [name for name in tensors if roles.get(name, usual_role(name)) is Kind.TIMESTEP]
     if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
