@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -77,7 +78,7 @@ def capture(
     trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Kind.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     try:
-        graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}")
+        graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}", _device_of(leaves))
         tensors = _describe(graph_module.graph, leaves, assigned, trace.constants)
     except CaptureError as error:
         raise CaptureError(f"capture of {type(module).__name__}: {error}") from None
@@ -97,6 +98,12 @@ def capture(
         fixed={name: value.detach().clone() for name, value in trace.constants.items()},
         containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
     )
+
+
+def _device_of(leaves: Mapping[str, Any]) -> torch.device | None:
+    """Where a program runs that is captured with these inputs; None on the meta device, where constants keep values."""
+    device = next(leaf.device for leaf in leaves.values() if isinstance(leaf, Tensor))
+    return None if device.type == "meta" else device
 
 
 def _describe(

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.compat import DataIsDetached, base_of, is_mapped, writes
+from recache_compile.capture.compat import DataIsDetached, base_of, detect_fake_mode, is_mapped, writes
 from recache_compile.capture.higher_order import inline_regions
 from recache_compile.errors import CaptureError
+from recache_compile.ir.meta import result_of, set_result
 from recache_compile.ir.program import get_attribute
 
 aten = torch.ops.aten
@@ -74,7 +75,9 @@ def _is_plain(node: fx.Node) -> bool:
     return not writes(node) and not is_mapped(node)
 
 
-def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str) -> fx.GraphModule:
+def flatten(
+    exported: torch.export.ExportedProgram, names: Mapping[int, str], prefix: str, device: torch.device | None = None
+) -> fx.GraphModule:
     """A graph module that takes and returns flat tensors, and shares the program's weights.
 
     The weights are detached: they keep their memory when the module is cast or moved later.
@@ -86,6 +89,7 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
         exported: what `export_module` made.
         names: name of a weight by the `id` of its tensor, so that a tied weight has one name.
         prefix: other tensors, constants of the code, are named after it and numbered; equal ones are one.
+        device: where the whole program runs, see `on_one_device`; None: where the code says.
 
     Raises:
         CaptureError: the graph calls graphs for another reason.
@@ -94,6 +98,8 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
     assert isinstance(module, fx.GraphModule)
     inline_regions(module)
     graph = module.graph  # a copy already, which nobody else has
+    if device is not None:
+        on_one_device(graph, device)
     graph.set_codegen(CodeGen())
     for node in graph.nodes:
         write_out_shapes(node)
@@ -112,13 +118,39 @@ def flatten(exported: torch.export.ExportedProgram, names: Mapping[int, str], pr
                 known[id(weight)] = _equal(weight, constants) or f"{prefix}_{len(known)}"
             node.target = known[id(weight)]
             if node.target not in weights:
-                weights[node.target] = weight.detach().contiguous()  # engines read dense memory
+                here = weight.detach() if device is None else weight.detach().to(device)
+                weights[node.target] = here.contiguous()  # engines read dense memory
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node in graph.find_nodes(op="placeholder"):
         first.prepend(node)
     output = graph.output_node()
     output.args = (list(output.args[0]),)  # type: ignore[arg-type]
     return fx.GraphModule(weights, graph)
+
+
+def on_one_device(graph: fx.Graph, device: torch.device) -> None:
+    """Let all calls compute on one device: tables that a model's code makes on the host are moved to it.
+
+    Engines are bound to one device, and a copy from the host cannot be part of a CUDA graph.
+
+    Args:
+        graph: of an exported module; what is traced is set anew where it was elsewhere.
+        device: of the model.
+    """
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return device
+        if isinstance(leaf, Tensor) and leaf.device != device:
+            fake_mode = detect_fake_mode(leaf)
+            with fake_mode or contextlib.nullcontext():
+                return leaf.to(device)
+        return leaf
+
+    for node in graph.nodes:
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, moved, (node.args, node.kwargs))
+        if (value := result_of(node)) is not None:
+            set_result(node, pytree.tree_map(moved, value))
 
 
 def write_out_shapes(node: fx.Node) -> None:

@@ -147,3 +147,20 @@ def test_modules_and_functions_among_the_arguments_are_leaves() -> None:
         "function": len,
         "dtype": torch.float32,
     }
+
+
+def test_tables_that_the_code_makes_on_the_host_are_moved_to_the_device() -> None:
+    """The meta device stands for a GPU."""
+
+    def on_the_host(self: Model, x: Tensor) -> Tensor:
+        positions = torch.arange(4, device="cpu") * self.table
+        return x * positions.to(x.device) + self.weight
+
+    model = Model(on_the_host).to("meta")
+    model.table = torch.full((4,), 2.0)
+    meta = torch.device("meta")
+    module = flatten(export_module(model, (X.to(meta),), {}), {id(model.weight): "weight"}, "constant", meta)
+    weights = [get_attribute(module, name) for name in names(module)]
+    traced = [value for node in module.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    assert {each.device for each in (*weights, *traced)} == {meta}
+    assert "cpu" not in str(module.graph)
