@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def host_waits(tensor: Tensor) -> bool:
+    """Whether reading a value of this tensor would stall the loop, as on a GPU."""
+    return tensor.device.type != "cpu"
+
+
 @dataclass(slots=True)
 class TensorSnapshot:
     """A tensor as it was when it was last read."""
@@ -26,12 +31,24 @@ class TensorSnapshot:
         the same object in the same version is taken to be unchanged.
         """
         same = tensor is self.tensor and self.version is not None and self.version == _version(tensor)
-        if same and tensor.device.type != "cpu":
+        if same and host_waits(tensor):
             return True
         if not torch.equal(tensor, self.values):
             return False
         self.tensor, self.version = tensor, _version(tensor)
         return True
+
+
+    def differs(self, tensor: Tensor) -> Tensor | None:
+        """Whether a tensor's values have changed that counts no versions (under inference mode), to be read later.
+
+        Returns:
+            A truth value on the tensor's device; None where `still_equals` needs no wait, or where
+            it is another tensor.
+        """
+        if tensor is not self.tensor or self.version is not None or not host_waits(tensor):
+            return None
+        return (tensor != self.values).any()
 
 
 def _version(tensor: Tensor) -> int | None:

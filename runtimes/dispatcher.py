@@ -94,12 +94,16 @@ class Dispatcher:
             self._variants.setdefault(kind, []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
+        self._timetable: Tensor | None = None
         self._states: dict[Place, State] = {}
 
-    def reset(self, start: int | None = 0) -> None:
+    def reset(self, start: int | None = 0, timetable: Tensor | None = None) -> None:
         """Forget every generation in progress and its history.
 
         Args:
+            timetable: timesteps of the loop's scheduler (T,), on the CPU: where they are not those that
+                were compiled, this is then known from the first step on.  On a GPU it is otherwise
+                noticed after the last one.
             start: the step that the next generations begin with.  It is then a recompute
                 step, in addition to those that come after it (image-to-image runs begin in
                 the middle of the schedule).  None: each branch and kind of call begins with
@@ -110,7 +114,7 @@ class Dispatcher:
         """
         if start is not None and not 0 <= start < len(self.plan.steps):
             raise DispatchError(f"start {start}: expected 0..{len(self.plan.steps) - 1}")
-        self._start = start
+        self._start, self._timetable = start, timetable
         for state in self._states.values():
             state.history.clear()
             state.last_step = None
@@ -139,7 +143,7 @@ class Dispatcher:
         at = step - state.start
         if state.tables is not None:
             if at == 0:
-                state.tables.restart()
+                state.tables.restart(None if self._timetable is None else self._timetable[step:])
             state.tables.prepare(at, tensors)
         predictions, stored = self._run(state, at, tensors)
         state.last_step = step

@@ -9,8 +9,11 @@ from recache_compile.errors import DispatchError
 from recache_compile.ir.plan import Plan
 from recache_compile.ir.program import MIN_ROWS, table_name
 from recache_compile.ir.value import Kind, Value
-from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
+from recache_compile.runtimes._tensor_snapshot import TensorSnapshot, host_waits
 from recache_compile.runtimes.base import Revision, Variant
+
+UNITS = 1000
+"""Steps of the training that timesteps are counted in, where they are no shares of it."""
 
 
 class Tables:
@@ -49,6 +52,7 @@ class Tables:
         self._fixed: dict[tuple[str | None, str | None], Tensor] = {}
         self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}
         self._differs: Tensor | None = None
+        self._timetable: Tensor | None = None
 
     def follow(self, plan: Plan) -> None:
         """Serve another plan with the same first step; rows that are there already stay."""
@@ -88,9 +92,19 @@ class Tables:
         """Whether all that a step reads is there."""
         return all((step, self._tables[step], value.name) in self._rows for value in self._reads[step])
 
-    def restart(self) -> None:
-        """Forget what an interrupted generation left to be checked, and rows of weights that were written to since."""
+    def restart(self, timetable: Tensor | None = None) -> None:
+        """Forget what an interrupted generation left to be checked, and rows of weights that were written to since.
+
+        Args:
+            timetable: timesteps of the scheduler from the first step on (steps,), on the CPU.  Where those
+                that are known do not belong to it, all are learned anew on the way.  None: each
+                step's is compared when it comes.
+        """
         self._differs = None
+        if timetable is not None:
+            if not self._fits(timetable):
+                self._forget_timesteps()
+            self._timetable = timetable.clone()
         versions = sum(weight._version for weight in self._weights if not weight.is_inference())
         if versions != self._versions:
             self._versions, self._computed_at = versions, None
@@ -99,12 +113,34 @@ class Tables:
         """Raise if timesteps that were compared on the device turned out to differ."""
         differs, self._differs = self._differs, None
         if differs is not None and bool(differs):
-            self._timesteps = {name: [None] * len(steps) for name, steps in self._timesteps.items()}
-            self._rows.clear()
+            self._forget_timesteps()
+            self._conditioning.clear()
             raise DispatchError(
-                "the timesteps of this generation are not those it was compiled for, so its result is wrong;"
-                " run it again: the new timesteps are then learned on the way"
+                "the timesteps of this generation are not those it was compiled for, or its conditioning was written"
+                " to under way, so its result is wrong; run it again: all is then learned on the way"
             )
+
+    def _fits(self, timetable: Tensor) -> bool:
+        """Whether a scheduler's timesteps are those that are known: as they are, or in units of the training's steps.
+
+        Tokens may have timesteps of their own, of which the largest is the loop's.
+        """
+        if self._timetable is not None:
+            return torch.equal(timetable, self._timetable)
+        for column in self._timesteps.values():
+            known = [tensor.max().cpu() for tensor in column if tensor is not None]
+            if len(known) != len(timetable):
+                continue  # some are not known yet: they are compared when they come
+            values = torch.stack(known)
+            rtol = 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+            wanted = ((timetable.double() * scale).to(values.dtype) for scale in (1.0, 1 / UNITS))
+            if not any(torch.allclose(values, each, rtol=rtol, atol=0.0) for each in wanted):
+                return False
+        return True
+
+    def _forget_timesteps(self) -> None:
+        self._timesteps = {name: [None] * len(steps) for name, steps in self._timesteps.items()}
+        self._rows.clear()
 
     def _conditioning_changed(self, tensors: Mapping[str, Tensor]) -> bool:
         changed = False
@@ -112,7 +148,9 @@ class Tables:
             if value.kind is not Kind.CONDITIONING:
                 continue
             tensor, seen = tensors[value.name], self._conditioning.get(value.name)
-            if seen is None or not seen.still_equals(tensor):
+            if seen is not None and (differs := seen.differs(tensor)) is not None:
+                self._gather(differs)
+            elif seen is None or not seen.still_equals(tensor):
                 self._conditioning[value.name] = TensorSnapshot.of(tensor)
                 changed = True
         return changed
@@ -126,13 +164,16 @@ class Tables:
         match = True
         for name, known in self._timesteps.items():
             expected, given = known[step], tensors[name]
-            if expected is not None and given.device.type != "cpu":
-                differs = (expected != given).any()
-                self._differs = differs if self._differs is None else self._differs | differs
+            if expected is not None and host_waits(given):
+                self._gather((expected != given).any())
             elif expected is None or not torch.equal(expected, given):
                 known[step] = given.clone()
                 match = False
         return match
+
+    def _gather(self, differs: Tensor) -> None:
+        """Remember something that `finish` reads."""
+        self._differs = differs if self._differs is None else self._differs | differs
 
     def _run(self, steps: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Fill the rows of those steps whose timesteps are known."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from recache_compile.ir.signature import call_kind
-from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
+from recache_compile.runtimes._tensor_snapshot import TensorSnapshot, host_waits
 
 
 @dataclass(slots=True)
@@ -34,13 +34,15 @@ class Branches:
         if step != self.step:
             self.step, self.called = step, set()
         free = [number for number in range(len(self.seen)) if number not in self.called]
-        # those of the very same tensors first: on a GPU, comparing values would stall the loop
-        free.sort(key=lambda number: not _are(self.seen[number], tensors))
-        number = next((each for each in free if _still_are(self.seen[each], tensors)), None)
-        if number is None:
-            changed = (each for each in free if _are(self.seen[each], tensors))  # written to in place
-            number = next(changed, len(self.seen))
-            self.seen[number : number + 1] = [{name: TensorSnapshot.of(tensor) for name, tensor in tensors.items()}]
+        same = [each for each in free if _are(self.seen[each], tensors)]
+        if len(same) == 1 and any(map(host_waits, tensors.values())):  # no doubt, and comparing would stall the loop
+            number = same[0]
+        else:
+            others = [*same, *(each for each in free if each not in same)]
+            equal = next((each for each in others if _still_are(self.seen[each], tensors)), None)
+            number = equal if equal is not None else next(iter(same), len(self.seen))  # `same`: written to in place
+            if equal is None:
+                self.seen[number : number + 1] = [{name: TensorSnapshot.of(tensor) for name, tensor in tensors.items()}]
         self.called.add(number)
         return str(number)
 

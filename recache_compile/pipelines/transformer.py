@@ -17,6 +17,7 @@ from recache_compile.pipelines.branches import Branches
 from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.skeleton import skeleton_of
 from recache_compile.pipelines.step_tracker import StepTracker
+from recache_compile.runtimes._tensor_snapshot import host_waits
 from recache_compile.runtimes.dispatcher import Dispatcher
 
 _MISSING: Any = object()
@@ -199,11 +200,17 @@ class CompiledTransformer(nn.Module):
     def _new_steps(self) -> StepTracker:
         return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Kind.TIMESTEP))
 
+    def _timetable(self, scheduler: Any) -> torch.Tensor | None:
+        """What the scheduler will make, where a step's own timestep cannot be looked at without a wait."""
+        if not host_waits(self.placeholder):
+            return None
+        return torch.as_tensor(scheduler.timesteps)[: self._compiled.num_steps].cpu()
+
     def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
         leaves = named_leaves(inputs)
         step, begins = generation.steps.advance(generation.pipeline.scheduler, leaves, generation.in_call)
         if begins:
-            generation.dispatcher.reset(start=None)
+            generation.dispatcher.reset(start=None, timetable=self._timetable(generation.pipeline.scheduler))
             generation.branches = Branches()
         branch = generation.branch
         if branch is None:

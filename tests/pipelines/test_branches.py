@@ -1,9 +1,12 @@
 """Guidance branches that a pipeline does not name are known by their conditioning."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from recache_compile.pipelines import branches as module
 from recache_compile.pipelines.branches import Branches
+from recache_compile.runtimes import _tensor_snapshot
 
 CHANGING = {"hidden_states", "timestep"}
 
@@ -45,3 +48,14 @@ def test_other_shapes_are_other_branches() -> None:
     branches = Branches()
     assert branches.find(0, call(torch.ones(2)), CHANGING) == "0"
     assert branches.find(0, call(torch.ones(3)), CHANGING) == "1"
+
+
+def test_on_a_gpu_the_very_same_tensors_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (module, _tensor_snapshot):
+        monkeypatch.setattr(each, "host_waits", lambda tensor: True)
+    with torch.inference_mode():
+        branches, cond, uncond = Branches(), torch.ones(2), torch.zeros(2)
+        for prompt in (cond, uncond):
+            branches.find(0, call(prompt), CHANGING)
+        monkeypatch.setattr(torch, "equal", None)
+        assert [branches.find(1, call(prompt), CHANGING) for prompt in (cond, uncond)] == ["0", "1"]

@@ -1,5 +1,7 @@
 """The prologue's tables where its operators allow any number of rows, and where a call makes one."""
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import recache_compile as rc
+from recache_compile.errors import DispatchError
 from recache_compile.ir.meta import describe_input, describe_outputs
 from recache_compile.ir.program import Program
 from recache_compile.ir.value import Kind, Value
+from recache_compile.runtimes import _tensor_snapshot, dispatcher_tables
 from recache_compile.runtimes.base import new_outputs
 from tests.compiler.test_build import counted
 
@@ -121,3 +125,75 @@ def test_what_belongs_to_which_table_is_told_by_facts_and_not_by_names() -> None
     outputs = new_outputs(program, [torch.zeros(2, 4), torch.zeros(5, 4)], torch.device("cpu"))
     assert [tuple(tensor.shape) for tensor in outputs] == [(5, 4), (2, 4)]
     assert not program.makes_one_row
+
+
+def with_prologue(compiled: rc.Compiled, prologue: Any) -> rc.Compiled:
+    variants = [replace(each, engines={**each.engines, "prologue": prologue}) for each in compiled.variants]
+    return replace(compiled, engines=replace(compiled.engines, variants=tuple(variants)))
+
+
+# what a GPU does, on the CPU: nothing is read in the loop
+
+
+@pytest.fixture
+def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dispatcher_tables, _tensor_snapshot):
+        monkeypatch.setattr(module, "host_waits", lambda tensor: True)
+
+
+def timetable(factor: float = 1000.0) -> Tensor:
+    return torch.cat([inputs(step)["timestep"] for step in range(STEPS)]) * factor
+
+
+@pytest.mark.usefixtures("stalling")
+def test_another_timetable_is_known_from_the_first_step_on() -> None:
+    model = Mapped()
+    run, changes = compiled(model, known=True).dispatcher(STEPS), {"context": torch.ones(4)}
+    for shift in (0.5, 0.5, 1.0, 0.25):
+        run.reset(timetable=timetable() * shift)
+        for step in range(STEPS):
+            given = {**inputs(step), "timestep": inputs(step)["timestep"] * shift, **changes}
+            torch.testing.assert_close(run(step=step, **given), model(**given))
+
+
+@pytest.mark.usefixtures("stalling")
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_the_known_timetable_is_recognised_in_its_units(factor: float) -> None:
+    compiled_model = compiled(Mapped(), known=True)
+    variant, rows = compiled_model.variants[0], []
+    engine = variant.engines["prologue"]
+
+    def counting(given: Any) -> Any:
+        rows.append(given)
+        return engine(given)
+
+    run = with_prologue(compiled_model, counting).dispatcher(STEPS)
+    for _ in range(2):
+        run.reset(timetable=timetable(factor))
+        for step in range(STEPS):
+            run(step=step, **inputs(step))
+    assert len(rows) == 1
+
+
+@pytest.mark.usefixtures("stalling")
+@pytest.mark.parametrize("inference", [False, True])
+def test_conditioning_that_is_written_to_is_noticed_after_the_last_step_at_the_latest(inference: bool) -> None:
+    model = Mapped()
+    run = compiled(model, known=True).dispatcher(STEPS)
+    with torch.inference_mode(inference):
+        context = torch.ones(4)
+
+        def generation(write: bool) -> None:
+            run.reset()
+            for step in range(STEPS):
+                given = inputs(step, context=context)
+                result = run(step=step, **given)
+                if not inference or not write or step < 3:
+                    torch.testing.assert_close(result, model(**given))
+                if write and step == 2:
+                    context.mul_(2.0)
+
+        generation(write=False)
+        with pytest.raises(DispatchError, match="written to under way") if inference else contextlib.nullcontext():
+            generation(write=True)
+        generation(write=False)
