@@ -1,20 +1,36 @@
 """CUDA graphs: a step's engine is recorded once and then replayed, without its launches."""
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from recache_compile.errors import DispatchError, RuntimeUnavailableError, reason_of
-from recache_compile.ir.value import Kind
-from recache_compile.runtimes.base import Runtime, Variant
+from recache_compile.ir.program import Program
+from recache_compile.ir.value import Kind, Value
+from recache_compile.runtimes.base import Engine, Runtime, Variant
 
 Call = Callable[[], Sequence[Tensor]]
-Recorder = Callable[[Call], tuple[Callable[[], None], Sequence[Tensor]]]
-"""Records a call: what runs it again, and the tensors that each run writes."""
+Places = dict[Value, tuple[Tensor, Tensor | None]]
+"""Where inputs lie, and what was copied there last if nobody writes to it."""
+
+
+class Recorder(Protocol):
+    """Records calls on one device, and lets one of them run at a time."""
+
+    def record(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """What runs a call again, and the tensors that each run writes."""
+        ...
+
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        """What is enqueued inside runs after what others have enqueued so, and before what they will."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +39,7 @@ class RecordedCall:
 
     Args:
         replay: runs it again.
-        inputs: the tensors it reads, history among them.
+        inputs: the tensors it reads.
         outputs: the tensors it writes.
     """
 
@@ -32,64 +48,75 @@ class RecordedCall:
     outputs: Sequence[Tensor]
 
 
-class CudaGraphs:
-    """The recorded engines of one guidance branch at one shape.
+class GraphedEngine(Engine):
+    """An engine that is recorded at its first call and then replayed, whoever calls it.
 
-    What a graph reads and writes never moves: history lies in ring slots that are made once
-    and that features are copied to; all other inputs are copied to places of their own
-    before a replay, and results out of it.
+    What a graph reads and writes never moves: inputs are copied to their places before a
+    replay, and results out of it.
 
     Args:
-        variant: the engines.
-        recorder: records a call; None: as a CUDA graph on the device of the engines.
+        program: what the engine was built from.
+        engine: is recorded.
+        places: of the inputs that programs have in common; added to.
+        recorder: of the device.
     """
 
-    def __init__(self, variant: Variant, recorder: Recorder | None = None) -> None:
-        self._variant = variant
-        self._recorder = CudaGraphRecorder(variant.device) if recorder is None else recorder
-        self._recorded: dict[str, RecordedCall] = {}
-        self._slots: dict[tuple[int | None, int | None], Tensor] = {}
+    def __init__(self, program: Program, engine: Engine, places: Places, recorder: Recorder) -> None:
+        self._program = program
+        self._engine = engine.concurrent()
+        self._places = places
+        self._recorder = recorder
+        self._recorded: RecordedCall | None = None
 
-    def run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The results of a program; its features are read before the next call, or lost.
+    @override
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with _plain_tensors(), self._recorder.turn():
+            places = [self._place(value, given) for value, given in zip(self._program.inputs, inputs, strict=True)]
+            if self._recorded is None:
+                self._recorded = self._record(places)
+            self._recorded.replay()
+            return [result.clone() for result in self._recorded.outputs]
 
-        Args:
-            name: of a step program.
-            inputs: as of the engine; history as `keep` returned it.
-        """
-        with _plain_tensors():
-            recorded = self._recorded.get(name) or self._record(name, inputs)
-            for place, given in zip(recorded.inputs, inputs, strict=True):
-                if place is not given:
-                    place.copy_(given)
-            recorded.replay()
-            values = self._variant.programs[name].outputs
-            return [
-                result if value.kind is Kind.FEATURE else result.clone()
-                for value, result in zip(values, recorded.outputs, strict=True)
-            ]
+    @override
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        self._engine.use(weights)
+        self._recorded = None
 
-    def keep(self, site: int | None, slot: int | None, feature: Tensor) -> Tensor:
-        """A ring slot that holds this feature from now on."""
-        with _plain_tensors():
-            if (site, slot) not in self._slots:
-                self._slots[site, slot] = torch.empty_like(feature)
-            return self._slots[site, slot].copy_(feature)
+    def _place(self, value: Value, given: Tensor) -> Tensor:
+        """The memory of an input, which holds these values now; what stays for a generation is copied once."""
+        place, held = self._places.get(value, (None, None))
+        if place is None:
+            place = torch.empty_like(given, memory_format=torch.contiguous_format)
+        if given is not held:
+            place.copy_(given)
+        self._places[value] = place, given if value.kind is Kind.FIXED else None
+        return place
 
-    def _record(self, name: str, inputs: Sequence[Tensor]) -> RecordedCall:
-        values = self._variant.programs[name].inputs
-        places = [
-            given if value.kind is Kind.HISTORY else given.clone() for value, given in zip(values, inputs, strict=True)
-        ]
-        engine = self._variant.engines[name].concurrent()
+    def _record(self, places: Sequence[Tensor]) -> RecordedCall:
         try:
-            replay, outputs = self._recorder(lambda: engine(places))
+            replay, outputs = self._recorder.record(lambda: self._engine(places))
         except RuntimeError as error:
             raise DispatchError(
-                f"{name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with cuda_graphs=False"
+                f"{self._program.name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with"
+                " cuda_graphs=False"
             ) from error
-        self._recorded[name] = RecordedCall(replay, places, outputs)
-        return self._recorded[name]
+        return RecordedCall(replay, places, outputs)
+
+
+def with_graphs(variant: Variant, recorder: Recorder | None = None) -> Variant:
+    """The same variant, the engines of whose steps are recorded and replayed.
+
+    Args:
+        variant: the engines; those of all dispatchers, branches and starts, which share the recordings.
+        recorder: of its device; None: the one that records CUDA graphs there.
+    """
+    places: Places = {}
+    used = recorder_of(variant.device) if recorder is None else recorder
+    engines = {
+        name: engine if name == "prologue" else GraphedEngine(variant.programs[name], engine, places, used)
+        for name, engine in variant.engines.items()
+    }
+    return replace(variant, engines=engines)
 
 
 @contextlib.contextmanager
@@ -99,8 +126,8 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-class CudaGraphRecorder:
-    """Records in one memory pool and on one stream, whose graphs are never replayed at the same time.
+class CudaGraphRecorder(Recorder):
+    """Records CUDA graphs in one memory pool, so none of them is replayed at the same time as another.
 
     Args:
         device: of the engines.
@@ -112,10 +139,13 @@ class CudaGraphRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._turn = threading.Lock()
+        self._done: torch.cuda.Event | None = None
 
-    def __call__(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    @override
+    def record(self, call: Call) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """Run once, so that every kernel is loaded, then record."""
-        with self._recording, torch.cuda.device(self._device):
+        with self._recording, torch.cuda.device(self._device), stream_kept():
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 call()
@@ -124,6 +154,32 @@ class CudaGraphRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = call()
         return graph.replay, outputs
+
+    @override
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._turn, torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            if self._done is not None:
+                current.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done = current.record_event()
+
+
+recorder_of = functools.cache(CudaGraphRecorder)
+"""The one recorder of a device."""
+
+
+@contextlib.contextmanager
+def stream_kept() -> Iterator[None]:
+    """The caller's stream is the current one again afterwards, also where a recording fails, which leaves its own."""
+    before = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
 
 
 def check_graphs(runtime: Runtime, device: torch.device) -> None:

@@ -38,7 +38,6 @@ class TensorSnapshot:
         self.tensor, self.version = tensor, _version(tensor)
         return True
 
-
     def differs(self, tensor: Tensor) -> Tensor | None:
         """Whether a tensor's values have changed that counts no versions (under inference mode), to be read later.
 

@@ -1,6 +1,6 @@
 """The denoising loop's side of a compiled model: one engine call per step."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,11 @@ from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
 from recache_compile.ir.signature import Signature, call_kind, named_leaves
 from recache_compile.ir.value import Kind, Value
-from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
 from recache_compile.runtimes.dispatcher_tables import Tables
+from recache_compile.support.devices import on_device
 
 Site = int | None
 Place = tuple[str, Hashable, int]
@@ -36,7 +36,6 @@ class State:
         coefficients: of every step in `steps`, on the device.
         tables: the prologue's results; None when nothing was hoisted.
         fixed: the inputs that must have the values of the capture.
-        graphs: the engines as CUDA graphs; None: they are called.
         history: features by site and slot.
         last_step: the last step that succeeded; None before the first one.
     """
@@ -48,7 +47,6 @@ class State:
     coefficients: tuple[Tensor, ...]
     tables: Tables | None
     fixed: Mapping[str, TensorSnapshot]
-    graphs: CudaGraphs | None
     history: dict[tuple[Site, int | None], Tensor] = field(default_factory=dict)
     last_step: int | None = None
 
@@ -66,7 +64,6 @@ class Dispatcher:
         variants: programs and engines, one for each set of input shapes.
         signature: how the model is called.
         revision: counts the changes of the weights.
-        graphs: makes the CUDA graphs of a state; None: engines are called.
         observers: told of each step once it has succeeded, in this order.
     """
 
@@ -77,16 +74,13 @@ class Dispatcher:
         variants: Sequence[Variant],
         signature: Signature,
         revision: Revision | None = None,
-        graphs: Callable[[Variant], CudaGraphs] | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self.plan = plan
         self._forecaster = forecaster
         self._signature = signature
         self._revision = revision or Revision()
-        self._make_graphs = graphs
         self._observers = tuple(observers)
-        self._graphs: dict[Place, CudaGraphs] = {}
         self._result = pytree.treespec_loads(signature.result)
         self._variants: dict[Hashable, list[Variant]] = {}
         for each in variants:
@@ -141,11 +135,12 @@ class Dispatcher:
             )
         state.last_step = None  # until this step has succeeded
         at = step - state.start
-        if state.tables is not None:
-            if at == 0:
-                state.tables.restart(None if self._timetable is None else self._timetable[step:])
-            state.tables.prepare(at, tensors)
-        predictions, stored = self._run(state, at, tensors)
+        with on_device(self._device):
+            if state.tables is not None:
+                if at == 0:
+                    state.tables.restart(None if self._timetable is None else self._timetable[step:])
+                state.tables.prepare(at, tensors)
+            predictions, stored = self._run(state, at, tensors)
         state.last_step = step
         if state.tables is not None and at == len(state.steps) - 1:
             state.tables.finish()
@@ -158,21 +153,17 @@ class Dispatcher:
 
     def _run(self, state: State, at: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Site, Tensor]]:
         """Run the program of a step: its predictions, and the features that were stored in the step's slot."""
-        this, graphs = state.steps[at], state.graphs
+        this = state.steps[at]
         program = state.variant.programs[this.program]
         arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
-        if graphs is None:
-            results = state.variant.engines[this.program](arguments)
-        else:
-            results = graphs.run(this.program, arguments)
+        results = state.variant.engines[this.program](arguments)
         predictions: list[Tensor] = []
         stored: dict[Site, Tensor] = {}
         for value, result in zip(program.outputs, results, strict=True):
             if value.kind is not Kind.FEATURE:
                 predictions.append(result)
                 continue
-            stored[value.site] = result if graphs is None else graphs.keep(value.site, this.slot, result)
-            state.history[value.site, this.slot] = stored[value.site]
+            stored[value.site] = state.history[value.site, this.slot] = result
         return predictions, stored
 
     def _tell(self, state: State, tensors: Mapping[str, Tensor], stored: Mapping[Site, Tensor], result: Any) -> None:
@@ -187,8 +178,7 @@ class Dispatcher:
             latents=tuple(tensors[name] for name in state.variant.names(Kind.LATENTS)),
             result=result,
             slot=state.steps[state.last_step - state.start].slot,
-            # graphs write their slots anew, while observers may keep what was in them
-            features=stored if state.graphs is None else {site: each.clone() for site, each in stored.items()},
+            features=stored,
         )
         for observer in self._observers:
             observer.after_step(record)
@@ -250,23 +240,13 @@ class Dispatcher:
             " decides by them; compile for them too"
         )
 
-    def _graphs_of(self, place: Place) -> CudaGraphs | None:
-        """The graphs of a branch and kind, which serve generations from every start; None: engines are called."""
-        if self._make_graphs is None:
-            return None
-        if place not in self._graphs:
-            _, key, number = place
-            self._graphs[place] = self._make_graphs(self._variants[key][number])
-        return self._graphs[place]
-
     def _new_state(self, place: Place, start: int) -> State:
         """A state for generations that begin with a step."""
         _, key, number = place
         variant, plan = self._variants[key][number], self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
-        coefficients, graphs = self._coefficients(plan), self._graphs_of(place)
-        return State(place, variant, plan.steps, start, coefficients, tables, fixed, graphs)
+        return State(place, variant, plan.steps, start, self._coefficients(plan), tables, fixed)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)

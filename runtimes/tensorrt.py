@@ -23,6 +23,7 @@ from recache_compile.ir.program import MIN_ROWS, Program
 from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes._tensorrt_engine import TensorRTEngine
 from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, UnavailableEngine
+from recache_compile.support.devices import on_device
 from recache_compile.support.files import writing
 
 MAX_ROWS = 1000
@@ -61,7 +62,7 @@ class TensorRTBase(Runtime, abc.ABC):
         """Export and build."""
         engine, model = files
         export_onnx(program, device, model)
-        with _on(device):
+        with on_device(device):
             engine.write_bytes(self.build(model, program.name))
 
     def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
@@ -77,7 +78,7 @@ class TensorRTBase(Runtime, abc.ABC):
                 f"engines of runtime {self.name} run on a CUDA GPU, the model was compiled on {device}; save the"
                 " artifact and load it there"
             )
-        with self.logging() as logger, _on(device):
+        with self.logging() as logger, on_device(device):
             runtime = self.trt().Runtime(logger)
             runtime.engine_host_code_allowed = True  # version-compatible engines hold some; their hashes were checked
             engine = runtime.deserialize_cuda_engine(files[0].read_bytes())
@@ -291,6 +292,12 @@ class TensorRTForRTX(TensorRTBase):
                 raise RuntimeUnavailableError(
                     f"runtime {self.name}: target {target!r} is unknown; choose among {', '.join(self._known())}"
                 )
+        here = capability(torch.device("cuda"))
+        if not self.targets and here not in ("none", *self._known()):
+            raise RuntimeUnavailableError(
+                f"runtime {self.name}: does not build for this GPU ({here}); it knows {', '.join(self._known())}. Name"
+                " others with --target, or choose runtime tensorrt or inductor"
+            )
 
     @override
     def configure(self, config: Any) -> None:
@@ -328,8 +335,3 @@ def capability(device: torch.device) -> str:
     if not torch.cuda.is_available():
         return "none"
     return "sm" + "".join(map(str, torch.cuda.get_device_capability(device if device.type == "cuda" else None)))
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The GPU that the library takes for the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

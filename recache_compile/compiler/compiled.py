@@ -18,7 +18,7 @@ from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
 from recache_compile.ir.value import Kind
-from recache_compile.runtimes._cuda_graphs import CudaGraphs
+from recache_compile.runtimes._cuda_graphs import with_graphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Observer
@@ -72,6 +72,7 @@ class Engines:
     requirements: Mapping[str, str]
     keep: Any = None
     revision: Revision = field(default_factory=Revision)
+    _graphed: list[Variant] = field(default_factory=list, init=False)
 
     @property
     def config(self) -> CompileConfig:
@@ -122,6 +123,14 @@ class Engines:
         return ReplayDispatcher(
             forecaster, self.num_sites, self.config.num_steps, self.variants, self.signature, self.revision
         )
+
+    def called_variants(self) -> tuple[Variant, ...]:
+        """What dispatchers call: the variants, with CUDA graphs that all dispatchers share where they are wanted."""
+        if not self.config.cuda_graphs or self.device.type != "cuda":
+            return self.variants
+        if not self._graphed:
+            self._graphed.extend(map(with_graphs, self.variants))
+        return tuple(self._graphed)
 
     def on_this_device(self) -> "Engines":
         """The same, or with the programs themselves as engines where those that were built run elsewhere."""
@@ -227,14 +236,12 @@ class Compiled:
             DispatchError: the budget was not compiled.
         """
         engines = self.engines
-        graphs = CudaGraphs if engines.config.cuda_graphs and engines.device.type == "cuda" else None
         return Dispatcher(
             self._plan(budget),
             self.forecaster,
-            engines.variants,
+            engines.called_variants(),
             engines.signature,
             engines.revision,
-            graphs,
             observers=observers,
         )
 

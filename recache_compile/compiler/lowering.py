@@ -31,7 +31,7 @@ class Lowering:
     variants: int = 0
 
     def lower(self, programs: Mapping[str, Program], device: torch.device) -> dict[str, Engine]:
-        """The engines of the next variant's programs, by name; what an earlier variant reads too, they share with it."""
+        """The engines of the next variant's programs, by name; they share the weights of those before."""
         for program in programs.values():
             self.weights = {**program.weights, **self.weights}
         engines = {name: self._engine(program, device) for name, program in programs.items()}

@@ -1,5 +1,8 @@
 """Where models run."""
 
+import contextlib
+from typing import Any
+
 import torch
 
 from recache_compile.errors import RuntimeUnavailableError
@@ -42,3 +45,8 @@ def numbered(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The GPU that libraries take for the current one; on the CPU there is none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

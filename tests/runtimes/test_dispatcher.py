@@ -1,12 +1,18 @@
 """Dispatch: state per branch and shape, conditioning that changes, calls that do not fit."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.runtimes import dispatcher as dispatcher_module
+from recache_compile.runtimes.base import Engine
 from tests.compiler.test_build import LATENTS, counted, relative_error
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps
 from tests.reference import CachedReference
@@ -284,3 +290,32 @@ def test_a_prologue_that_failed_runs_again() -> None:
             run(step=0, **scaled(**change))
         compiled.variants[0].engines["prologue"].engine = prologue
         assert relative_error(run(step=0, **scaled(**change))[0], model(**scaled(**change))[0]) <= 1e-6
+
+
+def test_engines_are_called_with_their_own_gpu_as_the_current_one(
+    eager: rc.Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def checking(engine: Engine) -> Any:
+        def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            assert current == [eager.engines.device]
+            return engine(inputs)
+
+        return call
+
+    monkeypatch.setattr(dispatcher_module, "on_device", on_device)
+    variants = [
+        replace(each, engines={name: checking(engine) for name, engine in each.engines.items()})
+        for each in eager.variants
+    ]
+    run = replace(eager, engines=replace(eager.engines, variants=tuple(variants))).dispatcher(3)
+    for step in range(2):
+        run(step=step, **loop_inputs(step, flux_inputs()))
+    assert not current

@@ -12,11 +12,10 @@ import recache_compile as rc
 from recache_compile.errors import DispatchError
 from recache_compile.ir.plan import make_plan
 from recache_compile.ir.schedule import Schedule
-from recache_compile.runtimes._cuda_graphs import CudaGraphs
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import FeatureChanges, Observer, StepRecord, StepRecorder
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs
-from tests.runtimes.test_cuda_graphs import recorder
+from tests.runtimes.test_cuda_graphs import graphed
 
 INPUTS = flux_inputs(seed=3)
 EVERY = Schedule.every(NUM_STEPS)
@@ -39,12 +38,10 @@ def compiled(flux: nn.Module) -> rc.Compiled:
     return compile_flux(flux, granularity="block", residual=False, hoist=False)
 
 
-def observed(compiled: rc.Compiled, *observers: Observer, schedule: Schedule = EVERY, graphs: Any = None) -> Dispatcher:
+def observed(compiled: rc.Compiled, *observers: Observer, schedule: Schedule = EVERY) -> Dispatcher:
     sites = len(next(iter(compiled.plans.values())).steps[0].pattern)
     plan = make_plan(schedule, compiled.forecaster, sites)
-    return Dispatcher(
-        plan, compiled.forecaster, compiled.variants, compiled.engines.signature, graphs=graphs, observers=observers
-    )
+    return Dispatcher(plan, compiled.forecaster, compiled.variants, compiled.engines.signature, observers=observers)
 
 
 def run(dispatcher: Dispatcher, start: int = 0, stop: int = NUM_STEPS, branch: str = "") -> list[Tensor]:
@@ -153,10 +150,10 @@ def test_a_step_that_fails_is_not_told(compiled: rc.Compiled) -> None:
 
 
 def test_what_cuda_graphs_store_stays_as_it_was_told(compiled: rc.Compiled) -> None:
-    plain, graphed = Told(), Told()
+    plain, replayed = Told(), Told()
     run(observed(compiled, plain))
-    run(observed(compiled, graphed, graphs=lambda variant: CudaGraphs(variant, recorder)))
-    for ours, theirs in zip(graphed.records, plain.records, strict=True):
+    run(observed(graphed(compiled), replayed))
+    for ours, theirs in zip(replayed.records, plain.records, strict=True):
         assert ours.features.keys() == theirs.features.keys()
         assert all(torch.equal(ours.features[site], theirs.features[site]) for site in ours.features)
 

@@ -117,6 +117,14 @@ def test_targets_are_taken_in_any_case_and_once() -> None:
 
 
 @without_gpu
+def test_a_gpu_that_the_library_does_not_build_for_is_refused_before_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeUnavailableError, match=r"does not build for this GPU \(sm90\); it knows .*runtime tensorrt"):
+        TensorRTForRTX().require(building=True)
+    TensorRTForRTX(targets=("sm89",)).require(building=True)
+
+
 def test_without_targets_all_from_ampere_on_are_built_for() -> None:
     gpus = TensorRTForRTX().build_requirements(torch.device("cpu"))["gpu"].split(" or ")
     assert {"sm80", "sm86", "sm89", "sm120"} <= set(gpus)
