@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from recache_compile.capture.export import export_module, flatten
-from recache_compile.errors import PassError, first_line
+from recache_compile.errors import PassError, check_memory, first_line
 from recache_compile.ir.meta import (
     by_origin,
     describe_input,
@@ -68,12 +68,14 @@ def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
     try:
         return _build(annotated, packs, None)
     except Exception as error:  # torch raises many kinds, depending on the operator
+        check_memory(error)
         if not has_rows:
             raise _refusal(error) from error
         log.debug("rows are made one by one, they cannot be mapped over a free number: %s", first_line(error))
     try:
         return _build(annotated, packs, 1)
     except Exception as error:
+        check_memory(error)
         raise _refusal(error) from error
 
 

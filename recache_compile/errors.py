@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 class RecacheError(Exception):
     """Something that the user can put right."""
@@ -47,6 +49,18 @@ def importing(who: str, install: str) -> Iterator[None]:
         yield
     except (ImportError, OSError) as error:  # OSError: a native library that cannot be loaded
         raise RuntimeUnavailableError(f"{who}: {reason_of(error)}; {install}") from error
+
+
+def check_memory(error: BaseException) -> None:
+    """Raise `RuntimeUnavailableError` where memory ran out, which is no fault of what was being done."""
+    where: BaseException | None = error
+    while where is not None:
+        # named, as `torch` is not imported here; on the CPU it raises a plain RuntimeError
+        if isinstance(where, MemoryError) or type(where).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(where):
+            raise RuntimeUnavailableError(
+                f"out of memory: {reason_of(where)}; take a smaller size or batch, half precision, or a device with more"
+            ) from error
+        where = where.__cause__ or where.__context__
 
 
 def root_cause(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recache_compile.errors import DispatchError, RuntimeUnavailableError, reason_of
+from recache_compile.errors import DispatchError, RuntimeUnavailableError, check_memory, reason_of
 from recache_compile.ir.program import Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes.base import Engine, Runtime, Variant
@@ -96,6 +96,7 @@ class GraphedEngine(Engine):
         try:
             replay, outputs = self._recorder.record(lambda: self._engine(places))
         except RuntimeError as error:
+            check_memory(error)
             raise DispatchError(
                 f"{self._program.name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with"
                 " cuda_graphs=False"

@@ -69,6 +69,9 @@ class Runtime(Protocol):
         """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
         ...
 
+    def require_on(self, device: torch.device) -> None:
+        """Raise `RuntimeUnavailableError` where what building for this device takes is missing."""
+
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Write the engine of a program for a device, without its weights."""
         ...

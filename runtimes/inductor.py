@@ -2,16 +2,19 @@
 
 import contextlib
 import platform
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
 
 from recache_compile.capture.export import export_module, quiet
-from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.errors import RuntimeUnavailableError, check_memory
 from recache_compile.ir.program import Program
 from recache_compile.passes.base import Pass, run_passes, with_values
 from recache_compile.passes.lay_out_attention import LayOutAttention
@@ -84,6 +87,14 @@ class Inductor(Runtime):
                 "runtime inductor: no C++ compiler found; install g++ or clang, or choose --runtime eager"
             ) from None
 
+    def require_on(self, device: torch.device) -> None:
+        """Kernels for a GPU are built by Triton."""
+        if device.type == "cuda" and find_spec("triton") is None:
+            raise RuntimeUnavailableError(
+                "runtime inductor: the package triton, which builds kernels for a GPU, is missing; pip install triton,"
+                " or choose --runtime eager"
+            )
+
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Compile; weights stay outside of the package."""
         from torch._inductor.exc import CppCompileError, InductorError
@@ -106,10 +117,11 @@ class Inductor(Runtime):
                     package_path=str(files[0]),
                     inductor_configs=configs,
                 )
-        except (CppCompileError, InductorError) as error:
+        except (CppCompileError, InductorError, CalledProcessError) as error:
+            check_memory(error)
             raise RuntimeUnavailableError(
-                f"runtime inductor: the C++ compiler failed on {program.name}; choose --runtime eager, or repair the"
-                f" compiler: {str(error).strip().splitlines()[-1]}"
+                f"runtime inductor: the compiler failed on {program.name}; choose --runtime eager, or repair it:"
+                f" {first_complaint(error)}"
             ) from error
 
     def load(
@@ -117,3 +129,11 @@ class Inductor(Runtime):
     ) -> Engine:
         """Load a package and hand it pointers to the weights."""
         return InductorEngine(files[0], weights, device)
+
+
+def first_complaint(error: BaseException) -> str:
+    """The first line with an error in what a compiler has printed; its last line where there is none."""
+    output = getattr(error, "output", None) or getattr(error, "stderr", None) or ""
+    text = f"{error}\n{output.decode(errors='replace') if isinstance(output, bytes) else output}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\b(fatal )?error:", line)), lines[-1])

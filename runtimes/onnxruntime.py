@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
+from recache_compile.errors import RuntimeUnavailableError, check_memory, importing, reason_of
 from recache_compile.ir.program import Program
 from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes.base import Engine, Runtime, new_outputs
@@ -136,6 +136,7 @@ def _session(program: Program, file: Path, device: torch.device, stream: torch.c
     try:
         return onnxruntime.InferenceSession(runnable(file), options, providers=[(provider, settings)])
     except Exception as error:  # the package raises a class for each of its status codes
+        check_memory(error)
         raise RuntimeUnavailableError(
             f"runtime onnxruntime: {program.name} cannot be run: {reason_of(error)}; choose another --dtype or"
             " --runtime"

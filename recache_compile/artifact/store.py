@@ -35,7 +35,7 @@ from recache_compile.artifact.manifest import (
 from recache_compile.artifact.restore import program_file, restore, with_config
 from recache_compile.artifact.verify import Verify, check_files, hash_of
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import ArtifactError, RuntimeUnavailableError, first_line
+from recache_compile.errors import ArtifactError, RuntimeUnavailableError, check_memory, first_line
 from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_to_json, value_to_json
 from recache_compile.runtimes._cuda_graphs import check_graphs
@@ -227,6 +227,7 @@ def _naming_artifact(folder: Path) -> Iterator[None]:
     except ArtifactError as error:
         raise ArtifactError(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}") from error
     except Exception as error:  # whatever a manifest that makes no sense provokes
+        check_memory(error)
         raise ArtifactError(f"{folder}: cannot be loaded ({first_line(error)}); compile again") from error
 
 

@@ -20,7 +20,7 @@ from recache_compile.capture.compat import TorchDispatchMode, WeakTensorKeyDicti
 from recache_compile.capture.export import export_module
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
-from recache_compile.errors import CaptureError, first_line
+from recache_compile.errors import CaptureError, check_memory, first_line
 from recache_compile.ir.signature import dotted_name, named_leaves, open_objects
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         try:
             read = inputs_read(lambda: module(**given), tensors)
         except Exception as error:
+            check_memory(error)
             raise CaptureError(
                 f"capture of {type(module).__name__}: it cannot be called with this example: {type(error).__name__}:"
                 f" {first_line(error)}"
@@ -69,13 +70,15 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         try:
             with ordinary_attention():
                 return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
-        except Exception:  # torch.export raises whatever the model's code provokes
+        except Exception as error:  # torch.export raises whatever the model's code provokes
+            check_memory(error)
             log.debug("%s: export with all inputs open failed", type(module).__name__, exc_info=True)
         constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
             with _bound(module, constants), ordinary_attention(), KnownValues():
                 return Trace(_fixed_sizes(export_module(module, (), _without(arguments, constants))), constants)
         except Exception as error:
+            check_memory(error)
             raise CaptureError(_explain(module, error, read & set(variable))) from error
 
 

@@ -1,5 +1,6 @@
 """The command line: `recache-compile MODEL --budgets 5,10,15` and the other commands."""
 
+import logging
 import signal
 import sys
 import threading
@@ -18,7 +19,9 @@ from recache_compile.cli.report import report_command
 from recache_compile.cli.run import run_command
 from recache_compile.cli.schedules import schedules_command
 from recache_compile.cli.train import train_command
-from recache_compile.errors import RecacheError
+from recache_compile.errors import RecacheError, check_memory
+
+log = logging.getLogger(__name__)
 
 
 class _DefaultCommand(click.Group):
@@ -36,7 +39,14 @@ class _DefaultCommand(click.Group):
         try:
             return super().invoke(ctx)
         except RecacheError as error:
+            log.debug("this stopped the command", exc_info=True)
             raise click.ClickException(" ".join(str(error).split())) from error
+        except (MemoryError, RuntimeError) as error:
+            try:
+                check_memory(error)
+            except RecacheError as short:
+                raise click.ClickException(str(short)) from error
+            raise
         except click.UsageError as error:
             raise click.ClickException(f"{error.format_message()} (see {ctx.command_path} COMMAND --help)") from error
 

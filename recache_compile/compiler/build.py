@@ -46,6 +46,7 @@ def build_engines(
         RecacheError: naming what cannot be done and the remedy.
     """
     backend = get_runtime(config.runtime) if runtime is None else runtime
+    backend.require_on(examples[0].device)
     if config.cuda_graphs:
         check_graphs(backend, examples[0].device)
     check_modes()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recache_compile.errors import ModelError, RecacheError, RuntimeUnavailableError
+from recache_compile.errors import ModelError, RecacheError, RuntimeUnavailableError, check_memory
 from recache_compile.models.registry import EMBEDDED, find, find_pipeline
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def _loading(model: str) -> Iterator[None]:
     except RecacheError:
         raise
     except Exception as error:  # diffusers and the Hub raise many kinds, none of them ours
+        check_memory(error)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"model {model}: {_UNKNOWN}: {reason[:300]}") from error
 

@@ -15,7 +15,7 @@ from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.capture.compat import progress_bar_of, uncompiled
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, check_memory
 from recache_compile.ir.signature import call_kind, named_leaves, open_objects
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
@@ -86,6 +86,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
             stack.enter_context(torch.random.fork_rng())
             pipeline(**arguments)
     except Exception as error:  # whatever the pipeline's own checks raise
+        check_memory(error)
         raise ModelError(
             f"{type(pipeline).__name__}: recording a call with {sorted(arguments)} failed: {error}"
         ) from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from recache_compile.compiler.compiled import Engines
-from recache_compile.errors import ModelError, RecacheError
+from recache_compile.errors import ModelError, RecacheError, check_memory
 from recache_compile.ir.forecasters import Forecaster, Reuse
 from recache_compile.ir.schedule import Schedule
 from recache_compile.pipelines.record import prompted
@@ -98,6 +98,7 @@ class Rollouts:
         except RecacheError:
             raise
         except Exception as error:  # whatever the pipeline's own checks raise
+            check_memory(error)
             raise ModelError(
                 f"{type(self._pipeline).__name__}: a generation with {sorted(arguments)} failed: {error}"
             ) from error

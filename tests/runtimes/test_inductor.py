@@ -1,10 +1,14 @@
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import recache_compile as rc
+from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.runtimes import inductor
+from recache_compile.runtimes.inductor import Inductor, first_complaint
 from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps
 
@@ -64,3 +68,34 @@ def test_features_that_are_slices_are_read_as_they_were_written(flux: nn.Module)
     for step in range(NUM_STEPS):
         this = loop_inputs(step, inputs)
         assert relative_error(inductor(step=step, **this)[0], eager(step=step, **this)[0]) <= 1e-5
+
+
+COMPILER = """Command:
+g++ -o x.o x.cpp
+
+Output:
+In file included from x.cpp:1:
+x.cpp:7:10: fatal error: Python.h: No such file or directory
+compilation terminated."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError(COMPILER), "x.cpp:7:10: fatal error: Python.h: No such file or directory"),
+        (
+            CalledProcessError(1, "g++", output=b"ld: warning: a\nx.cpp:1:1: error: no\n2 errors generated"),
+            "x.cpp:1:1: error: no",
+        ),
+        (RuntimeError("one\ntwo\n"), "two"),
+    ],
+)
+def test_the_first_error_of_a_compiler_is_told(error: Exception, line: str) -> None:
+    assert first_complaint(error) == line
+
+
+def test_a_missing_triton_is_named_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "find_spec", lambda name: None)
+    Inductor().require_on(torch.device("cpu"))
+    with pytest.raises(RuntimeUnavailableError, match="the package triton, .* is missing; pip install triton"):
+        Inductor().require_on(torch.device("cuda"))

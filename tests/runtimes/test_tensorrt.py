@@ -120,7 +120,9 @@ def test_targets_are_taken_in_any_case_and_once() -> None:
 def test_a_gpu_that_the_library_does_not_build_for_is_refused_before_building(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(RuntimeUnavailableError, match=r"does not build for this GPU \(sm90\); it knows .*runtime tensorrt"):
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"does not build for this GPU \(sm90\); it knows .*runtime tensorrt"
+    ):
         TensorRTForRTX().require(building=True)
     TensorRTForRTX(targets=("sm89",)).require(building=True)
 
