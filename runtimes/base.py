@@ -71,6 +71,7 @@ class Runtime(Protocol):
 
     def require_on(self, device: torch.device) -> None:
         """Raise `RuntimeUnavailableError` where what building for this device takes is missing."""
+        return
 
     def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
         """Write the engine of a program for a device, without its weights."""
