@@ -58,7 +58,7 @@ def check_memory(error: BaseException) -> None:
         # named, as `torch` is not imported here; on the CPU it raises a plain RuntimeError
         if isinstance(where, MemoryError) or type(where).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(where):
             raise RuntimeUnavailableError(
-                f"out of memory: {reason_of(where)}; take a smaller size or batch, half precision, or a device with more"
+                f"out of memory: {reason_of(where)}; take a smaller size or batch, half precision, or another device"
             ) from error
         where = where.__cause__ or where.__context__
 

@@ -55,7 +55,7 @@ def test_an_artifact_that_does_not_fit_into_memory_is_not_called_damaged(
     eager_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recache_compile.artifact.restore._read_tensors", out_of_memory)
-    with pytest.raises(RuntimeUnavailableError, match="^out of memory: CUDA out of memory"):
+    with pytest.raises(RuntimeUnavailableError, match=r"^out of memory: CUDA out of memory"):
         rc.load(eager_artifact)
 
 

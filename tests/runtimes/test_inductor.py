@@ -97,5 +97,5 @@ def test_the_first_error_of_a_compiler_is_told(error: Exception, line: str) -> N
 def test_a_missing_triton_is_named_before_anything_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "find_spec", lambda name: None)
     Inductor().require_on(torch.device("cpu"))
-    with pytest.raises(RuntimeUnavailableError, match="the package triton, .* is missing; pip install triton"):
+    with pytest.raises(RuntimeUnavailableError, match=r"the package triton, .* is missing; pip install triton"):
         Inductor().require_on(torch.device("cuda"))
