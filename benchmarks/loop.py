@@ -52,6 +52,7 @@ class Sizes:
         steps: length T of the loop.
         budget: recompute steps k.
         device: where it runs.
+        dtype: of weights and latents.
     """
 
     blocks: tuple[int, int]
@@ -61,6 +62,7 @@ class Sizes:
     steps: int
     budget: int
     device: str
+    dtype: str = "float32"
 
 
 def build_model(sizes: Sizes) -> FluxTransformer2DModel:
@@ -79,7 +81,7 @@ def build_model(sizes: Sizes) -> FluxTransformer2DModel:
         guidance_embeds=True,
         axes_dims_rope=(16, 24, 24),
     )
-    return model.eval().to(sizes.device)
+    return model.eval().to(sizes.device, getattr(torch, sizes.dtype))
 
 
 def build_inputs(sizes: Sizes) -> dict[str, torch.Tensor]:
@@ -95,12 +97,15 @@ def build_inputs(sizes: Sizes) -> dict[str, torch.Tensor]:
         "txt_ids": torch.zeros(sizes.text_tokens, 3),
         "guidance": torch.full((1,), 3.5),
     }
-    return {name: value.to(sizes.device) for name, value in inputs.items()}
+    kept = ("guidance", "img_ids", "txt_ids")  # as the pipeline passes them
+    dtypes = {name: value.dtype if name in kept else getattr(torch, sizes.dtype) for name, value in inputs.items()}
+    return {name: value.to(sizes.device, dtypes[name]) for name, value in inputs.items()}
 
 
 def timetable(sizes: Sizes) -> torch.Tensor:
     """Timesteps (T, 1)."""
-    return torch.linspace(1, 1 / sizes.steps, sizes.steps, device=sizes.device)[:, None]
+    column = torch.linspace(1, 1 / sizes.steps, sizes.steps, device=sizes.device)[:, None]
+    return column.to(getattr(torch, sizes.dtype))
 
 
 def build_engines(
@@ -269,6 +274,7 @@ def measure(sizes: Sizes, names: Sequence[str], rounds: int) -> dict[str, Any]:
 @click.option("--rounds", default=7, show_default=True, help="Interleaved generations of each kind.")
 @click.option("--runtimes", default="inductor,onnxruntime,eager", show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers here too.")
 @click.option("--memory-of", hidden=True)
 @click.option("--sizes", "given", hidden=True)
@@ -283,6 +289,7 @@ def main(
     rounds: int,
     runtimes: str,
     device: str,
+    dtype: str,
     json_file: Path | None,
     memory_of: str | None,
     given: str | None,
@@ -293,7 +300,7 @@ def main(
         return
     double, single = map(int, blocks.split(","))
     result = measure(
-        Sizes((double, single), width, tokens, text_tokens, steps, budget, device), runtimes.split(","), rounds
+        Sizes((double, single), width, tokens, text_tokens, steps, budget, device, dtype), runtimes.split(","), rounds
     )
     show(result)
     if json_file:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ def capture(
     if "return_dict" in parameters:
         arguments["return_dict"] = False
     leaves = named_leaves(arguments)
+    if functions := [name for name, leaf in leaves.items() if isinstance(leaf, FunctionType | MethodType)]:
+        raise CaptureError(
+            f"capture of {type(module).__name__}: its input {functions[0]} is a function, which no program takes;"
+            " compile calls without one (of models with a key-value cache, those that do not fill it)"
+        )
     assigned = assign_roles([name for name, leaf in leaves.items() if isinstance(leaf, Tensor)], roles or {})
     trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Kind.CONDITIONING])
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
@@ -131,7 +137,10 @@ def _describe(
         if isinstance(fake, Tensor):
             results.append(Value(f"prediction_{len(results)}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
         elif result is not None:
-            raise CaptureError(f"result {number} is neither a tensor nor None, but {result!r}")
+            raise CaptureError(
+                f"result {number} is neither a tensor nor None, but {result!r}, which no program returns; compile calls"
+                " that return tensors alone (of models with a key-value cache, those without one)"
+            )
     describe_outputs(output, results)
     output.args = ([result for result in given if result is not None],)
     number_nodes(graph)

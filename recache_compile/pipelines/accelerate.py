@@ -14,7 +14,8 @@ Fallback = Literal["eager"]
 FROZEN = (
     *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora"),
     *("enable_lora", "delete_adapters", "load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
-    *("fuse_qkv_projections", "unfuse_qkv_projections", "set_pag_applied_layers"),
+    *("fuse_qkv_projections", "unfuse_qkv_projections"),
+    *("set_pag_applied_layers", "_set_pag_attn_processor"),
 )
 """Methods of pipelines that change what its transformer computes, which engines do not follow."""
 

@@ -15,7 +15,7 @@ from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.capture.compat import progress_bar_of, uncompiled
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import ModelError, check_memory
+from recache_compile.errors import ModelError, RecacheError, check_memory
 from recache_compile.ir.signature import call_kind, named_leaves, open_objects
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
@@ -85,6 +85,8 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
             stack.enter_context(_silent_progress(pipeline))
             stack.enter_context(torch.random.fork_rng())
             pipeline(**arguments)
+    except RecacheError:
+        raise
     except Exception as error:  # whatever the pipeline's own checks raise
         check_memory(error)
         raise ModelError(
@@ -104,22 +106,34 @@ class CallRecorder:
     """Takes the place of a module's `forward`: keeps the arguments of each call and answers with zeros.
 
     Args:
+        module: whose place it takes.
         forward: of the module; runs once for each kind of call.
-        device: of the module; on the meta device it runs there, whatever the arguments are on.
+        processors: of its attention, before the pipeline was called.
         calls: arguments of the calls so far, by name.
         answers: by kind of call.
     """
 
+    module: nn.Module
     forward: Any
-    device: torch.device
+    processors: Mapping[str, Any]
     calls: list[dict[str, Any]] = field(default_factory=list)
     answers: dict[Any, Any] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep a call; zeros of its result's shape."""
+        """Keep a call; zeros of its result's shape.
+
+        Raises:
+            ModelError: the pipeline changes for the call how its transformer computes.
+        """
+        if _processors_of(self.module) != self.processors:
+            raise ModelError(
+                f"{type(self.module).__name__}: the pipeline sets attention processors of its own for a call"
+                " (perturbed-attention guidance does), which engines would not follow; call it without (pag_scale=0)"
+            )
         inputs = with_own_containers(bind(inspect.signature(self.forward), args, kwargs))
         kind = call_kind(named_leaves(inputs))
         if kind not in self.answers:
+            check_untouched(self.module, type(self.module).__name__)
             self.answers[kind] = self._zeros(*with_own_containers((args, kwargs)))
         self.calls.append(inputs)
         return self.answers[kind]
@@ -128,7 +142,7 @@ class CallRecorder:
         """A result of the right shape, where the arguments are; the module may be on the meta device."""
         open_objects({"args": args, **kwargs})
         device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        if self.device.type == "meta":
+        if next(self.module.parameters()).is_meta:
             args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         result = self.forward(*args, **kwargs)
         return pytree.tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device), result)
@@ -136,7 +150,7 @@ class CallRecorder:
 
 @contextlib.contextmanager
 def _recording(module: nn.Module) -> Iterator[CallRecorder]:
-    recorder = CallRecorder(module.forward, next(module.parameters()).device)
+    recorder = CallRecorder(module, module.forward, _processors_of(module))
     own = vars(module).get("forward")  # offloading puts one there
     module.forward = recorder  # type: ignore[method-assign, assignment]
     try:
@@ -145,6 +159,10 @@ def _recording(module: nn.Module) -> Iterator[CallRecorder]:
         del module.forward
         if own is not None:
             module.forward = own  # type: ignore[method-assign]
+
+
+def _processors_of(module: nn.Module) -> dict[str, Any]:
+    return dict(getattr(module, "attn_processors", {}))
 
 
 def with_own_containers(tree: Any) -> Any:
