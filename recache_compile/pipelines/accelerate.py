@@ -35,7 +35,7 @@ def install(
     parts = {compiled.engines.config.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
-    transformers = {}
+    transformers: list[tuple[Any, str, CompiledTransformer]] = []
     for name, each in parts.items():
         if not hasattr(pipeline, name):
             raise ModelError(f"{type(pipeline).__name__}: has no component {name} whose place could be taken")
@@ -48,10 +48,12 @@ def install(
                 f" its {name}, or put one there (pipeline.{name} = ...)"
             )
         chosen = min(each.plans) if budget is None else budget
-        transformers[name] = CompiledTransformer(each, pipeline, chosen, original, falls_back=fallback is not None)
-    for name, transformer in transformers.items():
-        setattr(pipeline, name, transformer)
-    pipeline.__class__ = accelerated_class(_own_class(pipeline))
+        for one in (pipeline, *_inner_with(pipeline, name, original)):
+            made = CompiledTransformer(each, one, chosen, original, falls_back=fallback is not None)
+            transformers.append((one, name, made))
+    for one, name, transformer in transformers:
+        setattr(one, name, transformer)
+        one.__class__ = accelerated_class(_own_class(one))
     return pipeline
 
 
@@ -70,15 +72,31 @@ def restore(pipeline: Any) -> Any:
                 f"{_own_class(pipeline).__name__}: had no {name} of its own that could be given back; set one"
                 f" (pipeline.{name} = ...), or load the pipeline again"
             )
-    for name, transformer in installed.items():
-        setattr(pipeline, name, transformer.original)
-    pipeline.__class__ = _own_class(pipeline)
+    for one in (pipeline, *inner_pipelines(pipeline)):
+        for name, transformer in compiled_transformers(one).items():
+            setattr(one, name, transformer.original)
+        one.__class__ = _own_class(one)
     return pipeline
 
 
 def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
     """The components of a pipeline that run on engines, by name."""
     return {name: each for name, each in vars(pipeline).items() if isinstance(each, CompiledTransformer)}
+
+
+def inner_pipelines(pipeline: Any) -> list[Any]:
+    """The pipelines that a pipeline is made of, where it is (VisualCloze draws with one and enlarges with another)."""
+    return [each for each in vars(pipeline).values() if hasattr(type(each), "components")]
+
+
+def _inner_with(pipeline: Any, name: str, transformer: Any) -> list[Any]:
+    """Those that call this very transformer."""
+
+    def own(inner: Any) -> Any:
+        found = getattr(inner, name, None)
+        return found.original if isinstance(found, CompiledTransformer) else found
+
+    return [inner for inner in inner_pipelines(pipeline) if transformer is not None and own(inner) is transformer]
 
 
 def _own_class(pipeline: Any) -> Any:
@@ -101,6 +119,9 @@ def accelerated_class(base: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for each in transformers:
                 stack.enter_context(each.generation(self, budget))
+            for inner in inner_pipelines(self):
+                for each in compiled_transformers(inner).values():
+                    stack.enter_context(each.under(budget))
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(base.save_pretrained)
@@ -157,12 +178,16 @@ def originals(pipeline: Any) -> Iterator[None]:
             f"{_own_class(pipeline).__name__}: has no weights of its own {lost[0]} to save; save the engines with"
             f" compiled.save(FOLDER), or load the pipeline with its {lost[0]}"
         )
+    family = {id(one): (one, compiled_transformers(one)) for one in (pipeline, *inner_pipelines(pipeline))}
+    accelerated = [(one, found) for one, found in family.values() if found]
     try:
-        for name, transformer in installed.items():
-            setattr(pipeline, name, transformer.original)
-        pipeline.__class__ = _own_class(pipeline)
+        for one, found in accelerated:
+            for name, transformer in found.items():
+                setattr(one, name, transformer.original)
+            one.__class__ = _own_class(one)
         yield
     finally:
-        for name, transformer in installed.items():
-            setattr(pipeline, name, transformer)
-        pipeline.__class__ = accelerated_class(_own_class(pipeline))
+        for one, found in accelerated:
+            for name, transformer in found.items():
+                setattr(one, name, transformer)
+            one.__class__ = accelerated_class(_own_class(one))

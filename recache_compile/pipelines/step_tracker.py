@@ -31,6 +31,7 @@ class StepTracker:
         self._timesteps = tuple(timesteps)
         self._told: int | None = None
         self._last: int | None = None
+        self._first: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def telling(self, step: int | None) -> Iterator[None]:
@@ -57,6 +58,8 @@ class StepTracker:
         """
         step = self._step(scheduler, leaves, in_call)
         begins = self._last is None or step < self._last
+        if begins:
+            self._first = {name: leaf.clone() for name, leaf in self._given(leaves).items()}
         self._last = step
         return step, begins
 
@@ -90,12 +93,29 @@ class StepTracker:
             return int(begin)
         if len(places) == 1:
             return places.copy().pop()
-        if hasattr(scheduler, "step_index") and self._last is None:
+        if hasattr(scheduler, "step_index") and (self._last is None or self._is_first(leaves)):
             return min(places, default=0)
         raise DispatchError(
             f"{type(scheduler).__name__} does not tell its step, and the timestep is"
             f" {'at several places' if places else 'not'} in its table; use another scheduler, step it in the loop, or"
             " name the step with transformer.cache_context(NAME, step_index=...)"
+        )
+
+    def _given(self, leaves: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The timestep inputs of a call."""
+        found = {name: leaves.get(name) for name in self._timesteps}
+        return {name: leaf for name, leaf in found.items() if isinstance(leaf, Tensor) and leaf.numel()}
+
+    def _is_first(self, leaves: Mapping[str, Any]) -> bool:
+        """Whether a call has the timesteps that its generation began with: another branch of the first step."""
+        given = self._given(leaves)
+        return (
+            bool(given)
+            and given.keys() == self._first.keys()
+            and all(
+                tensor.shape == self._first[name].shape and torch.equal(tensor, self._first[name])
+                for name, tensor in given.items()
+            )
         )
 
     def _places(self, scheduler: Any, leaves: Mapping[str, Any]) -> set[int]:
@@ -104,8 +124,7 @@ class StepTracker:
         Tokens may have timesteps of their own: those of frames that are given are smaller, so
         the largest is the loop's.
         """
-        given = [leaves.get(name) for name in self._timesteps]
-        values = [tensor.max() for tensor in given if isinstance(tensor, Tensor) and tensor.numel()]
+        values = [tensor.max() for tensor in self._given(leaves).values()]
         if not values:
             return set()
         table = torch.as_tensor(scheduler.timesteps)[: self._num_steps].double()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class CompiledTransformer(nn.Module):
         falls_back: whether it runs calls of a kind that was not compiled; otherwise they are errors.
         dispatcher: runs this budget, instead of a new one.
     """
+
+    _wanted: ContextVar[Mapping[int, int]] = ContextVar("wanted", default={})  # noqa: B039 - never changed
 
     def __init__(
         self,
@@ -156,9 +159,23 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: the budget was not compiled.
         """
-        chosen = self._budget if budget is None else self._known(budget)
+        chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._known(budget)
         with self._generations.begin(pipeline, chosen, self._new_steps()):
             yield
+
+    @contextlib.contextmanager
+    def under(self, budget: int | None) -> Iterator[None]:
+        """Pipeline calls inside, which another pipeline makes, have this budget unless they are given one.
+
+        Raises:
+            DispatchError: the budget was not compiled.
+        """
+        wanted = {} if budget is None else {id(self): self._known(budget)}
+        token = self._wanted.set({**self._wanted.get(), **wanted})
+        try:
+            yield
+        finally:
+            self._wanted.reset(token)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, step_index: int | None = None, **facts: Any) -> Iterator[None]:

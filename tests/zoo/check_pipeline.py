@@ -1,11 +1,13 @@
 """Compile a pipeline of the zoo, run it on engines, and compare it with itself on its own transformers."""
 
 import functools
+import inspect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 import recache_compile as rc
 from recache_compile.pipelines.record import denoisers_of
@@ -93,25 +95,63 @@ def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _expected(case: PipelineCase, schedule: tuple[int, ...]) -> int:
-    """Calls of the transformers that a plain pipeline makes in recompute steps, or in the first step of one of them.
+    """Calls of the transformers that a plain pipeline makes in recompute steps, or in the first step of a loop.
 
-    The steps are counted by the calls of `scheduler.step`.
+    A loop begins where the scheduler's timesteps are set, a step ends where the scheduler is
+    called with another timestep than before.
     """
     pipeline: Any = case.make()
-    steps_done = 0
-    called: dict[str, list[int]] = {component: [] for component in denoisers_of(pipeline)}
-    scheduler_step = pipeline.scheduler.step
-
-    @functools.wraps(scheduler_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps_done
-        steps_done += 1
-        return scheduler_step(*args, **kwargs)
-
-    pipeline.scheduler.step = step
+    loops: list[Loop] = [Loop()]
+    for each in schedulers_of(pipeline):
+        _watch(each, loops)
     for component, module in denoisers_of(pipeline).items():
-        module.register_forward_pre_hook(lambda *_, at=called[component]: at.append(steps_done))
+        module.register_forward_pre_hook(lambda *_, name=component: loops[-1].calls.append((name, loops[-1].steps)))
     case.draw(pipeline, 0)
-    start = NUM_STEPS - steps_done
-    return sum(at == steps[0] or start + at in schedule for steps in called.values() if steps for at in steps)
+    return sum(loop.recomputed(schedule) for loop in loops)
 
+
+@dataclass(slots=True)
+class Loop:
+    """One denoising loop.
+
+    Args:
+        steps: how many were made so far.
+        last: timestep of the last one.
+        calls: component and step of every call.
+    """
+
+    steps: int = 0
+    last: float | None = None
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def recomputed(self, schedule: tuple[int, ...]) -> int:
+        """How many calls are made in recompute steps; a loop with fewer steps begins in the middle."""
+        start = NUM_STEPS - self.steps
+        first = dict(reversed(self.calls))
+        return sum(at == first[name] or start + at in schedule for name, at in self.calls)
+
+
+def schedulers_of(pipeline: Any) -> list[Any]:
+    """The scheduler of a pipeline, and those of pipelines inside of it, each once."""
+    inner = [each for each in vars(pipeline).values() if isinstance(each, DiffusionPipeline)]
+    found = [each.scheduler for each in (pipeline, *inner) if getattr(each, "scheduler", None) is not None]
+    return list({id(each): each for each in found}.values())
+
+
+def _watch(scheduler: Any, loops: list[Loop]) -> None:
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+    @functools.wraps(set_timesteps)
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        loops.append(Loop())
+        return set_timesteps(*args, **kwargs)
+
+    @functools.wraps(step)
+    def count(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(step).bind(*args, **kwargs).arguments
+        timestep = float(torch.as_tensor(given.get("timestep", loops[-1].steps)).max())
+        loops[-1].steps += timestep != loops[-1].last
+        loops[-1].last = timestep
+        return step(*args, **kwargs)
+
+    scheduler.set_timesteps, scheduler.step = begin, count
