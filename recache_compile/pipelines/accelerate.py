@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
+from recache_compile.pipelines.record import check_scheduler
 from recache_compile.pipelines.transformer import CompiledTransformer
 
 Fallback = Literal["eager"]
@@ -35,6 +36,7 @@ def install(
     parts = {compiled.engines.config.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
+    check_scheduler(pipeline)
     transformers: list[tuple[Any, str, CompiledTransformer]] = []
     for name, each in parts.items():
         if not hasattr(pipeline, name):

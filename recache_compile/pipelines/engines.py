@@ -6,7 +6,7 @@ from typing import Any
 from recache_compile.compiler.build import build_engines
 from recache_compile.compiler.compiled import Engines
 from recache_compile.config import CompileConfig
-from recache_compile.pipelines.record import denoiser_of, record_examples
+from recache_compile.pipelines.record import check_scheduler, denoiser_of, record_examples
 from recache_compile.runtimes.base import Runtime
 
 
@@ -25,6 +25,7 @@ def engines_of_pipeline(
         RecacheError: naming what cannot be done and the remedy.
     """
     module = denoiser_of(pipeline, config.component)
+    check_scheduler(pipeline)
     examples = [
         example for call in calls for example in record_examples(pipeline, config.num_steps, call, config.component)
     ]

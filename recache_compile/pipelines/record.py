@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +15,18 @@ from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.capture.compat import progress_bar_of, uncompiled
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import ModelError, RecacheError, check_memory
+from recache_compile.errors import CaptureError, ModelError, check_memory
 from recache_compile.ir.signature import call_kind, named_leaves, open_objects
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
 
 DENOISER = "transformer"
-"""Name of a pipeline's denoiser; a second one is called `transformer_2`."""
+"""Name of a pipeline's denoiser; it is in that of others as well: `transformer_2`, `unconditional_transformer`."""
 
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's transformers by the name of their component."""
-    names = [name for name in getattr(pipeline, "components", {}) if name.startswith(DENOISER)] or [DENOISER]
+    names = [name for name in getattr(pipeline, "components", {}) if DENOISER in name] or [DENOISER]
     found = {name: getattr(pipeline, name, None) for name in names}
     plain = {name: uncompiled(module) for name, module in found.items()}
     return {name: module for name, module in plain.items() if isinstance(module, nn.Module)}
@@ -85,7 +85,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
             stack.enter_context(_silent_progress(pipeline))
             stack.enter_context(torch.random.fork_rng())
             pipeline(**arguments)
-    except RecacheError:
+    except (CaptureError, ModelError):
         raise
     except Exception as error:  # whatever the pipeline's own checks raise
         check_memory(error)
@@ -95,6 +95,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     if not recorders[component].calls:
         raise ModelError(f"{type(pipeline).__name__}: never called its {component}")
     check_length(getattr(pipeline, "scheduler", None), num_steps)
+    check_one_step_a_call(recorders[component].calls, num_steps, type(pipeline).__name__)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for inputs in recorders[component].calls:
         groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
@@ -181,6 +182,15 @@ def _copied(generator: torch.Generator) -> torch.Generator:
     return copied
 
 
+def check_scheduler(pipeline: Any) -> None:
+    """Raise `ModelError` where a pipeline has no scheduler that could tell its step."""
+    if getattr(pipeline, "scheduler", None) is None:
+        raise ModelError(
+            f"{type(pipeline).__name__}: has no scheduler that tells its step; compile its transformer alone, with"
+            " example_inputs, and call compiled.dispatcher(budget)(step=i, ...) in a loop of your own"
+        )
+
+
 def check_length(scheduler: Any, num_steps: int) -> None:
     """Raise `ModelError` where a scheduler that has run made more steps of the number that it was asked for."""
     timesteps, asked = getattr(scheduler, "timesteps", None), getattr(scheduler, "num_inference_steps", None)
@@ -188,6 +198,32 @@ def check_length(scheduler: Any, num_steps: int) -> None:
         return
     if not (len(timesteps) == num_steps + 1 and has_spare_timestep(scheduler)):
         raise ModelError(remedy_for_length(scheduler, num_steps))
+
+
+def check_one_step_a_call(calls: Sequence[Mapping[str, Any]], num_steps: int, who: str) -> None:
+    """Raise `ModelError` where more than T different timesteps follow one another in one direction.
+
+    In asynchronous diffusion forcing each frame has a step of its own, and a call no step at all.
+    """
+    times = [
+        {name: leaf.double().sum() for name, leaf in named_leaves(call).items() if _is_timestep(name, leaf)}
+        for call in calls
+    ]
+    longest, run, last = 0, 0, 0.0
+    for before, now in itertools.pairwise(times):
+        change = float(sum(now[name] - before[name] for name in now.keys() & before.keys()))
+        if change:
+            run = run + 1 if change * last > 0 else 1
+            last, longest = change, max(longest, run)
+    if longest >= num_steps:
+        raise ModelError(
+            f"{who}: makes {longest + 1} different steps in a loop of {num_steps}: the frames of one call are at steps of"
+            " their own (asynchronous diffusion forcing); call it so that all are at one step (ar_step=0)"
+        )
+
+
+def _is_timestep(name: str, leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and usual_role(name) is Kind.TIMESTEP
 
 
 def prompted(pipeline: Any, prompt: str | list[str], call: Mapping[str, Any], batch: int = 1) -> dict[str, Any]:

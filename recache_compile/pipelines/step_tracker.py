@@ -128,6 +128,8 @@ class StepTracker:
         if not values:
             return set()
         table = torch.as_tensor(scheduler.timesteps)[: self._num_steps].double()
+        if not any(value.is_floating_point() for value in values):
+            table = table.trunc()  # as the pipeline has made them whole
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
         for scale in (1.0, 1.0 / train):
             scaled = table * scale

@@ -148,6 +148,11 @@ class NoTensor(nn.Module):
         (DataDependent(), {"sample": torch.ones(3)}, "capture of DataDependent: torch.export failed"),
         (NoTensor(), {"sample": torch.ones(3)}, "result 1 is neither a tensor nor None, but 3"),
         (nn.Identity(), {"input": torch.ones(3)}, "no latents among input"),
+        (
+            nn.Identity(),
+            {"input": {"x": torch.ones(3), "f": lambda x: x}},
+            r"its input input\.f is a function, which no",
+        ),
     ],
 )
 def test_what_cannot_be_captured_is_refused(model: nn.Module, given: dict[str, Any], message: str) -> None:

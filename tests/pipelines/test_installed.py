@@ -179,3 +179,40 @@ def test_the_transformer_gives_out_what_pipelines_read(weights: bool, tmp_path: 
     assert error(draw(pipeline, call, STEPS), plain(HUNYUAN, call)) <= EXACT
     with pytest.raises(AttributeError, match=r"has no method fuse_qkv_projections\(\).*rc.restore\(pipeline\)"):
         pipeline.transformer.fuse_qkv_projections()
+
+
+class Delegating(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline that lets another one draw."""
+
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        parts = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+        self.drawing = diffusers.FluxPipeline(transformer=transformer, scheduler=scheduler, vae=vae, **parts)
+        self.drawing.set_progress_bar_config(disable=True)
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.drawing(**arguments)
+
+
+def test_a_pipeline_that_is_made_of_others_runs_on_engines_inside(full: Tensor, small: Tensor) -> None:
+    plain_flux, this = FLUX.make(), family("flux")
+    pipeline = Delegating(plain_flux.transformer, plain_flux.scheduler, plain_flux.vae)
+    rc.accelerate(pipeline, this.parts, budget=STEPS)
+    assert error(draw(pipeline, CALL, STEPS), full) <= EXACT
+    this.recomputed()
+    assert error(draw(pipeline, CALL, STEPS, budget=BUDGET), small) <= SAME
+    assert this.recomputed() == {"transformer": BUDGET}
+    assert error(draw(pipeline, CALL, STEPS), full) <= EXACT
+    rc.restore(pipeline)
+    assert type(pipeline.drawing) is diffusers.FluxPipeline
+    assert pipeline.drawing.transformer is plain_flux.transformer
+    assert torch.equal(draw(pipeline, CALL, STEPS), full)
+
+
+def test_an_inner_pipeline_with_another_transformer_keeps_it() -> None:
+    flux, other = FLUX.make(), FLUX.make()
+    pipeline = Delegating(flux.transformer, flux.scheduler, flux.vae)
+    pipeline.drawing.transformer = other.transformer
+    rc.accelerate(pipeline, family("flux").parts, budget=STEPS)
+    assert pipeline.drawing.transformer is other.transformer

@@ -7,12 +7,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import PAGCFGJointAttnProcessor2_0
 from torch import Tensor, nn
 
 import recache_compile as rc
 from recache_compile.errors import MismatchError, ModelError
 from recache_compile.ir.value import Kind
-from recache_compile.pipelines.record import denoisers_of, record_examples
+from recache_compile.pipelines.record import CallRecorder, denoisers_of, record_examples
 from tests.conftest import PROMPT
 from tests.families import BUDGET, EXACT, TINY, compile_tiny, error, plain
 from tests.tiny_pipelines import FLOW_HEUN, TinyPipeline, draw
@@ -174,3 +175,31 @@ def test_a_scheduler_that_makes_more_steps_than_it_is_asked_for_is_refused_early
     remedy = r"compile with num_steps=15 and call=\{'num_inference_steps': 8\}, or use another scheduler"
     with pytest.raises(ModelError, match=f"the pipeline runs 15 steps, but 8 were compiled: .*{remedy}"):
         record_examples(pipeline, STEPS, tiny.call(0))
+
+
+def test_attention_that_a_pipeline_changes_for_a_call_is_refused() -> None:
+    pipeline = TINY["sd3"].make()
+    forward = pipeline.encode_prompt
+
+    def perturbed(*args: Any, **kwargs: Any) -> Any:
+        pipeline.transformer.set_attn_processor(PAGCFGJointAttnProcessor2_0())
+        return forward(*args, **kwargs)
+
+    pipeline.encode_prompt = perturbed
+    with pytest.raises(ModelError, match=r"sets attention processors of its own for a call .*\(pag_scale=0\)"):
+        record_examples(pipeline, 4, TINY["sd3"].call(0))
+
+
+def test_containers_are_recorded_as_they_were_given() -> None:
+    class Emptying(Denoiser):
+        def forward(  # type: ignore[override]
+            self, sample: Tensor, timestep: Tensor, residuals: list[Tensor]
+        ) -> Tensor:
+            return sample + residuals.pop()
+
+    recorder = CallRecorder(module := Emptying(), module.forward, {})
+    residuals = [torch.ones(2), torch.zeros(2)]
+    recorder(torch.ones(2), torch.ones(1), residuals)
+    assert len(residuals) == len(recorder.calls[0]["residuals"]) == 2
+    residuals.clear()
+    assert len(recorder.calls[0]["residuals"]) == 2

@@ -45,6 +45,14 @@ def test_what_was_told_ends_with_an_error() -> None:
     assert subject.advance(scheduler(step_index=3), call())[0] == 3
 
 
+def test_other_branches_of_the_first_step_are_known_by_its_timestep() -> None:
+    subject, unmoved = tracker(), scheduler(step_index=None, begin_index=None)
+    assert subject.advance(unmoved, call(0.25)) == (0, True)  # in units that the table does not have
+    assert subject.advance(unmoved, call(0.25)) == (0, False)
+    with pytest.raises(DispatchError, match="does not tell its step"):
+        subject.advance(unmoved, call(0.2))
+
+
 def test_the_scheduler_knows_its_step() -> None:
     assert step_of(scheduler(step_index=2, begin_index=1)) == 2
     assert step_of(scheduler(step_index=torch.tensor(2))) == 2

@@ -139,19 +139,20 @@ def schedulers_of(pipeline: Any) -> list[Any]:
 
 
 def _watch(scheduler: Any, loops: list[Loop]) -> None:
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    """Tell of the calls of a scheduler and of its copies."""
+    kind: Any = type(scheduler)
 
-    @functools.wraps(set_timesteps)
-    def begin(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(kind.set_timesteps)
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
         loops.append(Loop())
-        return set_timesteps(*args, **kwargs)
+        return kind.set_timesteps(self, *args, **kwargs)
 
-    @functools.wraps(step)
-    def count(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(step).bind(*args, **kwargs).arguments
+    @functools.wraps(kind.step)
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(kind.step).bind(self, *args, **kwargs).arguments
         timestep = float(torch.as_tensor(given.get("timestep", loops[-1].steps)).max())
         loops[-1].steps += timestep != loops[-1].last
         loops[-1].last = timestep
-        return step(*args, **kwargs)
+        return kind.step(self, *args, **kwargs)
 
-    scheduler.set_timesteps, scheduler.step = begin, count
+    scheduler.__class__ = type(kind.__name__, (kind,), {"set_timesteps": begin, "step": count})
