@@ -48,16 +48,21 @@ def writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-class DataIsDetached(TorchFunctionMode):
-    """While a model is traced: `tensor.data` is `tensor.detach()`.
+class TraceableWrites(TorchFunctionMode):
+    """While a model is traced: writes that a tracer does not see, or cannot follow, in another way.
 
-    Both lie in the tensor's memory, but what is written to `.data` is hidden from a tracer, which
-    then holds a tensor that nobody filled (the positions of CogVideoX at other sizes, for example).
+    `tensor.data` is `tensor.detach()`: both lie in the tensor's memory, but what is written to `.data` is
+    hidden from a tracer, which then holds a tensor that nobody filled (the positions of CogVideoX at other
+    sizes, for example).  A diagonal that is filled is a mask that is: the one writes through a view with
+    strides of its own, which cannot be made functional (the perturbed attention of SD3).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
+        if func == Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2 and not kwargs:
+            rows, columns = (torch.arange(size, device=args[0].device) for size in args[0].shape)
+            return args[0].masked_fill_(rows[:, None] == columns, args[1])
         return func(*args, **(kwargs or {}))
 
 

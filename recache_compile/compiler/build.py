@@ -4,6 +4,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from recache_compile.capture.adapters import adapter_scale, fused_adapters
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.capture.check import check_modes, check_program, check_stateless, check_untouched
+from recache_compile.capture.processors import PROCESSORS, under_processors
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
@@ -107,9 +109,13 @@ def capture_examples(
             label = f"{number}_{len(own)}" if own else str(number)  # tells the constants of several apart
             roles, who = {**example.roles, **config.roles}, type(module).__name__
             latents = [name for name in leaves if roles.get(name, usual_role(name)) == Kind.LATENTS]
-            check_stateless(module, inputs, latents, who)
-            captured = capture(module, inputs, roles, label)
-            check_program(module, inputs, captured, who)
+            with under_processors(module, example.processors):
+                check_stateless(module, inputs, latents, who)
+                captured = capture(module, inputs, roles, label)
+                check_program(module, inputs, captured, who)
+            if example.attention:
+                constants = (*captured.constants, (PROCESSORS, repr(example.attention)))
+                captured = replace(captured, constants=constants)
             own.append(captured)
         captures += [(example, each) for each in own]
     return captures

@@ -23,12 +23,16 @@ class Example:
             when unknown, and then learned at run time.
         roles: of inputs whose behaviour, not their name, tells it.
         others: calls of the same shapes with other values, for models that decide by values.
+        attention: which attention processors of its own the pipeline sets for these calls; "": none.
+        processors: all that are set then, by name; see `capture.processors`.
     """
 
     inputs: Mapping[str, Any]
     timesteps: Mapping[str, Tensor] = field(default_factory=dict)
     roles: Mapping[str, Kind] = field(default_factory=dict)
     others: tuple[Mapping[str, Any], ...] = ()
+    attention: str = ""
+    processors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +63,7 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
     """One example for each kind of call: those of the same shapes and constants are others of the first."""
     kinds: dict[Any, Example] = {}
     for example in examples:
-        kind = call_kind(named_leaves(example.inputs))
+        kind = call_kind(named_leaves(example.inputs)), example.attention
         first = kinds.setdefault(kind, example)
         if first is not example:
             kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))

@@ -16,9 +16,12 @@ FROZEN = (
     *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora"),
     *("enable_lora", "delete_adapters", "load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
     *("fuse_qkv_projections", "unfuse_qkv_projections"),
-    *("set_pag_applied_layers", "_set_pag_attn_processor"),
+    "set_pag_applied_layers",
 )
 """Methods of pipelines that change what its transformer computes, which engines do not follow."""
+
+PERTURB = "_set_pag_attn_processor"
+"""Method of pipelines with perturbed-attention guidance that sets attention processors for a call."""
 
 
 def install(
@@ -135,6 +138,8 @@ def accelerated_class(base: Any) -> Any:
         return _new_accelerated, (base,), dict(vars(self))
 
     members: dict[str, Any] = {name: _refusing(name, getattr(base, name)) for name in FROZEN if hasattr(base, name)}
+    if hasattr(base, PERTURB):
+        members[PERTURB] = _perturbing(base)
     members |= {
         "__call__": call,
         "save_pretrained": save_pretrained,
@@ -144,6 +149,26 @@ def accelerated_class(base: Any) -> Any:
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (base,), members)
+
+
+def _perturbing(base: Any) -> Any:
+    """The method of perturbed-attention guidance that looks for layers of the transformer, and finds them."""
+    method = getattr(base, PERTURB)
+
+    @functools.wraps(method)
+    def perturb(self: Any, *args: Any, **kwargs: Any) -> None:
+        installed = compiled_transformers(self)
+        for name, transformer in installed.items():
+            setattr(self, name, transformer.stand_in)
+        try:
+            method(self, *args, **kwargs)
+        finally:
+            for name, transformer in installed.items():
+                setattr(self, name, transformer)
+        for transformer in installed.values():
+            transformer.note_processors()
+
+    return perturb
 
 
 def _refusing(name: str, method: Any) -> Any:

@@ -64,6 +64,7 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         "processor": processor_flags(),
         "compilers": {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)},
         "roles": [example.roles for example in examples],
+        "processors": [example.attention for example in examples],
     }
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
     for example in examples:

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.capture.check import check_modes, check_untouched
 from recache_compile.capture.compat import progress_bar_of, uncompiled
+from recache_compile.capture.processors import PROCESSORS
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
 from recache_compile.errors import CaptureError, ModelError, check_memory
-from recache_compile.ir.signature import call_kind, named_leaves, open_objects
+from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.ir.value import Kind
+from recache_compile.pipelines.call_recorder import recording
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
 
 DENOISER = "transformer"
@@ -53,7 +54,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     """Run a pipeline with recorders in place of its transformers and keep what one of them was called with.
 
     A transformer itself runs once for each kind of call, to learn the shape of its result;
-    afterwards its recorder answers with zeros.
+    see `CallRecorder`.
 
     Args:
         pipeline: a `diffusers` pipeline.
@@ -80,7 +81,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     try:
         with contextlib.ExitStack() as stack:
             recorders = {
-                name: stack.enter_context(_recording(module)) for name, module in denoisers_of(pipeline).items()
+                name: stack.enter_context(recording(module)) for name, module in denoisers_of(pipeline).items()
             }
             stack.enter_context(_silent_progress(pipeline))
             stack.enter_context(torch.random.fork_rng())
@@ -99,76 +100,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     groups: dict[Any, list[dict[str, Any]]] = {}
     for inputs in recorders[component].calls:
         groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
-    return [_example(group, num_steps) for group in groups.values()]
-
-
-@dataclass(slots=True)
-class CallRecorder:
-    """Takes the place of a module's `forward`: keeps the arguments of each call and answers with zeros.
-
-    Args:
-        module: whose place it takes.
-        forward: of the module; runs once for each kind of call.
-        processors: of its attention, before the pipeline was called.
-        calls: arguments of the calls so far, by name.
-        answers: by kind of call.
-    """
-
-    module: nn.Module
-    forward: Any
-    processors: Mapping[str, Any]
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    answers: dict[Any, Any] = field(default_factory=dict)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep a call; zeros of its result's shape.
-
-        Raises:
-            ModelError: the pipeline changes for the call how its transformer computes.
-        """
-        if _processors_of(self.module) != self.processors:
-            raise ModelError(
-                f"{type(self.module).__name__}: the pipeline sets attention processors of its own for a call"
-                " (perturbed-attention guidance does), which engines would not follow; call it without (pag_scale=0)"
-            )
-        inputs = with_own_containers(bind(inspect.signature(self.forward), args, kwargs))
-        kind = call_kind(named_leaves(inputs))
-        if kind not in self.answers:
-            check_untouched(self.module, type(self.module).__name__)
-            self.answers[kind] = self._zeros(*with_own_containers((args, kwargs)))
-        self.calls.append(inputs)
-        return self.answers[kind]
-
-    def _zeros(self, args: Any, kwargs: Any) -> Any:
-        """A result of the right shape, where the arguments are; the module may be on the meta device."""
-        open_objects({"args": args, **kwargs})
-        device = next(leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        if next(self.module.parameters()).is_meta:
-            args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        result = self.forward(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device), result)
-
-
-@contextlib.contextmanager
-def _recording(module: nn.Module) -> Iterator[CallRecorder]:
-    recorder = CallRecorder(module, module.forward, _processors_of(module))
-    own = vars(module).get("forward")  # offloading puts one there
-    module.forward = recorder  # type: ignore[method-assign, assignment]
-    try:
-        yield recorder
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own  # type: ignore[method-assign]
-
-
-def _processors_of(module: nn.Module) -> dict[str, Any]:
-    return dict(getattr(module, "attn_processors", {}))
-
-
-def with_own_containers(tree: Any) -> Any:
-    """The same leaves in lists and dicts of their own: some models add to those that they are given, or take away."""
-    return pytree.tree_map(lambda leaf: leaf, tree, is_leaf=lambda node: not isinstance(node, (list, tuple, dict)))
+    return [_example(group, num_steps, recorders[component].processors) for group in groups.values()]
 
 
 def with_own_generators(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +149,8 @@ def check_one_step_a_call(calls: Sequence[Mapping[str, Any]], num_steps: int, wh
             last, longest = change, max(longest, run)
     if longest >= num_steps:
         raise ModelError(
-            f"{who}: makes {longest + 1} different steps in a loop of {num_steps}: the frames of one call are at steps of"
-            " their own (asynchronous diffusion forcing); call it so that all are at one step (ar_step=0)"
+            f"{who}: makes {longest + 1} different steps in a loop of {num_steps}: its frames are at steps of their own"
+            " (asynchronous diffusion forcing; call it with ar_step=0), or it has stages with timetables of their own"
         )
 
 
@@ -235,17 +167,10 @@ def prompted(pipeline: Any, prompt: str | list[str], call: Mapping[str, Any], ba
     return arguments
 
 
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, those for `**kwargs` beside the others."""
-    bound = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound |= bound.pop(name, {})
-    return bound
-
-
-def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
+def _example(calls: list[dict[str, Any]], num_steps: int, processors: Mapping[str, Mapping[str, Any]]) -> Example:
     """What calls of one kind say about steps."""
+    text = calls[0].get(PROCESSORS, "")
+    calls = [{name: value for name, value in call.items() if name != PROCESSORS} for call in calls]
     firsts = _first_calls(calls, num_steps)
     steps = [named_leaves(inputs) for inputs in firsts]
     tensors = {name: leaf for name, leaf in named_leaves(calls[0]).items() if isinstance(leaf, Tensor)}
@@ -259,7 +184,8 @@ def _example(calls: list[dict[str, Any]], num_steps: int) -> Example:
     if len(steps) != num_steps:  # a part of the loop, or timesteps that are repeated
         timely = []
     second = next((at for at, inputs in enumerate(calls) if len(firsts) > 1 and inputs is firsts[1]), 1)
-    return Example(calls[0], {name: torch.stack(columns[name]) for name in timely}, roles, tuple(calls[1:second]))
+    timetable = {name: torch.stack(columns[name]) for name in timely}
+    return Example(calls[0], timetable, roles, tuple(calls[1:second]), text, processors.get(text, {}))
 
 
 def _first_calls(calls: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:

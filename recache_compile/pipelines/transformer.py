@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.signature import named_leaves
@@ -64,6 +65,8 @@ class CompiledTransformer(nn.Module):
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
         self.falls_back = falls_back
         self.budget = budget
+        self._at_rest: dict[str, Any] | None = None  # the stand-in's attention processors when it was first asked for
+        self._attention = ""  # those of the calls, where they are others
 
     @property
     def compiled(self) -> Compiled:
@@ -122,11 +125,29 @@ class CompiledTransformer(nn.Module):
                 raise
         if name in self._compiled.description.model_config:
             return self._compiled.description.model_config[name]
-        found = getattr(self._original[0] or self._skeleton, name, _MISSING)
+        found = getattr(self.stand_in, name, _MISSING)
         if found is _MISSING or (callable(found) and not isinstance(found, nn.Module)):
             what = f"no {name!r}" if found is _MISSING else f"no method {name}(), which its engines would not follow"
             raise AttributeError(f"the compiled transformer has {what}; rc.restore(pipeline) gives the original back")
         return found
+
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """What pipelines read of the transformer: the original, or a module without weights."""
+        found = self._original[0] or self._skeleton
+        if self._at_rest is None:
+            self._at_rest = processors_of(found)
+        return found
+
+    def set_attn_processor(self, processors: Any) -> None:
+        """Let the next calls be those of a module with these attention processors, which must have been compiled."""
+        self.stand_in.set_attn_processor(processors)  # type: ignore[union-attr, operator]
+        self.note_processors()
+
+    def note_processors(self) -> None:
+        """Look which attention processors the stand-in has now."""
+        now = processors_of(self.stand_in)
+        self._attention = processors_text(now, self._at_rest or {})
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module | None:
@@ -195,6 +216,8 @@ class CompiledTransformer(nn.Module):
             MismatchError: the call is of a kind that was not compiled, and there is no fallback.
         """
         inputs = dict(zip(self._compiled.engines.signature.parameters, args, strict=False)) | kwargs
+        if self._attention:
+            inputs[PROCESSORS] = self._attention
         generation = self._generation()
         try:
             result = self._run(generation, inputs)

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import flex_attention
 
 from recache_compile.capture.compat import (
-    DataIsDetached,
     FakeTensorMode,
     TorchDispatchMode,
+    TraceableWrites,
     WeakTensorKeyDictionary,
     arguments_of,
     base_of,
@@ -98,9 +98,23 @@ def test_values_are_computed_in_the_middle_of_a_trace() -> None:
 
 def test_writes_to_the_data_of_a_tensor_are_seen() -> None:
     rows = torch.ones(2, 3)
-    with DataIsDetached():
+    with TraceableWrites():
         program = torch.export.export(DataWritten(), (rows,), strict=False)
     torch.testing.assert_close(program.module()(rows + 1), DataWritten()(rows + 1))
+
+
+class DiagonalFilled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(4, 5)
+        mask[:3, :3].fill_diagonal_(2.0)
+        return x + mask
+
+
+def test_a_diagonal_that_is_filled_through_a_view_can_be_made_functional() -> None:
+    x = torch.randn(4, 5)
+    with TraceableWrites():
+        program = torch.export.export(DiagonalFilled(), (x,), strict=False).run_decompositions({})
+    torch.testing.assert_close(program.module()(x), DiagonalFilled()(x))
 
 
 def test_only_mapped_functions_are_mapped() -> None:

@@ -11,9 +11,11 @@ from diffusers.models.attention_processor import PAGCFGJointAttnProcessor2_0
 from torch import Tensor, nn
 
 import recache_compile as rc
+from recache_compile.compiler.examples import distinct
 from recache_compile.errors import MismatchError, ModelError
 from recache_compile.ir.value import Kind
-from recache_compile.pipelines.record import CallRecorder, denoisers_of, record_examples
+from recache_compile.pipelines.call_recorder import CallRecorder
+from recache_compile.pipelines.record import denoisers_of, record_examples
 from tests.conftest import PROMPT
 from tests.families import BUDGET, EXACT, TINY, compile_tiny, error, plain
 from tests.tiny_pipelines import FLOW_HEUN, TinyPipeline, draw
@@ -177,17 +179,22 @@ def test_a_scheduler_that_makes_more_steps_than_it_is_asked_for_is_refused_early
         record_examples(pipeline, STEPS, tiny.call(0))
 
 
-def test_attention_that_a_pipeline_changes_for_a_call_is_refused() -> None:
-    pipeline = TINY["sd3"].make()
-    forward = pipeline.encode_prompt
+def test_calls_under_attention_processors_of_their_own_are_a_kind_of_their_own() -> None:
+    pipeline, call = TINY["sd3"].make(), TINY["sd3"].call(0)
+    encode, at_rest = pipeline.encode_prompt, pipeline.transformer.attn_processors
+    (plain_example,) = record_examples(pipeline, 4, call)
 
-    def perturbed(*args: Any, **kwargs: Any) -> Any:
-        pipeline.transformer.set_attn_processor(PAGCFGJointAttnProcessor2_0())
-        return forward(*args, **kwargs)
+    def perturbing(*args: Any, **kwargs: Any) -> Any:
+        pipeline.transformer.transformer_blocks[1].attn.processor = PAGCFGJointAttnProcessor2_0()
+        return encode(*args, **kwargs)
 
-    pipeline.encode_prompt = perturbed
-    with pytest.raises(ModelError, match=r"sets attention processors of its own for a call .*\(pag_scale=0\)"):
-        record_examples(pipeline, 4, TINY["sd3"].call(0))
+    pipeline.encode_prompt = perturbing
+    (example,) = record_examples(pipeline, 4, call)
+    pipeline.transformer.set_attn_processor(at_rest)
+    assert plain_example.attention == ""
+    assert not plain_example.processors
+    assert example.attention == "transformer_blocks.1.attn: PAGCFGJointAttnProcessor2_0"
+    assert len(distinct([plain_example, example])) == 2
 
 
 def test_containers_are_recorded_as_they_were_given() -> None:
