@@ -64,7 +64,7 @@ def check_pipeline(case: PipelineCase) -> CheckedPipeline:
         name: counted(
             rc.compile(
                 pipeline, call=case.arguments(0), budgets=(BUDGET, NUM_STEPS), num_steps=NUM_STEPS, runtime="eager",
-                policy="uniform", component=name, **case.compiled,
+                policy="uniform", component=name,
             ),
             calls,
         )

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -30,7 +30,7 @@ class PipelineCase:
             number of steps.  "output_type" is "latent" unless it says otherwise.
         steps: the call's argument for the number of steps.
         refused: what the message says, where the pipeline cannot run on engines; "" where it can.
-        compiled: further arguments of `recache_compile.compile`.
+        variant: tells several cases of one class apart.
     """
 
     name: str
@@ -38,7 +38,12 @@ class PipelineCase:
     call: Callable[[int], dict[str, Any]]
     steps: str = "num_inference_steps"
     refused: str = ""
-    compiled: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        """The class, and which of its cases this is."""
+        return f"{self.name}, {self.variant}" if self.variant else self.name
 
     def arguments(self, n: int) -> dict[str, Any]:
         """All arguments of one call, but the generator."""

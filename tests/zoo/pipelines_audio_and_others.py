@@ -136,9 +136,9 @@ HUNYUAN_15_PARTS = {
 }
 
 
-def _hunyuan_15_text(n: int) -> dict[str, Any]:
-    """The two texts of a prompt, each with its mask."""
-    mask = (torch.arange(6) < 5 - n % 3)[None].float()
+def _hunyuan_15_text(n: int, longest: int = 5) -> dict[str, Any]:
+    """The two texts of a prompt, each with its mask; all are as long unless the longest is of another length."""
+    mask = (torch.arange(6) < longest - (longest != 5) * n % 3)[None].float()
     return {
         "prompt_embeds": _normal(n, 1, 6, TEXT),
         "prompt_embeds_mask": mask,
@@ -147,11 +147,21 @@ def _hunyuan_15_text(n: int) -> dict[str, Any]:
     }
 
 
-def _hunyuan_15(n: int) -> dict[str, Any]:
-    # It has a length of its own, as each prompt has.
-    negative = {f"negative_{k}": v for k, v in _hunyuan_15_text(998).items()}
-    return _hunyuan_15_text(n) | negative | {"num_frames": 5}
+def _hunyuan_15(n: int, longest: int = 5) -> dict[str, Any]:
+    negative = {f"negative_{k}": v for k, v in _hunyuan_15_text(998, longest).items()}
+    return _hunyuan_15_text(n, longest) | negative | {"num_frames": 5, "height": 16, "width": 16}
 
+
+def _with_one_image(change: int) -> Call:
+    """A call for prompts that have one image, or others."""
+    sized = {"height", "width"}
+    return lambda n: {
+        **{name: value for name, value in _hunyuan_15(n).items() if name not in sized},
+        "image": _image(n * change, 16),
+    }
+
+
+HUNYUAN_15_I2V = HUNYUAN_15_PARTS | {"image_encoder": SIGLIP, "feature_extractor": SIGLIP_PROCESSOR}
 
 HUNYUAN_CASES = (
     _case("HunyuanVideoPipeline", HUNYUAN_PARTS, _with(HUNYUAN_CALL, guidance_scale=5.0)),
@@ -177,11 +187,25 @@ HUNYUAN_CASES = (
         },
         _with(HUNYUAN_CALL, image=lambda n: _image(n, 64), latent_window_size=2),
     ),
-    _case("HunyuanVideo15Pipeline", HUNYUAN_15_PARTS, _with(_hunyuan_15, height=16, width=16)),
+    _case("HunyuanVideo15Pipeline", HUNYUAN_15_PARTS, _hunyuan_15),
+    _case(
+        "HunyuanVideo15Pipeline",
+        HUNYUAN_15_PARTS,
+        lambda n: _hunyuan_15(n, 6),
+        variant="a prompt of another length",
+        refused="the values of 'encoder_attention_mask', 'encoder_attention_mask_2', 'image_embeds' are not those",
+    ),
     _case(
         "HunyuanVideo15ImageToVideoPipeline",
-        HUNYUAN_15_PARTS | {"image_encoder": SIGLIP, "feature_extractor": SIGLIP_PROCESSOR},
-        _with(_hunyuan_15, image=lambda n: _image(n, 16)),
+        HUNYUAN_15_I2V,
+        _with_one_image(0),
+    ),
+    _case(
+        "HunyuanVideo15ImageToVideoPipeline",
+        HUNYUAN_15_I2V,
+        _with_one_image(1),
+        variant="another image",
+        refused="'image_embeds' are not those",
     ),
 )
 
@@ -343,6 +367,7 @@ HELIOS_CASES = (
         HELIOS_PARTS | {"scheduler": part("HeliosScheduler", gamma=0.3, use_dynamic_shifting=True)},
         _with(HELIOS_CALL, height=64, width=64, pyramid_num_inference_steps_list=[6, 6, 6]),
         steps="pyramid_num_inference_steps_list",
+        refused="it has stages with timetables of their own",
     ),
 )
 
@@ -631,6 +656,7 @@ PROTEINA_CASES = (
         },
         _proteina,
         steps="num_designs_per_prompt",  # the number of steps is in the configuration
+        refused="has no scheduler that tells its step",
     ),
 )
 

@@ -4,6 +4,7 @@ import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -269,7 +270,12 @@ CASES = (
     flux2("Flux2Pipeline", calling(BIG, "image", make=pil_picture, negative=False), guidance_embeds=True),
     flux2("Flux2KleinPipeline", calling(BIG, "image", make=pil_picture)),
     flux2("Flux2KleinInpaintPipeline", calling(BIG | SOME, "image", "mask_image")),
-    flux2("Flux2KleinKVPipeline", calling(BIG, "image", make=pil_picture, negative=False)),
+    flux2("Flux2KleinKVPipeline", calling(BIG, negative=False)),
+    replace(
+        flux2("Flux2KleinKVPipeline", calling(BIG, "image", make=pil_picture, negative=False)),
+        variant="with an image",
+        refused="is neither a tensor nor None",
+    ),
     other("ChromaPipeline", calling({}, **MASKED), CHROMA),
     other("ChromaImg2ImgPipeline", calling(SOME, "image", **MASKED), CHROMA),
     other("ChromaInpaintPipeline", calling(SOME | TRUE, "image", "mask_image", **MASKED), CHROMA),

@@ -278,8 +278,14 @@ QWEN_CASES = (
             lambda n: {"image": picture(n, mode="RGBA"), "prompt": "text", "layers": 1, "output_type": "pt"},
         ),
     ),
-    # the cache of keys and values that it keeps by default is refused: the transformer writes to it
     case("QwenImage21Pipeline", QWEN_21_PARTS, both(QWEN_21, lambda n: {"use_kv_cache": False})),
+    case(
+        "QwenImage21Pipeline",
+        QWEN_21_PARTS,
+        QWEN_21,
+        variant="with its key-value cache",
+        refused="it writes to an object among its arguments",
+    ),
 )
 
 FLOW = part("FlowMatchEulerDiscreteScheduler", shift=3.0)

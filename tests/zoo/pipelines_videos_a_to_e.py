@@ -235,7 +235,12 @@ CASES = (
         **MASKED,
     ),
     case("AnyFlowPipeline", ANYFLOW_PARTS, WAN_SIZE),
-    case("AnyFlowFARPipeline", FAR_PARTS, WAN_SIZE),
+    case("AnyFlowFARPipeline", replaced(FAR_PARTS, chunk_partition=(2,), full_chunk_limit=2), WAN_SIZE),
+    replace(
+        case("AnyFlowFARPipeline", FAR_PARTS, WAN_SIZE),
+        variant="two chunks",
+        refused="is a function, which no program takes",
+    ),
     case(
         "ChronoEditPipeline",
         CHRONOEDIT_PARTS,

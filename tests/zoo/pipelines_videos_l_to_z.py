@@ -279,8 +279,10 @@ def _refine(keyframes: int) -> Call:
 
 CASES = (
     PipelineCase("WanPipeline", maker("WanPipeline", **WAN_PARTS), WAN),
-    PipelineCase("WanPipeline", maker("WanPipeline", **WAN_PARTS, **WAN_PAIR), WAN_2),
-    PipelineCase("WanPipeline", maker("WanPipeline", **WAN_PARTS, expand_timesteps=True), WAN),
+    PipelineCase("WanPipeline", maker("WanPipeline", **WAN_PARTS, **WAN_PAIR), WAN_2, variant="two transformers"),
+    PipelineCase(
+        "WanPipeline", maker("WanPipeline", **WAN_PARTS, expand_timesteps=True), WAN, variant="a timestep each token"
+    ),
     PipelineCase(
         "WanImageToVideoPipeline",
         maker(
@@ -294,11 +296,13 @@ CASES = (
         "WanImageToVideoPipeline",
         maker("WanImageToVideoPipeline", **WAN_PARTS | I2V_PAIR),
         _guided(WAN_2, image=lambda n: picture(n, 32), last_image=lambda n: picture(n + 9, 32)),
+        variant="two transformers, first and last image",
     ),
     PipelineCase(
         "WanImageToVideoPipeline",
         maker("WanImageToVideoPipeline", **WAN_PARTS, expand_timesteps=True),
         _guided(WAN, image=lambda n: picture(n, 32)),
+        variant="a timestep each token",
     ),
     PipelineCase(
         "WanVACEPipeline",
@@ -309,6 +313,7 @@ CASES = (
         "WanVACEPipeline",
         maker("WanVACEPipeline", **WAN_PARTS | {"transformer": VACE}),
         _guided(WAN, reference_images=lambda n: clip(n, 32, 1)),
+        variant="a reference image",
     ),
     PipelineCase(
         "WanVideoToVideoPipeline",
@@ -320,8 +325,9 @@ CASES = (
             "WanAnimatePipeline",
             maker("WanAnimatePipeline", **WAN_PARTS | {"transformer": ANIMATE}, **CLIP_PARTS),
             _animate(frames),
+            variant=variant,
         )
-        for frames in (5, 9)  # one segment and two, each with all steps
+        for frames, variant in ((5, ""), (9, "two segments"))
     ),
     PipelineCase("LTXPipeline", maker("LTXPipeline", **LTX_PARTS), LTX),
     PipelineCase(
@@ -339,8 +345,9 @@ CASES = (
             "LTXI2VLongMultiPromptPipeline",
             maker("LTXI2VLongMultiPromptPipeline", **LONG_PARTS),
             _guided(_long, num_frames=frames),
+            variant=variant,
         )
-        for frames in (9, 17)  # one window and two, each with all steps
+        for frames, variant in ((9, ""), (17, "two windows"))
     ),
     PipelineCase(
         "LattePipeline",
@@ -357,6 +364,7 @@ CASES = (
         maker("MochiPipeline", **MOCHI_PARTS),
         calls(MOCHI_SIZE, **GUIDANCE, **MASKED)[0],
         refused="the values of 'encoder_attention_mask' are not those compiled",
+        variant="a prompt of another length",
     ),
     PipelineCase(
         "MochiPipeline",
@@ -380,7 +388,12 @@ CASES = (
         _guided(MOTIF_CALL, prompt=None, image=lambda n: picture(n, 32)),
     ),
     PipelineCase("LTX2Pipeline", maker("LTX2Pipeline", **LTX2_PARTS), _guided(LTX2_CALL, **ONE_GUIDANCE)),
-    PipelineCase("LTX2Pipeline", maker("LTX2Pipeline", **LTX2_PARTS), _guided(LTX2_CALL, **ALL_GUIDANCES)),
+    PipelineCase(
+        "LTX2Pipeline",
+        maker("LTX2Pipeline", **LTX2_PARTS),
+        _guided(LTX2_CALL, **ALL_GUIDANCES),
+        variant="guidance of all kinds",
+    ),
     PipelineCase(
         "LTX2ImageToVideoPipeline",
         maker("LTX2ImageToVideoPipeline", **LTX2_PARTS),
@@ -411,7 +424,8 @@ CASES = (
             maker("LTX2DFRTemporalRefinePipeline", **REFINE_PARTS),
             _refine(keyframes),
             steps="sigmas",
+            variant=variant,
         )
-        for keyframes in (1, 2)  # one tile and two, each with all steps
+        for keyframes, variant in ((1, ""), (2, "two tiles"))
     ),
 )
