@@ -1,10 +1,13 @@
 """Compile a pipeline of the zoo, run it on engines, and compare it with itself on its own transformers."""
 
+import contextlib
 import functools
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import DiffusionPipeline
@@ -102,11 +105,12 @@ def _expected(case: PipelineCase, schedule: tuple[int, ...]) -> int:
     """
     pipeline: Any = case.make()
     loops: list[Loop] = [Loop()]
-    for each in schedulers_of(pipeline):
-        _watch(each, loops)
     for component, module in denoisers_of(pipeline).items():
         module.register_forward_pre_hook(lambda *_, name=component: loops[-1].calls.append((name, loops[-1].steps)))
-    case.draw(pipeline, 0)
+    with contextlib.ExitStack() as stack:
+        for kind in {type(each) for each in schedulers_of(pipeline)}:
+            stack.enter_context(_watching(kind, loops))
+        case.draw(pipeline, 0)
     return sum(loop.recomputed(schedule) for loop in loops)
 
 
@@ -138,21 +142,23 @@ def schedulers_of(pipeline: Any) -> list[Any]:
     return list({id(each): each for each in found}.values())
 
 
-def _watch(scheduler: Any, loops: list[Loop]) -> None:
-    """Tell of the calls of a scheduler and of its copies."""
-    kind: Any = type(scheduler)
+@contextlib.contextmanager
+def _watching(kind: Any, loops: list[Loop]) -> Iterator[None]:
+    """Note the calls of all schedulers of a class, as pipelines copy theirs."""
+    set_timesteps, step = kind.set_timesteps, kind.step
 
-    @functools.wraps(kind.set_timesteps)
+    @functools.wraps(set_timesteps)
     def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
         loops.append(Loop())
-        return kind.set_timesteps(self, *args, **kwargs)
+        return set_timesteps(self, *args, **kwargs)
 
-    @functools.wraps(kind.step)
+    @functools.wraps(step)
     def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(kind.step).bind(self, *args, **kwargs).arguments
+        given = inspect.signature(step).bind(self, *args, **kwargs).arguments
         timestep = float(torch.as_tensor(given.get("timestep", loops[-1].steps)).max())
         loops[-1].steps += timestep != loops[-1].last
         loops[-1].last = timestep
-        return kind.step(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
 
-    scheduler.__class__ = type(kind.__name__, (kind,), {"set_timesteps": begin, "step": count})
+    with mock.patch.object(kind, "set_timesteps", begin), mock.patch.object(kind, "step", count):
+        yield

@@ -91,6 +91,8 @@ of {len({line.name.partition(",")[0] for line in right})} of {len(pipeline_class
 {rows}
 ## What is refused, and how
 
+Before anything is compiled, but for those whose message is of values that were compiled: they run, for these values.
+
 {refused}"""
 
 
@@ -108,10 +110,14 @@ def main(names: tuple[str, ...], jobs: int) -> None:
     chosen = list(names) or sorted(all_pipelines())
     console = Console(soft_wrap=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        pending = {name: pool.submit(examine, name) for name in chosen}
         lines = []
-        for line in track(pool.map(examine, chosen), total=len(chosen), console=Console(stderr=True)):
-            lines.append(line)
-            console.print(str(line), markup=False)
+        for name, future in track(pending.items(), console=Console(stderr=True)):
+            error = future.exception()
+            lines.append(
+                future.result() if error is None else Line(name, None, f"fails: {type(error).__name__}: {error}")
+            )
+            console.print(str(lines[-1]), markup=False)
     if not names:
         PAGE.write_text(render(lines), encoding="utf-8")
 
