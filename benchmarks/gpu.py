@@ -81,7 +81,16 @@ def _peers(name: str) -> tuple[str, ...]:
 
 
 WIDE = ("--blocks=4,8", "--width=2048", "--tokens=4096", "--text-tokens=512", "--steps=28", "--budget=7", "--rounds=5")
-SMALL = ("--blocks=1,1", "--width=64", "--tokens=16", "--text-tokens=4", "--steps=6", "--budget=2", "--rounds=1")
+SMALL = (
+    "--no-jit",
+    "--blocks=1,1",
+    "--width=64",
+    "--tokens=16",
+    "--text-tokens=4",
+    "--steps=6",
+    "--budget=2",
+    "--rounds=1",
+)
 TINY_BENCH = _bench(
     "flux-small", *("--steps", "6", "--budget", "3", "--rounds", "1", "--only", "eager,ours", "--runtime", "eager")
 )

@@ -205,27 +205,27 @@ def print_memory(what: str, sizes: Sizes) -> None:
     click.echo(held(sizes.device) - before)
 
 
-def measure(sizes: Sizes, names: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(sizes: Sizes, names: Sequence[str], rounds: int, jit: bool) -> dict[str, Any]:
     """Every runtime and the model itself, side by side.
 
     Args:
         sizes: of the model and the loop.
         names: of runtimes; "+graphs" after one replays CUDA graphs.
         rounds: timed generations of each.
+        jit: whether `torch.compile` is among them.
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model, inputs, table = build_model(sizes), build_inputs(sizes), timetable(sizes)
         engines, built_in = build_engines(model, inputs, sizes, names, folder)
-        jitted = torch.compile(model)
 
         def arguments(step: int) -> dict[str, torch.Tensor]:
             return {**inputs, "timestep": table[step]}
 
-        calls: dict[str, Call] = {
-            "model, eager": lambda step: model(**arguments(step), return_dict=False),
-            "model, torch.compile": lambda step: jitted(**arguments(step), return_dict=False),
-        }
+        calls: dict[str, Call] = {"model, eager": lambda step: model(**arguments(step), return_dict=False)}
+        if jit:
+            jitted = torch.compile(model)
+            calls["model, torch.compile"] = lambda step: jitted(**arguments(step), return_dict=False)
         for name, compiled in engines.items():
             run = compiled.dispatcher(sizes.budget)
             calls[name] = lambda step, run=run: run(step=step, **arguments(step))  # type: ignore[misc]
@@ -275,6 +275,7 @@ def measure(sizes: Sizes, names: Sequence[str], rounds: int) -> dict[str, Any]:
 @click.option("--runtimes", default="inductor,onnxruntime,eager", show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--jit/--no-jit", default=True, show_default=True, help="The model under torch.compile as well.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers here too.")
 @click.option("--memory-of", hidden=True)
 @click.option("--sizes", "given", hidden=True)
@@ -290,6 +291,7 @@ def main(
     runtimes: str,
     device: str,
     dtype: str,
+    jit: bool,
     json_file: Path | None,
     memory_of: str | None,
     given: str | None,
@@ -300,7 +302,10 @@ def main(
         return
     double, single = map(int, blocks.split(","))
     result = measure(
-        Sizes((double, single), width, tokens, text_tokens, steps, budget, device, dtype), runtimes.split(","), rounds
+        Sizes((double, single), width, tokens, text_tokens, steps, budget, device, dtype),
+        runtimes.split(","),
+        rounds,
+        jit,
     )
     show(result)
     if json_file:
