@@ -25,7 +25,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 EVERY = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)
 FENCE = re.compile(r"(<!-- not run -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN = ("extend", *(pytest.param(page, marks=pytest.mark.slow) for page in ("quick-start", "train-a-policy", "deploy")))
-MADE_BY_SCRIPTS = ("benchmarks.md", "models.md", "plans.md", "schedules.md")
+MADE_BY_SCRIPTS = ("benchmarks.md", "models.md", "pipelines.md", "plans.md", "schedules.md")
 
 
 def python_of(page: str) -> list[str]:
