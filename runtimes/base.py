@@ -163,17 +163,36 @@ def lower(
 
 def requirement_texts(key: Mapping[str, str]) -> list[str]:
     """What engines fit, or what a machine is, for people."""
-    return [f"{name} {value}" for name, value in key.items()]
+    several = {name: value.split(" and ") for name, value in key.items()}
+    return [
+        f"{name} {value}" if len(several[name]) < 4 else f"{len(several[name])} {name}" for name, value in key.items()
+    ]
+
+
+def missing_texts(key: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    """What a machine is instead of what engines fit, or what it lacks of that, for people."""
+    texts = []
+    for name, wanted in key.items():
+        found, needed = here.get(name, ""), wanted.split(" and ")
+        if any(_is_met(each, found) for each in wanted.split(" or ")):
+            continue
+        lacking = [each for each in needed if each not in found.split(" and ")]
+        texts.append(f"{name} without {', '.join(lacking)}" if len(needed) > 1 else f"{name} {found or 'unknown'}")
+    return texts
 
 
 def is_compatible(key: Mapping[str, str], here: Mapping[str, str]) -> bool:
-    """Whether engines fit a machine: a key's entry names what fits, one or several, and "8.0+" also what is newer."""
+    """Whether engines fit a machine.
+
+    A key's entry names what fits: one, or one "or" another; "8.0+" also what is newer; or what
+    must be there, one "and" another.
+    """
     return all(any(_is_met(each, here.get(name, "")) for each in wanted.split(" or ")) for name, wanted in key.items())
 
 
 def _is_met(wanted: str, found: str) -> bool:
     if not wanted.endswith("+"):
-        return wanted == found
+        return set(wanted.split(" and ")) <= set(found.split(" and "))
     return bool(found) and _numbers(found) >= _numbers(wanted)
 
 

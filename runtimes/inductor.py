@@ -4,7 +4,7 @@ import contextlib
 import platform
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from recache_compile.passes.lay_out_attention import LayOutAttention
 from recache_compile.passes.split_bias import SplitBias
 from recache_compile.passes.write_out_gelu import WriteOutGelu
 from recache_compile.runtimes.base import Engine, Runtime, example_inputs, free_sizes
+from recache_compile.support.machine import compiled_instruction_sets, instruction_sets
 
 CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
 """What the compiler for CPUs does not do by itself, and what would not be right for others."""
@@ -66,12 +67,18 @@ class Inductor(Runtime):
         return (f"engines/{variant}/{program}.pt2",)
 
     def build_requirements(self, device: torch.device) -> Mapping[str, str]:
-        """The torch version, and the processor or GPU architecture."""
-        if device.type == "cuda":
-            machine = "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
-        else:
-            machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return {"torch": str(torch.__version__), "machine": machine}
+        """The torch version, and the GPU's architecture or the processor's with the instructions that are used."""
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        facts = _facts(device)
+        if device.type == "cpu":
+            march = getattr(torch._inductor.config.cpp, "march", None) or "native"
+            facts |= _needing(compiled_instruction_sets(get_cpp_compiler(), march))
+        return facts
+
+    def machine_facts(self, device: torch.device) -> Mapping[str, str]:
+        """The same of this machine, whose processor may know more instructions."""
+        return _facts(device) | (_needing(instruction_sets()) if device.type == "cpu" else {})
 
     def require(self, building: bool) -> None:
         """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
@@ -129,6 +136,18 @@ class Inductor(Runtime):
     ) -> Engine:
         """Load a package and hand it pointers to the weights."""
         return InductorEngine(files[0], weights, device)
+
+
+def _facts(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda":
+        machine = "cuda " + "".join(map(str, torch.cuda.get_device_capability(device)))
+    else:
+        machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": str(torch.__version__), "machine": machine}
+
+
+def _needing(instructions: Collection[str]) -> dict[str, str]:
+    return {"instructions": " and ".join(sorted(instructions))} if instructions else {}
 
 
 def first_complaint(error: BaseException) -> str:

@@ -40,7 +40,14 @@ from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_to_json, value_to_json
 from recache_compile.runtimes._cuda_graphs import check_graphs
 from recache_compile.runtimes._offload import OffloadedEngine
-from recache_compile.runtimes.base import Engine, Runtime, UnavailableEngine, is_compatible, requirement_texts
+from recache_compile.runtimes.base import (
+    Engine,
+    Runtime,
+    UnavailableEngine,
+    is_compatible,
+    missing_texts,
+    requirement_texts,
+)
 from recache_compile.runtimes.registry import get_runtime, known_runtime
 from recache_compile.support.devices import numbered, parsed_device
 from recache_compile.support.files import check_place, output_errors
@@ -212,9 +219,8 @@ def check_fit(manifest: Manifest, runtime: Runtime, device: torch.device, folder
             f"its engines are for {built_for}, not for {device}; run {command}{other} --device {device}"
         )
     if not is_compatible(manifest.requirements, here := runtime.machine_facts(device)):
-        raise ArtifactError(
-            f"its engines are for {built_for}, this is {', '.join(requirement_texts(here))}; run {command}"
-        )
+        this = ", ".join(missing_texts(manifest.requirements, here))
+        raise ArtifactError(f"its engines are for {built_for}, this is {this}; run {command}")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Runtime
 from recache_compile.support.files import cache_folder, writing
-from recache_compile.support.machine import processor_flags, versions
+from recache_compile.support.machine import versions
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         "device": str(examples[0].device),
         "requirements": dict(runtime.build_requirements(examples[0].device)),
         "versions": versions(),
-        "processor": processor_flags(),
         "compilers": {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)},
         "roles": [example.roles for example in examples],
         "processors": [example.attention for example in examples],

@@ -1,6 +1,8 @@
 """Where something was measured."""
 
 import platform
+import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +15,9 @@ PACKAGES = (
     *("numpy", "torchmetrics", "lpips", "open_clip_torch", "torch-fidelity", "vbench"),
 )
 
+EXTENSIONS = ("sse4", "avx", "fma", "f16c", "bmi2", "vaes", "vpclmulqdq", "gfni", "amx")
+"""What the names of the instruction sets begin with that compilers and Linux call alike."""
+
 
 def machine(device: str, threads: int = 0) -> str:
     """The GPU's name, or the processor's with the number of threads used; 0: those of this process."""
@@ -21,9 +26,27 @@ def machine(device: str, threads: int = 0) -> str:
     return f"{_of_processor('model name') or platform.machine()}, {threads or torch.get_num_threads()} threads"
 
 
-def processor_flags() -> str:
-    """The instructions that this processor has: code that was compiled for them may not run on another one."""
-    return _of_processor("flags")
+def instruction_sets() -> frozenset[str]:
+    """Extensions of the instruction set of x86-64 that this processor has, as "avx512vnni"."""
+    return _extensions(_of_processor("flags").split())
+
+
+def compiled_instruction_sets(compiler: str, march: str) -> frozenset[str]:
+    """Extensions that a C++ compiler uses.
+
+    Args:
+        compiler: its command.
+        march: what it compiles for, "native" for this machine.
+    """
+    command = [compiler, f"-march={march}", "-E", "-dM", "-x", "c++", "/dev/null"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _extensions(line.split()[1] for line in asked.stdout.splitlines() if len(line.split()) > 1)
+
+
+def _extensions(names: Iterable[str]) -> frozenset[str]:
+    """Those among names of macros or of flags of a processor that vector code is made of, spelled alike."""
+    plain = (name.strip("_").replace("_", "").lower() for name in names)
+    return frozenset(name for name in plain if name.startswith(EXTENSIONS))
 
 
 def _of_processor(fact: str) -> str:

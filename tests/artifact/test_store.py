@@ -257,3 +257,19 @@ def test_a_rename_that_fails_brings_the_old_artifact_back(
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
     rc.load(folder)
+
+
+@pytest.mark.slow
+def test_instructions_that_a_processor_lacks_are_named_with_the_command_that_rebuilds(
+    inductor_artifact: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(inductor_artifact, tmp_path)
+    built = json.loads((folder / "manifest.json").read_text())["requirements"]
+    assert set(built) == {"torch", "machine", "instructions"}
+    edit_manifest(folder, requirements={**built, "instructions": f"{built['instructions']} and amxnext"})
+    with pytest.raises(
+        ArtifactError, match=r"engines are for cpu, .* instructions, this is instructions without amxnext"
+    ):
+        rc.load(folder)
+    edit_manifest(folder, requirements={**built, "instructions": built["instructions"].partition(" and ")[0]})
+    rc.load(folder)

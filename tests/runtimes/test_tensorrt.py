@@ -209,6 +209,8 @@ def test_the_main_command_leaves_a_bundle_where_nothing_can_be_compared(tmp_path
         ("1.7.1.116", "1.7.2.1", False),
         ("1.7.1.116+", "1.10.0.3", True),
         ("1.7.1.116+", "1.7.0.9", False),
+        ("avx2 and fma", "avx and avx2 and fma", True),
+        ("avx2 and avx512f", "avx and avx2 and fma", False),
     ],
 )
 def test_engines_fit_what_their_key_names(wanted: str, found: str, fit: bool) -> None:
