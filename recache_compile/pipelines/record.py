@@ -136,11 +136,13 @@ def check_one_step_a_call(calls: Sequence[Mapping[str, Any]], num_steps: int, wh
     """Raise `ModelError` where more than T different timesteps follow one another in one direction.
 
     In asynchronous diffusion forcing each frame has a step of its own, and a call no step at all.
+    Calls at a timestep of zero, where nothing is left to denoise, are no steps.
     """
-    times = [
+    every = (
         {name: leaf.double().sum() for name, leaf in named_leaves(call).items() if _is_timestep(name, leaf)}
         for call in calls
-    ]
+    )
+    times = [each for each in every if not each or any(each.values())]
     longest, run, last = 0, 0, 0.0
     for before, now in itertools.pairwise(times):
         change = float(sum(now[name] - before[name] for name in now.keys() & before.keys()))
