@@ -1,9 +1,10 @@
 """The one error tree of the package: each message says what, where and the remedy."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class RecacheError(Exception):
@@ -55,12 +56,12 @@ def check_memory(error: BaseException) -> None:
     """Raise `RuntimeUnavailableError` where memory ran out, which is no fault of what was being done."""
     where: BaseException | None = error
     while where is not None:
-        # named, as `torch` is not imported here; on the CPU it raises a plain RuntimeError
-        if isinstance(where, MemoryError) or type(where).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(where):
+        # by their words, as `torch` has several classes, and on the CPU a plain RuntimeError
+        if isinstance(where, MemoryError) or (isinstance(where, RuntimeError) and _NO_MEMORY.search(str(where))):
             raise RuntimeUnavailableError(
                 f"out of memory: {reason_of(where)}; take a smaller size or batch, half precision, or another device"
             ) from error
-        where = where.__cause__ or where.__context__
+        where = where.__cause__ or (None if where.__suppress_context__ else where.__context__)
 
 
 def root_cause(error: BaseException) -> str:

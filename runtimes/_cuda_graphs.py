@@ -39,12 +39,10 @@ class RecordedCall:
 
     Args:
         replay: runs it again.
-        inputs: the tensors it reads.
         outputs: the tensors it writes.
     """
 
     replay: Callable[[], None]
-    inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
 
 
@@ -79,17 +77,18 @@ class GraphedEngine(Engine):
 
     @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
-        self._engine.use(weights)
-        self._recorded = None
+        with self._recorder.turn():
+            self._engine.use(weights)
+            self._recorded = None
 
     def _place(self, value: Value, given: Tensor) -> Tensor:
-        """The memory of an input, which holds these values now; what stays for a generation is copied once."""
+        """The memory of an input, which holds these values now; what nobody writes to is copied where it is another."""
         place, held = self._places.get(value, (None, None))
         if place is None:
             place = torch.empty_like(given, memory_format=torch.contiguous_format)
         if given is not held:
             place.copy_(given)
-        self._places[value] = place, given if value.kind is Kind.FIXED else None
+        self._places[value] = place, given if value.kind in (Kind.FIXED, Kind.HISTORY) else None
         return place
 
     def _record(self, places: Sequence[Tensor]) -> RecordedCall:
@@ -101,7 +100,7 @@ class GraphedEngine(Engine):
                 f"{self._program.name}: cannot be part of a CUDA graph ({reason_of(error)}); load or compile with"
                 " cuda_graphs=False"
             ) from error
-        return RecordedCall(replay, places, outputs)
+        return RecordedCall(replay, outputs)
 
 
 def with_graphs(variant: Variant, recorder: Recorder | None = None) -> Variant:
@@ -169,8 +168,14 @@ class CudaGraphRecorder(Recorder):
                 self._done = current.record_event()
 
 
-recorder_of = functools.cache(CudaGraphRecorder)
-"""The one recorder of a device."""
+def recorder_of(device: torch.device) -> CudaGraphRecorder:
+    """The one recorder of a device."""
+    with _RECORDERS:
+        return _new_recorder(device)
+
+
+_RECORDERS = threading.Lock()
+_new_recorder = functools.cache(CudaGraphRecorder)
 
 
 @contextlib.contextmanager

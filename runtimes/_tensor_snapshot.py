@@ -18,6 +18,7 @@ class TensorSnapshot:
     tensor: Tensor
     version: int | None
     values: Tensor
+    is_old: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSnapshot":
@@ -35,8 +36,12 @@ class TensorSnapshot:
             return True
         if not torch.equal(tensor, self.values):
             return False
-        self.tensor, self.version = tensor, _version(tensor)
+        self.tensor, self.version, self.is_old = tensor, _version(tensor), False
         return True
+
+    def look_again(self) -> None:
+        """Let the next comparison wait, once: a new generation begins, and values may have been written between."""
+        self.is_old = True
 
     def differs(self, tensor: Tensor) -> Tensor | None:
         """Whether a tensor's values have changed that counts no versions (under inference mode), to be read later.
@@ -45,7 +50,7 @@ class TensorSnapshot:
             A truth value on the tensor's device; None where `still_equals` needs no wait, or where
             it is another tensor.
         """
-        if tensor is not self.tensor or self.version is not None or not host_waits(tensor):
+        if self.is_old or tensor is not self.tensor or self.version is not None or not host_waits(tensor):
             return None
         return (tensor != self.values).any()
 

@@ -16,7 +16,7 @@ from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
-from recache_compile.runtimes.dispatcher_tables import Tables
+from recache_compile.runtimes.dispatcher_tables import Tables, Timetable
 from recache_compile.support.devices import on_device
 
 Site = int | None
@@ -88,20 +88,19 @@ class Dispatcher:
             self._variants.setdefault(kind, []).append(each)
         self._device = variants[0].device
         self._start: int | None = 0
-        self._timetable: Tensor | None = None
+        self._timetable: Timetable | None = None
         self._states: dict[Place, State] = {}
 
-    def reset(self, start: int | None = 0, timetable: Tensor | None = None) -> None:
+    def reset(self, start: int | None = 0, timetable: Timetable | None = None) -> None:
         """Forget every generation in progress and its history.
 
         Args:
-            timetable: timesteps of the loop's scheduler (T,), on the CPU: where they are not those that
-                were compiled, this is then known from the first step on.  On a GPU it is otherwise
-                noticed after the last one.
             start: the step that the next generations begin with.  It is then a recompute
                 step, in addition to those that come after it (image-to-image runs begin in
                 the middle of the schedule).  None: each branch and kind of call begins with
                 the step that it is first called in.
+            timetable: of the loop's scheduler: where it is not the one that was compiled, this is then
+                known from the first step on.  On a GPU it is otherwise noticed after the last one.
 
         Raises:
             DispatchError: there is no such step.
@@ -112,6 +111,16 @@ class Dispatcher:
         for state in self._states.values():
             state.history.clear()
             state.last_step = None
+
+    def finish(self) -> None:
+        """A generation is over, whichever step was its last.
+
+        Raises:
+            DispatchError: what was compared on the device turned out to differ, so its result is wrong.
+        """
+        for state in self._states.values():
+            if state.tables is not None:
+                state.tables.finish()
 
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:
         """One model call of one denoising step.
@@ -138,7 +147,7 @@ class Dispatcher:
         with on_device(self._device):
             if state.tables is not None:
                 if at == 0:
-                    state.tables.restart(None if self._timetable is None else self._timetable[step:])
+                    state.tables.restart(self._timetable)
                 state.tables.prepare(at, tensors)
             predictions, stored = self._run(state, at, tensors)
         state.last_step = step

@@ -1,6 +1,8 @@
-"""The prologue's tables of one generation: filled when needed, never stale."""
+"""The prologue's tables of one generation: filled when needed; what is stale is noticed, at the end at the latest."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,30 @@ from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot, host_waits
 from recache_compile.runtimes.base import Revision, Variant
 
-UNITS = 1000
-"""Steps of the training that timesteps are counted in, where they are no shares of it."""
+
+@dataclass(frozen=True, slots=True)
+class Timetable:
+    """The timesteps that a scheduler makes.
+
+    Args:
+        timesteps: (T,), on the CPU.
+        num_train_timesteps: steps of the training, which models are told shares of, or those steps.
+    """
+
+    timesteps: Tensor
+    num_train_timesteps: int = 1000
+
+    @classmethod
+    def of(cls, scheduler: Any, num_steps: int) -> "Timetable":
+        """That of a scheduler of diffusers whose timesteps are set; without what comes after step T-1."""
+        train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
+        return cls(torch.as_tensor(scheduler.timesteps)[:num_steps].cpu(), train)
+
+    def scaled(self, like: Tensor) -> list[Tensor]:
+        """As a model may be told of them, in the type of a timestep input: whole ones are cut off."""
+        if not like.is_floating_point():
+            return [self.timesteps.trunc().to(like.dtype)]
+        return [(self.timesteps.double() * scale).to(like.dtype) for scale in (1.0, 1.0 / self.num_train_timesteps)]
 
 
 class Tables:
@@ -52,7 +76,8 @@ class Tables:
         self._fixed: dict[tuple[str | None, str | None], Tensor] = {}
         self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}
         self._differs: Tensor | None = None
-        self._timetable: Tensor | None = None
+        self._timetable: Timetable | None = None
+        self._start = start
 
     def follow(self, plan: Plan) -> None:
         """Serve another plan with the same first step; rows that are there already stay."""
@@ -92,25 +117,26 @@ class Tables:
         """Whether all that a step reads is there."""
         return all((step, self._tables[step], value.name) in self._rows for value in self._reads[step])
 
-    def restart(self, timetable: Tensor | None = None) -> None:
+    def restart(self, timetable: Timetable | None = None) -> None:
         """Forget what an interrupted generation left to be checked, and rows of weights that were written to since.
 
         Args:
-            timetable: timesteps of the scheduler from the first step on (steps,), on the CPU.  Where those
-                that are known do not belong to it, all are learned anew on the way.  None: each
-                step's is compared when it comes.
+            timetable: of the scheduler.  Where the timesteps that are known do not belong to it, all are
+                learned anew on the way.  None: each step's is compared when it comes.
         """
         self._differs = None
+        for seen in self._conditioning.values():
+            seen.look_again()
         if timetable is not None:
             if not self._fits(timetable):
                 self._forget_timesteps()
-            self._timetable = timetable.clone()
+            self._timetable = timetable
         versions = sum(weight._version for weight in self._weights if not weight.is_inference())
         if versions != self._versions:
             self._versions, self._computed_at = versions, None
 
     def finish(self) -> None:
-        """Raise if timesteps that were compared on the device turned out to differ."""
+        """Raise `DispatchError` if timesteps or conditioning that were compared on the device turned out to differ."""
         differs, self._differs = self._differs, None
         if differs is not None and bool(differs):
             self._forget_timesteps()
@@ -120,23 +146,24 @@ class Tables:
                 " to under way, so its result is wrong; run it again: all is then learned on the way"
             )
 
-    def _fits(self, timetable: Tensor) -> bool:
-        """Whether a scheduler's timesteps are those that are known: as they are, or in units of the training's steps.
+    def _fits(self, timetable: Timetable) -> bool:
+        """Whether a scheduler's timesteps are those that are known, of one input at least.
 
         Tokens may have timesteps of their own, of which the largest is the loop's.
         """
         if self._timetable is not None:
-            return torch.equal(timetable, self._timetable)
+            return torch.equal(timetable.timesteps, self._timetable.timesteps)
+        found = []
         for column in self._timesteps.values():
             known = [tensor.max().cpu() for tensor in column if tensor is not None]
-            if len(known) != len(timetable):
+            wanted = timetable.timesteps[self._start :]
+            if len(known) != len(wanted):
                 continue  # some are not known yet: they are compared when they come
             values = torch.stack(known)
-            rtol = 4 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-            wanted = ((timetable.double() * scale).to(values.dtype) for scale in (1.0, 1 / UNITS))
-            if not any(torch.allclose(values, each, rtol=rtol, atol=0.0) for each in wanted):
-                return False
-        return True
+            rtol = 2 * torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+            scaled = (each[self._start :] for each in timetable.scaled(values))
+            found.append(any(torch.allclose(values, each, rtol=rtol, atol=0.0) for each in scaled))
+        return any(found) or not found
 
     def _forget_timesteps(self) -> None:
         self._timesteps = {name: [None] * len(steps) for name, steps in self._timesteps.items()}

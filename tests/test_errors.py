@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
 
 import recache_compile as rc
 from recache_compile.cli.app import main
@@ -44,11 +43,11 @@ def out_of_memory(*args: object, **kwargs: object) -> None:
     raise torch.OutOfMemoryError(GPU)
 
 
-def test_a_model_that_runs_out_of_memory_is_not_called_untraceable() -> None:
-    model: nn.Module = tiny_flux()
-    model.transformer_blocks[0].register_forward_pre_hook(out_of_memory)
-    with pytest.raises((RuntimeUnavailableError, torch.OutOfMemoryError), match="out of memory"):
-        rc.compile(model, flux_inputs(), budgets=(2,), num_steps=4, runtime="eager")
+@pytest.mark.parametrize("where", ["capture.trace", "passes.prologue"])
+def test_a_model_that_runs_out_of_memory_is_not_called_untraceable(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"recache_compile.{where}.export_module", out_of_memory)
+    with pytest.raises(RuntimeUnavailableError, match=r"^out of memory: CUDA out of memory"):
+        rc.compile(tiny_flux(), flux_inputs(), budgets=(2,), num_steps=4, runtime="eager")
 
 
 def test_an_artifact_that_does_not_fit_into_memory_is_not_called_damaged(

@@ -16,9 +16,9 @@ WEIGHTY = (
     *("Flux2Pipeline", "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageControlNetPipeline", "ZImagePipeline"),
     *("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"),
     *("LTXPipeline", "LTX2Pipeline", "StableDiffusion3ControlNetPipeline", "ChromaPipeline", "Lumina2Pipeline"),
-    *("SanaPipeline", "CogVideoXPipeline", "Kandinsky5T2VPipeline", "AceStepPipeline"),
+    *("SanaPipeline", "CogVideoXPipeline", "Kandinsky5T2VPipeline", "AceStepPipeline", "StableDiffusion3PAGPipeline"),
 )
-"""Those that most people run."""
+"""Those that most people run, and one that changes attention for a call."""
 
 NAMES = [pytest.param(name, marks=() if name in WEIGHTY else pytest.mark.zoo) for name in CASES]
 

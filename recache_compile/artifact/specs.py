@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.capture.export import quiet
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import ModelError, RecacheError
+from recache_compile.errors import ModelError, RecacheError, check_memory
 
 FOLDER = Path(__file__).parent.parent / "models" / "specs"
 
@@ -88,6 +88,7 @@ def read_spec(file: Path) -> WeightlessModel:
     except RecacheError:
         raise
     except Exception as error:  # whatever a constructor raises
+        check_memory(error)
         raise ModelError(f"{file}: {spec.class_name} does not take this config: {error}") from error
     inputs = {name: _read_input(entry, file) for name, entry in spec.inputs.items()}
     return WeightlessModel(spec.name, spec.size, spec.num_steps, module, Example(inputs))

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from recache_compile.capture.capture import Captured
 from recache_compile.capture.compat import hooks_of, is_offloaded
 from recache_compile.capture.trace import evaluating
-from recache_compile.errors import CaptureError
+from recache_compile.errors import CaptureError, check_memory
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 
@@ -102,6 +102,7 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
         try:
             theirs = _call(module, inputs, changed)
         except Exception as error:  # whatever a module does that has kept what it met while it was traced
+            check_memory(error)
             raise CaptureError(
                 f"capture of {who}: it cannot be called any more ({type(error).__name__}); {STATE}"
             ) from error

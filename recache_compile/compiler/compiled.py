@@ -1,6 +1,7 @@
 """The two types: engines, which know no budget, and engines with plans, which run one."""
 
 import html
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +73,8 @@ class Engines:
     requirements: Mapping[str, str]
     keep: Any = None
     revision: Revision = field(default_factory=Revision)
-    _graphed: list[Variant] = field(default_factory=list, init=False)
+    _graphed: list[tuple[Variant, ...]] = field(default_factory=list, init=False)
+    _graphing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def config(self) -> CompileConfig:
@@ -128,9 +130,10 @@ class Engines:
         """What dispatchers call: the variants, with CUDA graphs that all dispatchers share where they are wanted."""
         if not self.config.cuda_graphs or self.device.type != "cuda":
             return self.variants
-        if not self._graphed:
-            self._graphed.extend(map(with_graphs, self.variants))
-        return tuple(self._graphed)
+        with self._graphing:
+            if not self._graphed:
+                self._graphed.append(tuple(map(with_graphs, self.variants)))
+        return self._graphed[0]
 
     def on_this_device(self) -> "Engines":
         """The same, or with the programs themselves as engines where those that were built run elsewhere."""

@@ -1,10 +1,13 @@
 """Let a `diffusers` pipeline run on compiled engines, and give it its own transformer back."""
 
 import contextlib
+import copy
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from recache_compile.capture.processors import processors_of, under_processors
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
 from recache_compile.pipelines.record import check_scheduler
@@ -16,12 +19,14 @@ FROZEN = (
     *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora"),
     *("enable_lora", "delete_adapters", "load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
     *("fuse_qkv_projections", "unfuse_qkv_projections"),
-    "set_pag_applied_layers",
 )
 """Methods of pipelines that change what its transformer computes, which engines do not follow."""
 
 PERTURB = "_set_pag_attn_processor"
 """Method of pipelines with perturbed-attention guidance that sets attention processors for a call."""
+
+_PERTURBING = threading.Lock()
+"""One thread at a time looks which layers a pipeline perturbs."""
 
 
 def install(
@@ -57,8 +62,7 @@ def install(
             made = CompiledTransformer(each, one, chosen, original, falls_back=fallback is not None)
             transformers.append((one, name, made))
     for one, name, transformer in transformers:
-        setattr(one, name, transformer)
-        one.__class__ = accelerated_class(_own_class(one))
+        _put_in(one, {name: transformer})
     return pipeline
 
 
@@ -77,11 +81,37 @@ def restore(pipeline: Any) -> Any:
                 f"{_own_class(pipeline).__name__}: had no {name} of its own that could be given back; set one"
                 f" (pipeline.{name} = ...), or load the pipeline again"
             )
-    for one in (pipeline, *inner_pipelines(pipeline)):
-        for name, transformer in compiled_transformers(one).items():
-            setattr(one, name, transformer.original)
-        one.__class__ = _own_class(one)
+    for one, found in _accelerated(pipeline):
+        _give_back(one, found)
     return pipeline
+
+
+def _accelerated(pipeline: Any) -> list[tuple[Any, dict[str, CompiledTransformer]]]:
+    """A pipeline and those inside of it that run on engines for the same transformers, with what they have of them."""
+    own = compiled_transformers(pipeline)
+    originals_here = {id(each.original) for each in own.values() if each.original is not None}
+    inside = [
+        (
+            inner,
+            {name: each for name, each in compiled_transformers(inner).items() if id(each.original) in originals_here},
+        )
+        for inner in inner_pipelines(pipeline)
+    ]
+    return [(one, found) for one, found in ((pipeline, own), *inside) if found]
+
+
+def _give_back(pipeline: Any, installed: Mapping[str, CompiledTransformer]) -> None:
+    """Put the originals in the place of these; the class is that of diffusers where no engines are left."""
+    for name, transformer in installed.items():
+        setattr(pipeline, name, transformer.original)
+    if not compiled_transformers(pipeline):
+        pipeline.__class__ = _own_class(pipeline)
+
+
+def _put_in(pipeline: Any, transformers: Mapping[str, CompiledTransformer]) -> None:
+    for name, transformer in transformers.items():
+        setattr(pipeline, name, transformer)
+    pipeline.__class__ = accelerated_class(_own_class(pipeline))
 
 
 def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
@@ -92,6 +122,17 @@ def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
 def inner_pipelines(pipeline: Any) -> list[Any]:
     """The pipelines that a pipeline is made of, where it is (VisualCloze draws with one and enlarges with another)."""
     return [each for each in vars(pipeline).values() if hasattr(type(each), "components")]
+
+
+def _has_restored_inside(pipeline: Any) -> bool:
+    """Whether one of the pipelines inside calls a transformer itself that others have engines for."""
+    own = compiled_transformers(pipeline)
+    return any(
+        getattr(inner, name, None) is each.original
+        for inner in inner_pipelines(pipeline)
+        for name, each in own.items()
+        if each.original is not None
+    )
 
 
 def _inner_with(pipeline: Any, name: str, transformer: Any) -> list[Any]:
@@ -119,14 +160,16 @@ def accelerated_class(base: Any) -> Any:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
         transformers = compiled_transformers(self).values()
-        if budget is not None and not transformers:
+        if budget is not None and (not transformers or _has_restored_inside(self)):
             raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
         with contextlib.ExitStack() as stack:
             for each in transformers:
                 stack.enter_context(each.generation(self, budget))
-            for inner in inner_pipelines(self):
-                for each in compiled_transformers(inner).values():
-                    stack.enter_context(each.under(budget))
+            for _, found in _accelerated(self)[1:]:
+                for name, each in found.items():
+                    outer = getattr(self, name).budget
+                    usual = outer if outer in each.compiled.plans else None
+                    stack.enter_context(each.under(usual if budget is None else budget))
             return base.__call__(self, *args, **kwargs)
 
     @functools.wraps(base.save_pretrained)
@@ -157,16 +200,21 @@ def _perturbing(base: Any) -> Any:
 
     @functools.wraps(method)
     def perturb(self: Any, *args: Any, **kwargs: Any) -> None:
+        view = copy.copy(self)
         installed = compiled_transformers(self)
         for name, transformer in installed.items():
-            setattr(self, name, transformer.stand_in)
-        try:
-            method(self, *args, **kwargs)
-        finally:
-            for name, transformer in installed.items():
-                setattr(self, name, transformer)
-        for transformer in installed.values():
-            transformer.note_processors()
+            if transformer.stand_in is None:
+                raise ModelError(
+                    f"{base.__name__}: perturbed-attention guidance looks for layers of the {name}, and nothing stands"
+                    " in for it here; load the pipeline with it, or call without (pag_scale=0)"
+                )
+            setattr(view, name, transformer.stand_in)
+        with _PERTURBING, contextlib.ExitStack() as stack:
+            for transformer in installed.values():
+                stack.enter_context(under_processors(transformer.stand_in, transformer.attn_processors))
+            method(view, *args, **kwargs)
+            for transformer in installed.values():
+                transformer.set_attn_processor(processors_of(transformer.stand_in))
 
     return perturb
 
@@ -205,16 +253,11 @@ def originals(pipeline: Any) -> Iterator[None]:
             f"{_own_class(pipeline).__name__}: has no weights of its own {lost[0]} to save; save the engines with"
             f" compiled.save(FOLDER), or load the pipeline with its {lost[0]}"
         )
-    family = {id(one): (one, compiled_transformers(one)) for one in (pipeline, *inner_pipelines(pipeline))}
-    accelerated = [(one, found) for one, found in family.values() if found]
+    accelerated = _accelerated(pipeline)
     try:
         for one, found in accelerated:
-            for name, transformer in found.items():
-                setattr(one, name, transformer.original)
-            one.__class__ = _own_class(one)
+            _give_back(one, found)
         yield
     finally:
         for one, found in accelerated:
-            for name, transformer in found.items():
-                setattr(one, name, transformer)
-            one.__class__ = accelerated_class(_own_class(one))
+            _put_in(one, found)

@@ -23,6 +23,7 @@ class Generation:
         in_call: whether an accelerated pipeline's call began it, and will end it.
         branches: the guidance branches that were met, where the pipeline does not name them.
         branch: the one that the pipeline has named.
+        processors: the attention processors of its calls, by name.
         warned: whether the user was told that the original runs.
     """
 
@@ -30,6 +31,7 @@ class Generation:
     dispatcher: Dispatcher
     steps: StepTracker
     in_call: bool
+    processors: Mapping[str, Any] = field(default_factory=dict)
     branches: Branches = field(default_factory=Branches)
     branch: str | None = None
     warned: bool = False
@@ -55,27 +57,38 @@ class Generations:
         self._free.setdefault(budget, []).append(dispatcher)
 
     @contextlib.contextmanager
-    def begin(self, pipeline: Any, budget: int, steps: StepTracker) -> Iterator[None]:
-        """One call of a pipeline; its history is not kept when it is over."""
+    def begin(self, pipeline: Any, budget: int, steps: StepTracker, processors: Mapping[str, Any]) -> Iterator[None]:
+        """One call of a pipeline; its history is not kept when it is over.
+
+        Raises:
+            DispatchError: what was compared on the device turned out to differ.
+        """
         with self._lock:
             free = self._free.setdefault(budget, [])
             dispatcher = free.pop() if free else None
-        generation = Generation(pipeline, dispatcher or self._make(budget), steps, in_call=True)
+        generation = Generation(pipeline, dispatcher or self._make(budget), steps, True, processors)
         token = self._active.set({**self._active.get(), id(self): generation})
         try:
             yield
+            generation.dispatcher.finish()
         finally:
             self._active.reset(token)
             generation.dispatcher.reset(start=None)
             with self._lock:
                 free.append(generation.dispatcher)
 
-    def current(self, pipeline: Any, budget: int, make_steps: Callable[[], StepTracker]) -> Generation:
+    def active(self) -> Generation | None:
+        """The accelerated call that runs."""
+        return self._active.get().get(id(self))
+
+    def current(
+        self, pipeline: Any, budget: int, make_steps: Callable[[], StepTracker], processors: Mapping[str, Any]
+    ) -> Generation:
         """The generation that a call belongs to: the accelerated call that runs, or this thread's own loop."""
-        active = self._active.get().get(id(self))
-        if active is not None:
+        if (active := self.active()) is not None:
             return active
         own: dict[int, Generation] = self._own.__dict__.setdefault("by_budget", {})
         if budget not in own:
             own[budget] = Generation(pipeline, self._make(budget), make_steps(), in_call=False)
+        own[budget].processors = processors
         return own[budget]

@@ -15,7 +15,7 @@ from recache_compile.capture.compat import progress_bar_of, uncompiled
 from recache_compile.capture.processors import PROCESSORS
 from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import CaptureError, ModelError, check_memory
+from recache_compile.errors import ModelError, RecacheError, check_memory
 from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.call_recorder import recording
@@ -86,7 +86,7 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
             stack.enter_context(_silent_progress(pipeline))
             stack.enter_context(torch.random.fork_rng())
             pipeline(**arguments)
-    except (CaptureError, ModelError):
+    except RecacheError:
         raise
     except Exception as error:  # whatever the pipeline's own checks raise
         check_memory(error)
@@ -139,7 +139,7 @@ def check_one_step_a_call(calls: Sequence[Mapping[str, Any]], num_steps: int, wh
     Calls at a timestep of zero, where nothing is left to denoise, are no steps.
     """
     every = (
-        {name: leaf.double().sum() for name, leaf in named_leaves(call).items() if _is_timestep(name, leaf)}
+        {name: leaf.double().mean() for name, leaf in named_leaves(call).items() if _is_timestep(name, leaf)}
         for call in calls
     )
     times = [each for each in every if not each or any(each.values())]

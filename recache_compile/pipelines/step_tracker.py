@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.runtimes.dispatcher_tables import Timetable
 
 ELSEWHERE = (
     "this call comes from a loop that does not move the scheduler of the accelerated pipeline: another pipeline, or a"
@@ -86,7 +87,7 @@ class StepTracker:
     def _first_or_found(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
         """The step where the scheduler does not tell one: its first, or where the timestep is in its table."""
         begin = getattr(scheduler, "begin_index", None)
-        if begin is not None and self._last is None:
+        if begin is not None and (self._last is None or self._is_first(leaves)):
             return int(begin)
         places = self._places(scheduler, leaves)
         if begin is not None and not places:
@@ -127,19 +128,12 @@ class StepTracker:
         values = [tensor.max() for tensor in self._given(leaves).values()]
         if not values:
             return set()
-        table = torch.as_tensor(scheduler.timesteps)[: self._num_steps].double()
-        if not any(value.is_floating_point() for value in values):
-            table = table.trunc()  # as the pipeline has made them whole
-        train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
-        for scale in (1.0, 1.0 / train):
-            scaled = table * scale
-            found = {
-                int(at)
-                for value in values
-                for at in torch.isclose(scaled, value.to(scaled), rtol=1e-5, atol=0.0).nonzero()
-            }
-            if found:
-                return found
+        table = Timetable.of(scheduler, self._num_steps)
+        for value in values:
+            for scaled in table.scaled(value):
+                near = torch.isclose(scaled.double(), value.double().cpu(), rtol=1e-5, atol=0.0)
+                if found := {int(at) for at in near.nonzero()}:
+                    return found
         return set()
 
 

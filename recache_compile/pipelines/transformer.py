@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text
+from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text, under_processors
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.signature import named_leaves
@@ -21,6 +21,7 @@ from recache_compile.pipelines.skeleton import skeleton_of
 from recache_compile.pipelines.step_tracker import StepTracker
 from recache_compile.runtimes._tensor_snapshot import host_waits
 from recache_compile.runtimes.dispatcher import Dispatcher
+from recache_compile.runtimes.dispatcher_tables import Timetable
 
 _MISSING: Any = object()
 
@@ -65,8 +66,7 @@ class CompiledTransformer(nn.Module):
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
         self.falls_back = falls_back
         self.budget = budget
-        self._at_rest: dict[str, Any] | None = None  # the stand-in's attention processors when it was first asked for
-        self._attention = ""  # those of the calls, where they are others
+        self._processors: dict[str, Any] = {}  # of the generations, where they are not those at rest
 
     @property
     def compiled(self) -> Compiled:
@@ -133,21 +133,38 @@ class CompiledTransformer(nn.Module):
 
     @property
     def stand_in(self) -> nn.Module | None:
-        """What pipelines read of the transformer: the original, or a module without weights."""
-        found = self._original[0] or self._skeleton
-        if self._at_rest is None:
-            self._at_rest = processors_of(found)
-        return found
+        """What pipelines read of the transformer: the original, or a module without weights; None: nothing stands in.
+
+        It is never changed.
+        """
+        return self._original[0] or self._skeleton
+
+    @functools.cached_property
+    def _at_rest(self) -> dict[str, Any]:
+        """The attention processors that the model was compiled with."""
+        return processors_of(self.stand_in)
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """The attention processors of the next call, by name."""
+        generation = self._generations.active()
+        return dict((self._processors if generation is None else generation.processors) or self._at_rest)
 
     def set_attn_processor(self, processors: Any) -> None:
-        """Let the next calls be those of a module with these attention processors, which must have been compiled."""
-        self.stand_in.set_attn_processor(processors)  # type: ignore[union-attr, operator]
-        self.note_processors()
+        """Let the next calls be those of a module with these attention processors; such calls must have been compiled.
 
-    def note_processors(self) -> None:
-        """Look which attention processors the stand-in has now."""
-        now = processors_of(self.stand_in)
-        self._attention = processors_text(now, self._at_rest or {})
+        Args:
+            processors: by name, or one for all.
+
+        Raises:
+            CaptureError: one of them holds what tells no kind of call.
+        """
+        given = dict(processors) if isinstance(processors, Mapping) else dict.fromkeys(self._at_rest, processors)
+        changed = given if processors_text(given, self._at_rest) else {}
+        if (generation := self._generations.active()) is None:
+            self._processors = changed
+        else:
+            generation.processors = changed
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module | None:
@@ -163,15 +180,19 @@ class CompiledTransformer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTransformer":
         """Another one on the same engines and weights."""
         pipeline = memo.get(id(self._pipeline), self._pipeline)
-        return CompiledTransformer(self._compiled, pipeline, self._budget, self.original, self.falls_back)
+        copied = CompiledTransformer(self._compiled, pipeline, self._budget, self.original, self.falls_back)
+        copied._processors = self._processors
+        return copied
 
     def __getstate__(self) -> tuple[Any, ...]:
         """What is pickled: no generation that is under way."""
-        return self._compiled, self._pipeline, self._budget, self.original, self.falls_back
+        return (self._compiled, self._pipeline, self._budget, self.original, self.falls_back), self._processors
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Begin anew with the same engines."""
-        self.__init__(*state)  # type: ignore[misc]
+        arguments, processors = state
+        self.__init__(*arguments)  # type: ignore[misc]
+        self._processors = processors
 
     @contextlib.contextmanager
     def generation(self, pipeline: Any, budget: int | None = None) -> Iterator[None]:
@@ -181,7 +202,7 @@ class CompiledTransformer(nn.Module):
             DispatchError: the budget was not compiled.
         """
         chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._known(budget)
-        with self._generations.begin(pipeline, chosen, self._new_steps()):
+        with self._generations.begin(pipeline, chosen, self._new_steps(), self._processors):
             yield
 
     @contextlib.contextmanager
@@ -216,9 +237,9 @@ class CompiledTransformer(nn.Module):
             MismatchError: the call is of a kind that was not compiled, and there is no fallback.
         """
         inputs = dict(zip(self._compiled.engines.signature.parameters, args, strict=False)) | kwargs
-        if self._attention:
-            inputs[PROCESSORS] = self._attention
         generation = self._generation()
+        if generation.processors:
+            inputs[PROCESSORS] = processors_text(generation.processors, self._at_rest)
         try:
             result = self._run(generation, inputs)
         except MismatchError as error:
@@ -227,7 +248,8 @@ class CompiledTransformer(nn.Module):
             if not generation.warned:
                 warnings.warn(f"running the original transformer: {error}", stacklevel=2)
             generation.warned = True
-            return self.original(*args, return_dict=return_dict, **kwargs)
+            with under_processors(self.original, generation.processors):
+                return self.original(*args, return_dict=return_dict, **kwargs)
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -235,16 +257,14 @@ class CompiledTransformer(nn.Module):
         return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
 
     def _generation(self) -> Generation:
-        return self._generations.current(self._pipeline, self._budget, self._new_steps)
+        return self._generations.current(self._pipeline, self._budget, self._new_steps, self._processors)
 
     def _new_steps(self) -> StepTracker:
         return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Kind.TIMESTEP))
 
-    def _timetable(self, scheduler: Any) -> torch.Tensor | None:
+    def _timetable(self, scheduler: Any) -> Timetable | None:
         """What the scheduler will make, where a step's own timestep cannot be looked at without a wait."""
-        if not host_waits(self.placeholder):
-            return None
-        return torch.as_tensor(scheduler.timesteps)[: self._compiled.num_steps].cpu()
+        return Timetable.of(scheduler, self._compiled.num_steps) if host_waits(self.placeholder) else None
 
     def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
         leaves = named_leaves(inputs)

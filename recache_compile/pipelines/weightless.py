@@ -14,7 +14,7 @@ from recache_compile.artifact.specs import (
     transformer_class,
 )
 from recache_compile.compiler.examples import Example
-from recache_compile.errors import ModelError
+from recache_compile.errors import ModelError, check_memory
 from recache_compile.pipelines.load import load_config, load_pipeline
 from recache_compile.pipelines.record import DENOISER, record_examples
 
@@ -48,6 +48,7 @@ def find_weightless(model: str, num_steps: int, call: Mapping[str, Any]) -> Weig
         with torch.device("meta"):
             module = cls.from_config(config).eval()
     except Exception as error:  # whatever a constructor raises
+        check_memory(error)
         raise ModelError(f"model {model}: {entry[1]} does not take its config: {error}") from error
     example = record_examples(load_pipeline(model, transformer=module), num_steps, call)[0]
     return WeightlessModel(model, "", num_steps, module, Example(on_meta(dict(example.inputs)), roles=example.roles))

@@ -47,7 +47,7 @@ class CheckedPipeline:
         """Whether everything is as it should be."""
         return (
             self.full_error <= EXACT
-            and self.cached < float("inf")
+            and EXACT < self.cached < 1.0
             and self.repeated <= SAME
             and self.recomputed == self.expected
         )

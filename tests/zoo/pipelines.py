@@ -74,5 +74,5 @@ def pipeline_classes() -> list[str]:
         kind = getattr(diffusers, name, None)
         if inspect.isclass(kind) and issubclass(kind, DiffusionPipeline) and ".deprecated." not in kind.__module__:
             parameters = inspect.signature(kind.__init__).parameters
-            found += [name] if any(each.startswith(DENOISER) for each in parameters) else []
+            found += [name] if any(DENOISER in each for each in parameters) else []
     return found
