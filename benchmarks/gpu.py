@@ -12,12 +12,12 @@ was.  Where packages cannot be downloaded, `--wheels FOLDER` installs those that
 
 import datetime
 import json
-import statistics
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import recache_compile as rc
-from recache_compile.bench.process import held
-from recache_compile.bench.subjects import OURS, available
-from recache_compile.bench.workload import BenchRequest, Workload, make_workload, peers_schedule
-from recache_compile.compiler.compiled import Compiled
-from recache_compile.config import CompileConfig
-from recache_compile.evaluation.measure import seconds
-from recache_compile.ir.forecasters import Taylor
+from recache_compile.bench.subjects import OURS
 from recache_compile.support.files import writing
 from recache_compile.support.machine import machine, versions
 
 ROOT = Path(__file__).parents[1]
 LOG = Console(stderr=True, highlight=False)
 PYTHON = (sys.executable,)
-PEERS = (OURS, "diffusers TaylorSeer lite + torch.compile", "cache-dit + torch.compile", "torch.compile")
-MOST = {"flux-12b": 2}
-"""How many of the peers are held at once, where a GPU of 80 GB has no room for all."""
-SIZES = {"flux-1b": (4, 8, 16), "flux-3b": (4, 10, 24), "flux-12b": (19, 38, 24)}
-"""Double blocks, single blocks and heads of 128 of FLUX-shaped models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +64,7 @@ def _loop(*options: str) -> tuple[str, ...]:
 
 
 def _worker(name: str, *options: str) -> tuple[str, ...]:
-    return (*PYTHON, "benchmarks/gpu.py", "--worker", name, *options)
+    return (*PYTHON, "benchmarks/gpu_workers.py", name, *options)
 
 
 def _peers(name: str) -> tuple[str, ...]:
@@ -144,153 +132,20 @@ STAGES = (
 )
 
 
-# what stages do that no other command does
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A model, where it runs, and its loop.
-
-    Args:
-        request: as of `recache-compile bench`.
-    """
-
-    request: BenchRequest
-
-    def build(self) -> tuple[Workload, Compiled]:
-        """The model and its engines, on the schedule that `recache-compile bench` gives to all."""
-        request = self.request
-        workload = make_workload(request)
-        engines = rc.build_engines(workload.module, [workload.example], request.config)
-        schedule, _, _ = peers_schedule(request.num_steps, request.budget)
-        return workload, engines.with_plans({request.budget: schedule}, Taylor(request.order))
-
-    def loop(self, run: Callable[..., Any], workload: Workload, branches: Sequence[str] = ("",)) -> float:
-        """Seconds of one generation."""
-
-        def generation() -> None:
-            for step in range(self.request.num_steps):
-                for branch in branches:
-                    run(step, branch, workload.at(step))
-
-        return seconds(generation)
-
-    def median_of(self, compiled: Compiled, workload: Workload) -> float:
-        """Seconds of one generation, the median of those after the first."""
-        run = compiled.dispatcher(self.request.budget)
-        taken = [self.loop(lambda step, branch, inputs: run(step=step, **inputs), workload) for _ in range(4)]
-        return statistics.median(taken[1:])
-
-
-def guidance(setting: Setting) -> dict[str, Any]:
-    """Whole loops of two branches, uncached and ours."""
-    workload, compiled = setting.build()
-    run = compiled.dispatcher(setting.request.budget)
-    loops: dict[str, Callable[..., Any]] = {
-        "eager": lambda step, branch, inputs: workload.module(**inputs, return_dict=False),
-        "ours": lambda step, branch, inputs: run(step=step, branch=branch, **inputs),
-    }
-    taken = {
-        name: statistics.median([setting.loop(call, workload, ("cond", "uncond")) for _ in range(3)][1:])
-        for name, call in loops.items()
-    }
-    return {"seconds": taken, "speed": taken["eager"] / taken["ours"]}
-
-
-def memory(setting: Setting) -> dict[str, Any]:
-    """What building and one generation hold."""
-    device = setting.request.config.device
-    before = held(device)
-    workload, compiled = setting.build()
-    built = held(device) - before
-    run = compiled.dispatcher(setting.request.budget)
-    setting.loop(lambda step, branch, inputs: run(step=step, **inputs), workload)
-    weights = sum(weight.nbytes for weight in compiled.weights.values())
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
-    return {
-        "weights": weights,
-        "held_after_building": built,
-        "held_after_a_generation": held(device) - before,
-        "peak": peak,
-    }
-
-
-def offload(setting: Setting) -> dict[str, Any]:
-    """A generation with and without the prologue's weights on the device."""
-    workload, compiled = setting.build()
-    device, found = setting.request.config.device, {}
-    with tempfile.TemporaryDirectory() as folder:
-        compiled.save(Path(folder) / "bundle")
-        del compiled
-        for name, away in (("here", False), ("offloaded", True)):
-            before = held(device)
-            loaded = rc.load(Path(folder) / "bundle", device=device, offload_prologue=away)
-            taken = setting.median_of(loaded, workload)
-            found[name] = {"seconds": taken, "held": held(device) - before}
-            del loaded
-    return found
-
-
-def refit(setting: Setting) -> dict[str, Any]:
-    """Seconds a billion parameters, and that the next step equals the model."""
-    workload, compiled = setting.build()
-    state = {name: weight * 1.01 for name, weight in workload.module.state_dict().items()}
-    taken = seconds(lambda: compiled.refit(state))
-    ours = compiled.dispatcher(setting.request.budget)(step=0, **workload.at(0))[0]
-    theirs = workload.module(**workload.at(0), return_dict=False)[0]
-    count = sum(weight.numel() for weight in compiled.weights.values())
-    return {
-        "seconds": taken,
-        "seconds_per_billion": taken / count * 1e9,
-        "error": float((ours - theirs).abs().max() / theirs.abs().max()),
-    }
-
-
-WORKERS: Mapping[str, Callable[[Setting], dict[str, Any]]] = {
-    "guidance": guidance,
-    "memory": memory,
-    "offload": offload,
-    "refit": refit,
-}
-
-
-def flux_file(name: str, folder: Path) -> Path:
-    """A description of a FLUX-shaped model, of FLUX.1-dev's own by other numbers of blocks and heads."""
-    known = json.loads((ROOT / "recache_compile" / "models" / "specs" / "flux.1-dev.json").read_text(encoding="utf-8"))
-    double, single, heads = SIZES[name]
-    known["config"] |= {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads}
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(known | {"name": name}), encoding="utf-8")
-    return file
-
-
-def peers(model: str) -> int:
-    """Run `recache-compile bench` on a FLUX-shaped model; its exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        here = [name for name in PEERS if name in available()][: MOST.get(model)]
-        options = ("--steps", "28", "--budget", "7", "--rounds", "5", "--dtype", "bfloat16", "--only", ",".join(here))
-        command = _bench(str(flux_file(model, Path(folder))), *options)
-        return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
 # the stages, one after another
 
 
 def run_stage(stage: Stage, command: Sequence[str]) -> dict[str, Any]:
     """What a stage gave."""
     begin = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=stage.limit, check=False)
-        code, out, err = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, out, err = None, _text(error.stdout), _text(error.stderr)
+    code, out, err = run_limited(command, stage.limit)
     return {
         "stage": stage.name,
         "tells": stage.tells,
         "date": datetime.date.today().isoformat(),
         "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": versions(),
-        "command": ["python" if part == sys.executable else part for part in command],
+        "command": shown(command),
         "exit": code,
         "seconds": round(time.monotonic() - begin, 1),
         "result": _last_json(out),
@@ -299,8 +154,34 @@ def run_stage(stage: Stage, command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _text(given: bytes | str | None) -> str:
-    return given.decode(errors="replace") if isinstance(given, bytes) else given or ""
+def run_limited(command: Sequence[str], limit: float) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr of a command; None: it was ended at the limit, with all that it had started."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            return None, out, err
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, out, err
+
+
+def shown(command: Sequence[str]) -> list[str]:
+    """A command as a result tells it."""
+    return ["python" if part == sys.executable else part for part in command]
+
+
+def is_done(file: Path, command: Sequence[str]) -> bool:
+    """Whether this very command has left its result there."""
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found["exit"] == 0 and found["command"] == shown(command)
 
 
 def _last_json(out: str) -> Any:
@@ -351,13 +232,6 @@ def install(wheels: Path) -> None:
 @click.option("--again", is_flag=True, help="Also those that have a result.")
 @click.option("--dry-run", is_flag=True, help="Tiny sizes on the CPU.")
 @click.option("--wheels", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Install these first.")
-@click.option("--worker", type=click.Choice([*WORKERS, "peers"]), hidden=True)
-@click.option("--model", default="flux-1b", hidden=True)
-@click.option("--runtime", default="inductor", hidden=True)
-@click.option("--dtype", default="bfloat16", hidden=True)
-@click.option("--steps", default=28, hidden=True)
-@click.option("--budget", default=7, hidden=True)
-@torch.no_grad()
 def main(
     output: Path,
     only: str | None,
@@ -365,36 +239,14 @@ def main(
     again: bool,
     dry_run: bool,
     wheels: Path | None,
-    worker: str | None,
-    model: str,
-    **loop: Any,
 ) -> None:
     """Run the stages; see the file's head."""
-    if worker == "peers":
-        sys.exit(peers(model))
-    if worker:
-        work(worker, model, **loop)
-    elif listing:
+    if listing:
         show_stages()
-    else:
-        if wheels:
-            install(wheels)
-        run_stages(chosen_stages(only), output, again, dry_run)
-
-
-def work(worker: str, model: str, runtime: str, dtype: str, steps: int, budget: int) -> None:
-    """One stage's own process; prints its result."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = CompileConfig(num_steps=steps, anchors=2, runtime=runtime, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        name = str(flux_file(model, Path(folder))) if model in SIZES else model
-        found = WORKERS[worker](Setting(BenchRequest(name, budget, config)))
-    click.echo(json.dumps({"model": model, **loop_facts(config, budget), **found}))
-
-
-def loop_facts(config: CompileConfig, budget: int) -> dict[str, Any]:
-    """What a result is of."""
-    return {"steps": config.num_steps, "budget": budget, "runtime": config.runtime, "dtype": config.dtype}
+        return
+    if wheels:
+        install(wheels)
+    run_stages(chosen_stages(only), output, again, dry_run)
 
 
 def run_stages(stages: Sequence[Stage], output: Path, again: bool, dry_run: bool) -> None:
@@ -407,7 +259,7 @@ def run_stages(stages: Sequence[Stage], output: Path, again: bool, dry_run: bool
     failed = []
     for stage in stages:
         command, file = stage.tiny if dry_run else stage.command, output / f"{stage.name}.json"
-        if not command or (file.exists() and not again and json.loads(file.read_text(encoding="utf-8"))["exit"] == 0):
+        if not command or (not again and is_done(file, command)):
             continue
         LOG.print(f"{stage.name}: {stage.tells}")
         found = run_stage(stage, command)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recache_compile.artifact.inspect import ArtifactFacts, facts_of
@@ -106,7 +107,7 @@ def compile(
     choice = choose_policy(policy, budgets, forecaster, order, config, looked_at)
     if not choice.needs_calibration:
         choice.answer()  # refused before anything takes long
-    backend = get_runtime(runtime, _warn_caller)
+    backend = get_runtime(runtime, _warn_caller, device=_device_of(model, component))
     engines = _engines(model, example_inputs, timesteps or {}, calls, config, backend)
     return plan_pipeline(engines, choice, model, calibrate or [calls[0]] * CALIBRATIONS)
 
@@ -126,6 +127,13 @@ def _engines(
         return engines_of_pipeline(model, config, calls, runtime)
     module = model if isinstance(model, nn.Module) else denoiser_of(model, config.component)
     return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
+
+
+def _device_of(model: Any, component: str) -> torch.device | None:
+    """Where the weights are, as far as that can be told."""
+    module = model if isinstance(model, nn.Module) else getattr(model, component, None)
+    weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    return None if weight is None else weight.device
 
 
 def _warn_caller(message: str) -> None:
@@ -185,7 +193,8 @@ def accelerate(
     if compiled is None:
         num_steps = 50 if num_steps is None else num_steps
         budget = min(10, num_steps) if budget is None else budget
-        backend = get_runtime("auto" if runtime is None else runtime, _warn_caller)
+        place = _device_of(pipeline, "transformer")
+        backend = get_runtime("auto" if runtime is None else runtime, _warn_caller, device=place)
         with originals(pipeline):
             compiled = {
                 name: _from_cache(pipeline, name, budget, num_steps, _calls(call), backend)

@@ -60,7 +60,10 @@ def known_runtime(name: str) -> Runtime:
 
 
 def get_runtime(
-    runtime: str | Runtime, explain: Callable[[str], None] = lambda message: None, building: bool = True
+    runtime: str | Runtime,
+    explain: Callable[[str], None] = lambda message: None,
+    building: bool = True,
+    device: torch.device | None = None,
 ) -> Runtime:
     """A usable runtime.
 
@@ -69,14 +72,17 @@ def get_runtime(
             onnxruntime and eager.  A runtime with options of its own is taken as it is.
         explain: told why "auto" did not take inductor.
         building: whether it has to build engines, or only to run them.
+        device: where the model is, as far as it is known.
 
     Raises:
         RuntimeUnavailableError: unknown, or not usable on this machine.
     """
     if runtime == "auto":
-        return _first_usable(explain)
+        return _first_usable(explain, device)
     chosen = known_runtime(runtime) if isinstance(runtime, str) else runtime
     chosen.require(building)
+    if building and device is not None:
+        chosen.require_on(device)
     return chosen
 
 
@@ -90,7 +96,7 @@ def runtime_on(runtime: str, device: torch.device, explain: Callable[[str], None
     Raises:
         RuntimeUnavailableError: it does not.
     """
-    chosen = get_runtime(runtime, explain)
+    chosen = get_runtime(runtime, explain, device=device)
     if chosen.engine_device(device).type != device.type:
         raise RuntimeUnavailableError(
             f"runtime {chosen.name}: its engines do not run on {device}; choose inductor, onnxruntime or eager"
@@ -98,11 +104,11 @@ def runtime_on(runtime: str, device: torch.device, explain: Callable[[str], None
     return chosen
 
 
-def _first_usable(explain: Callable[[str], None]) -> Runtime:
+def _first_usable(explain: Callable[[str], None], device: torch.device | None) -> Runtime:
     reasons: list[RuntimeUnavailableError] = []
     for name in ("inductor", "onnxruntime"):
         try:
-            runtime = get_runtime(name)
+            runtime = get_runtime(name, device=device)
             break
         except RuntimeUnavailableError as error:
             reasons.append(error)

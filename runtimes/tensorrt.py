@@ -292,7 +292,11 @@ class TensorRTForRTX(TensorRTBase):
                 raise RuntimeUnavailableError(
                     f"runtime {self.name}: target {target!r} is unknown; choose among {', '.join(self._known())}"
                 )
-        here = capability(torch.device("cuda"))
+
+    @override
+    def require_on(self, device: torch.device) -> None:
+        """A GPU that the library knows, where no other targets are named."""
+        here = capability(device)
         if not self.targets and here not in ("none", *self._known()):
             raise RuntimeUnavailableError(
                 f"runtime {self.name}: does not build for this GPU ({here}); it knows {', '.join(self._known())}. Name"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_dry_run_leaves_a_result_of_every_stage_and_goes_on_where_it_was(tmp_p
     assert {"tests", "loop", "flux-12b", "guidance", "memory", "offload", "refit", "onnxruntime"} <= set(found)
     assert all(each["exit"] == 0 for each in found.values())
     assert all(each["result"] for name, each in found.items() if name != "tests")
-    assert found["refit"]["result"]["error"] <= 1e-5
+    assert found["refit"]["result"]["error"] <= 1e-5 < found["refit"]["result"]["change"]
     loop = found["loop"]["result"]
     assert loop["runtimes"]["eager"]["artifact_bytes"] <= loop["runtimes"]["eager"]["weight_bytes"] + 150_000
     assert loop["held_bytes"]["eager"] > 0
@@ -41,6 +42,18 @@ def test_stages_are_listed_and_unknown_ones_refused(tmp_path: Path) -> None:
     refused = gpu("--only", "flux", "--output", str(tmp_path))
     assert refused.returncode == 1
     assert refused.stderr.splitlines() == ["Error: --only flux: no such stage; see --list"]
+
+
+def test_what_a_stage_has_started_ends_with_it(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    command = "import sys; sys.path.insert(0, 'benchmarks'); from gpu import run_limited; "
+    command += f"print(run_limited([sys.executable, '-c', {script!r}], 2)[0])"
+    ended = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["None"]
+    time.sleep(5)
+    assert not mark.exists()
 
 
 def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 import recache_compile as rc
-from recache_compile.errors import ModelError
+from recache_compile.errors import CaptureError, MismatchError, ModelError
 from recache_compile.pipelines.transformer import CompiledTransformer
 from tests.families import BUDGET, EXACT, SAME, STEPS, TINY, error, family, plain
 from tests.tiny_pipelines import TinyPipeline, draw
@@ -204,6 +205,12 @@ def test_a_pipeline_that_is_made_of_others_runs_on_engines_inside(full: Tensor, 
     assert error(draw(pipeline, CALL, STEPS, budget=BUDGET), small) <= SAME
     assert this.recomputed() == {"transformer": BUDGET}
     assert error(draw(pipeline, CALL, STEPS), full) <= EXACT
+    pipeline.transformer.budget = BUDGET
+    assert error(draw(pipeline, CALL, STEPS), small) <= SAME
+    rc.restore(pipeline.drawing)
+    with pytest.raises(ModelError, match="budget 3: Delegating has its own transformer again"):
+        draw(pipeline, CALL, STEPS, budget=BUDGET)
+    rc.accelerate(pipeline, this.parts)
     rc.restore(pipeline)
     assert type(pipeline.drawing) is diffusers.FluxPipeline
     assert pipeline.drawing.transformer is plain_flux.transformer
@@ -216,3 +223,90 @@ def test_an_inner_pipeline_with_another_transformer_keeps_it() -> None:
     pipeline.drawing.transformer = other.transformer
     rc.accelerate(pipeline, family("flux").parts, budget=STEPS)
     assert pipeline.drawing.transformer is other.transformer
+    rc.accelerate(pipeline.drawing, family("flux").parts, budget=STEPS)
+    rc.restore(pipeline)
+    assert isinstance(pipeline.drawing.transformer, CompiledTransformer)
+
+
+class Scaled(FluxAttnProcessor):  # type: ignore[misc]
+    """Attention whose result is scaled."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        return tuple(self.scale * each for each in result) if isinstance(result, tuple) else self.scale * result
+
+
+class Scaling(diffusers.FluxPipeline):  # type: ignore[misc]
+    """A pipeline whose calls may have attention processors of their own."""
+
+    def __call__(self, *args: Any, scale: float | None = None, **kwargs: Any) -> Any:
+        if scale is None:
+            return super().__call__(*args, **kwargs)
+        before = self.transformer.attn_processors
+        self.transformer.set_attn_processor(dict.fromkeys(before, Scaled(scale)))
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.transformer.set_attn_processor(before)
+
+
+@pytest.fixture(scope="module")
+def scaling() -> tuple[Any, Any]:
+    """A pipeline compiled with and without processors of its own, and a function that makes it anew."""
+
+    def make() -> Any:
+        pipeline = FLUX.make()
+        pipeline.__class__ = Scaling
+        return pipeline
+
+    return make, rc.compile(
+        make(), call=[CALL, CALL | {"scale": 0.5}], budgets=(BUDGET, STEPS), num_steps=STEPS, runtime="eager",
+        policy="uniform",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_calls_under_other_attention_processors_run_on_engines_of_their_own(scaling: tuple[Any, Any]) -> None:
+    make, compiled = scaling
+    pipeline = rc.accelerate(make(), compiled, budget=STEPS)
+    for scale in (None, 0.5, None):
+        assert error(draw(pipeline, CALL, STEPS, scale=scale), draw(make(), CALL, STEPS, scale=scale)) <= EXACT
+    with pytest.raises(MismatchError, match=r"attn_processors is .*scale=0\.9"):
+        draw(pipeline, CALL, STEPS, scale=0.9)
+    with pytest.raises(MismatchError, match="attn_processors"):
+        pipeline.transformer.set_attn_processor(Scaled(0.7))
+        draw(copy.deepcopy(pipeline), CALL, STEPS)
+    assert type(pipeline.transformer.original.attn_processors["transformer_blocks.0.attn.processor"]) is not Scaled
+    plain_scaled = draw(make(), CALL, STEPS, scale=0.9)
+    eager = rc.accelerate(make(), compiled, budget=STEPS, fallback="eager")
+    with pytest.warns(UserWarning, match="running the original transformer"):
+        assert error(draw(eager, CALL, STEPS, scale=0.9), plain_scaled) <= EXACT
+
+
+@torch.no_grad()
+def test_a_generation_inside_another_has_attention_processors_of_its_own(scaling: tuple[Any, Any]) -> None:
+    make, compiled = scaling
+    pipeline, inner = rc.accelerate(make(), compiled, budget=STEPS), []
+    other = copy.copy(pipeline)
+    other.scheduler = copy.deepcopy(pipeline.scheduler)
+
+    def callback(_: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            inner.append(draw(other, CALL, STEPS))
+        return values
+
+    outer = draw(pipeline, CALL, STEPS, scale=0.5, callback_on_step_end=callback)
+    assert error(inner[0], draw(make(), CALL, STEPS)) <= EXACT
+    assert error(outer, draw(make(), CALL, STEPS, scale=0.5)) <= EXACT
+
+
+def test_attention_processors_that_hold_more_than_numbers_are_refused(scaling: tuple[Any, Any]) -> None:
+    make, compiled = scaling
+    processor = Scaled(0.5)
+    processor.weight = torch.ones(3)
+    with pytest.raises(CaptureError, match="attention processor Scaled: its weight is neither a number nor text"):
+        rc.accelerate(make(), compiled).transformer.set_attn_processor(processor)

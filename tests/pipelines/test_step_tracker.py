@@ -53,6 +53,13 @@ def test_other_branches_of_the_first_step_are_known_by_its_timestep() -> None:
         subject.advance(unmoved, call(0.2))
 
 
+def test_other_branches_of_a_first_step_in_the_middle_begin_there_too() -> None:
+    """Heun's table names each timestep twice."""
+    twice = scheduler(timesteps=torch.tensor([900.0, 600.0, 600.0, 100.0]), step_index=None, begin_index=2)
+    subject = tracker()
+    assert [subject.advance(twice, call(600.0)) for _ in range(2)] == [(2, True), (2, False)]
+
+
 def test_the_scheduler_knows_its_step() -> None:
     assert step_of(scheduler(step_index=2, begin_index=1)) == 2
     assert step_of(scheduler(step_index=torch.tensor(2))) == 2

@@ -16,6 +16,7 @@ from recache_compile.ir.program import Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes import _tensor_snapshot, dispatcher_tables
 from recache_compile.runtimes.base import new_outputs
+from recache_compile.runtimes.dispatcher_tables import Tables, Timetable
 from tests.compiler.test_build import counted
 
 STEPS = 5
@@ -141,8 +142,8 @@ def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "host_waits", lambda tensor: True)
 
 
-def timetable(factor: float = 1000.0) -> Tensor:
-    return torch.cat([inputs(step)["timestep"] for step in range(STEPS)]) * factor
+def timetable(factor: float = 1000.0) -> Timetable:
+    return Timetable(torch.cat([inputs(step)["timestep"] for step in range(STEPS)]) * factor)
 
 
 @pytest.mark.usefixtures("stalling")
@@ -150,7 +151,7 @@ def test_another_timetable_is_known_from_the_first_step_on() -> None:
     model = Mapped()
     run, changes = compiled(model, known=True).dispatcher(STEPS), {"context": torch.ones(4)}
     for shift in (0.5, 0.5, 1.0, 0.25):
-        run.reset(timetable=timetable() * shift)
+        run.reset(timetable=timetable(1000 * shift))
         for step in range(STEPS):
             given = {**inputs(step), "timestep": inputs(step)["timestep"] * shift, **changes}
             torch.testing.assert_close(run(step=step, **given), model(**given))
@@ -197,3 +198,42 @@ def test_conditioning_that_is_written_to_is_noticed_after_the_last_step_at_the_l
         with pytest.raises(DispatchError, match="written to under way") if inference else contextlib.nullcontext():
             generation(write=True)
         generation(write=False)
+
+
+@pytest.mark.usefixtures("stalling")
+def test_conditioning_that_is_written_to_between_generations_is_new_conditioning() -> None:
+    model = Mapped()
+    run = compiled(model, known=True).dispatcher(STEPS)
+    with torch.inference_mode():
+        context = torch.ones(4)
+        for value in (1.0, 3.0, 3.0):
+            context.fill_(value)
+            check(model, run, context=context)
+
+
+@pytest.mark.usefixtures("stalling")
+def test_what_differs_is_told_however_early_a_generation_ends() -> None:
+    run = compiled(Mapped(), known=True).dispatcher(STEPS)
+    for step in range(2):
+        run(step=step, **inputs(step, timestep=torch.full((1,), 0.3)))
+    with pytest.raises(DispatchError, match="so its result is wrong"):
+        run.finish()
+    run.reset()
+    for step in range(2):
+        run(step=step, **inputs(step))
+    run.finish()
+
+
+def test_a_second_timestep_input_need_not_be_the_schedulers() -> None:
+    class Next(Mapped):
+        def forward(self, sample: Tensor, timestep: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+            return super().forward(sample, timestep, context) * self.embed(sigma)
+
+    columns = {name: torch.stack([inputs(step)["timestep"] * scale for step in range(STEPS)])
+               for name, scale in (("timestep", 1.0), ("sigma", 0.7))}  # fmt: skip
+    given = inputs(0) | {"sigma": columns["sigma"][0]}
+    options = {"granularity": "output", "runtime": "eager", "timesteps": columns}
+    both = rc.compile(Next(), given, budgets=(STEPS,), num_steps=STEPS, **options)
+    tables = Tables(both.variants[0], both.plans[STEPS])
+    assert tables._fits(timetable())
+    assert not tables._fits(timetable(500.0))

@@ -9,6 +9,7 @@ import recache_compile as rc
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes import inductor
 from recache_compile.runtimes.inductor import Inductor, first_complaint
+from recache_compile.runtimes.registry import get_runtime
 from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps
 
@@ -99,3 +100,6 @@ def test_a_missing_triton_is_named_before_anything_is_captured(monkeypatch: pyte
     Inductor().require_on(torch.device("cpu"))
     with pytest.raises(RuntimeUnavailableError, match=r"the package triton, .* is missing; pip install triton"):
         Inductor().require_on(torch.device("cuda"))
+    told: list[str] = []
+    assert get_runtime("auto", told.append, device=torch.device("cuda")).name != "inductor"
+    assert "the package triton" in told[0]

@@ -123,8 +123,8 @@ def test_a_gpu_that_the_library_does_not_build_for_is_refused_before_building(mo
     with pytest.raises(
         RuntimeUnavailableError, match=r"does not build for this GPU \(sm90\); it knows .*runtime tensorrt"
     ):
-        TensorRTForRTX().require(building=True)
-    TensorRTForRTX(targets=("sm89",)).require(building=True)
+        TensorRTForRTX().require_on(torch.device("cuda"))
+    TensorRTForRTX(targets=("sm89",)).require_on(torch.device("cuda"))
 
 
 def test_without_targets_all_from_ampere_on_are_built_for() -> None:

@@ -46,10 +46,7 @@ class CheckedPipeline:
     def is_right(self) -> bool:
         """Whether everything is as it should be."""
         return (
-            self.full_error <= EXACT
-            and EXACT < self.cached < 1.0
-            and self.repeated <= SAME
-            and self.recomputed == self.expected
+            self.full_error <= EXACT < self.cached < 1.0 and self.repeated <= SAME and self.recomputed == self.expected
         )
 
 
