@@ -255,11 +255,16 @@ def run_stages(stages: Sequence[Stage], output: Path, again: bool, dry_run: bool
     Raises:
         click.ClickException: a stage failed; the others have run.
     """
+    if not dry_run and not torch.cuda.is_available():
+        raise click.ClickException("there is no CUDA GPU here; --dry-run runs the stages at tiny sizes on the CPU")
     output.mkdir(parents=True, exist_ok=True)
     failed = []
     for stage in stages:
         command, file = stage.tiny if dry_run else stage.command, output / f"{stage.name}.json"
-        if not command or (not again and is_done(file, command)):
+        if not command:
+            continue
+        if not again and is_done(file, command):
+            LOG.print(f"{stage.name}: has its result in {file}; --again runs it once more")
             continue
         LOG.print(f"{stage.name}: {stage.tells}")
         found = run_stage(stage, command)

@@ -143,8 +143,12 @@ def _warn_caller(message: str) -> None:
 
 def _calls(call: Calls | None) -> list[Mapping[str, Any]]:
     """Several pipeline calls, at least one."""
-    several = [] if call is None else [call] if isinstance(call, Mapping) else list(call)
-    return several or [{}]
+    several: list[Any] = [{}] if call is None else [call] if isinstance(call, Mapping) else list(call)
+    if not several or not all(isinstance(each, Mapping) for each in several):
+        raise ModelError(
+            f"call {call!r:.60}: expected the arguments of a pipeline call, as {{'prompt': ...}}, or several"
+        )
+    return several
 
 
 def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class State:
     Args:
         place: which branch and calls these are.
         variant: its programs and engines.
+        values: what its programs read and return, by name.
         steps: the plan of the steps from `start` on.
         start: the step its generations begin with.
         coefficients: of every step in `steps`, on the device.
@@ -42,6 +43,7 @@ class State:
 
     place: Place
     variant: Variant
+    values: Mapping[str, tuple[tuple[Value, ...], tuple[Value, ...]]]
     steps: tuple[StepPlan, ...]
     start: int
     coefficients: tuple[Tensor, ...]
@@ -163,12 +165,12 @@ class Dispatcher:
     def _run(self, state: State, at: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Site, Tensor]]:
         """Run the program of a step: its predictions, and the features that were stored in the step's slot."""
         this = state.steps[at]
-        program = state.variant.programs[this.program]
-        arguments = [self._argument(state, value, at, tensors) for value in program.inputs]
-        results = state.variant.engines[this.program](arguments)
+        name = this.program
+        inputs, outputs = state.values[name]
+        results = state.variant.engines[name]([self._argument(state, value, at, tensors) for value in inputs])
         predictions: list[Tensor] = []
         stored: dict[Site, Tensor] = {}
-        for value, result in zip(program.outputs, results, strict=True):
+        for value, result in zip(outputs, results, strict=True):
             if value.kind is not Kind.FEATURE:
                 predictions.append(result)
                 continue
@@ -255,7 +257,8 @@ class Dispatcher:
         variant, plan = self._variants[key][number], self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
-        return State(place, variant, plan.steps, start, self._coefficients(plan), tables, fixed)
+        values = {name: (program.inputs, program.outputs) for name, program in variant.programs.items()}
+        return State(place, variant, values, plan.steps, start, self._coefficients(plan), tables, fixed)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)

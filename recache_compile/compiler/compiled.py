@@ -106,6 +106,10 @@ class Engines:
             DispatchError: a schedule is for another number of steps, or a forecast reads more
                 anchors than the engines were built for.
         """
+        if wrong := [each for each in schedules.values() if not isinstance(each, Schedule)]:
+            raise DispatchError(
+                f"with_plans: expected schedules, got {wrong[0]!r:.60}; Schedule(steps, num_steps) is one"
+            )
         plans = {budget: make_plan(each, forecaster, self.num_sites) for budget, each in schedules.items()}
         for plan in plans.values():
             self._check(plan)

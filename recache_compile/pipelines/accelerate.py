@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from recache_compile.capture.compat import uncompiled
 from recache_compile.capture.processors import processors_of, under_processors
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
@@ -45,6 +46,8 @@ def install(
     if fallback not in (None, "eager"):
         raise ModelError(f"fallback {fallback!r} is unknown; choose 'eager' or None")
     check_scheduler(pipeline)
+    if not parts:
+        raise ModelError("accelerate: no compiled transformer is given; leave it out to compile now")
     transformers: list[tuple[Any, str, CompiledTransformer]] = []
     for name, each in parts.items():
         if not hasattr(pipeline, name):
@@ -52,6 +55,7 @@ def install(
         original = getattr(pipeline, name)
         if isinstance(original, CompiledTransformer):
             original = original.original
+        _check_belongs(each, name, original, type(pipeline).__name__)
         if fallback and original is None:
             raise ModelError(
                 f"fallback 'eager' needs the original weights, but the pipeline has no {name} of its own; load it with"
@@ -62,7 +66,7 @@ def install(
             made = CompiledTransformer(each, one, chosen, original, falls_back=fallback is not None)
             transformers.append((one, name, made))
     for one, name, transformer in transformers:
-        _put_in(one, {name: transformer})
+        put_in(one, {name: transformer})
     return pipeline
 
 
@@ -72,7 +76,7 @@ def restore(pipeline: Any) -> Any:
     Raises:
         ModelError: it runs on no engines, or had no transformer of its own.
     """
-    installed = compiled_transformers(pipeline)
+    installed = compiled_transformers(pipeline) if hasattr(pipeline, "__dict__") else {}
     if not installed:
         raise ModelError(f"{_own_class(pipeline).__name__}: runs on no engines; there is nothing to restore")
     for name, transformer in installed.items():
@@ -108,7 +112,8 @@ def _give_back(pipeline: Any, installed: Mapping[str, CompiledTransformer]) -> N
         pipeline.__class__ = _own_class(pipeline)
 
 
-def _put_in(pipeline: Any, transformers: Mapping[str, CompiledTransformer]) -> None:
+def put_in(pipeline: Any, transformers: Mapping[str, CompiledTransformer]) -> None:
+    """Let a pipeline run on these."""
     for name, transformer in transformers.items():
         setattr(pipeline, name, transformer)
     pipeline.__class__ = accelerated_class(_own_class(pipeline))
@@ -124,6 +129,21 @@ def inner_pipelines(pipeline: Any) -> list[Any]:
     return [each for each in vars(pipeline).values() if hasattr(type(each), "components")]
 
 
+def _check_belongs(compiled: Compiled, name: str, original: Any, who: str) -> None:
+    """Raise `ModelError` where engines were compiled for another component, or for another class of model."""
+    if compiled.engines.config.component != name:
+        raise ModelError(
+            f"{who}: these engines were compiled for a {compiled.engines.config.component}, not for its {name}; compile"
+            f" with component={name!r}"
+        )
+    found = type(uncompiled(original))
+    if original is not None and compiled.description.model_class != f"{found.__module__}.{found.__qualname__}":
+        raise ModelError(
+            f"{who}: its {name} is a {found.__qualname__}, the engines are those of a"
+            f" {compiled.description.model_class.rpartition('.')[2]}; accelerate it with what was compiled from it"
+        )
+
+
 def _has_restored_inside(pipeline: Any) -> bool:
     """Whether one of the pipelines inside calls a transformer itself that others have engines for."""
     own = compiled_transformers(pipeline)
@@ -136,13 +156,18 @@ def _has_restored_inside(pipeline: Any) -> bool:
 
 
 def _inner_with(pipeline: Any, name: str, transformer: Any) -> list[Any]:
-    """Those that call this very transformer."""
+    """Those that call this very transformer, or that lack theirs as this one does."""
 
     def own(inner: Any) -> Any:
-        found = getattr(inner, name, None)
+        found = getattr(inner, name)
         return found.original if isinstance(found, CompiledTransformer) else found
 
-    return [inner for inner in inner_pipelines(pipeline) if transformer is not None and own(inner) is transformer]
+    inside = [inner for inner in inner_pipelines(pipeline) if hasattr(inner, name)]
+    if transformer is None and any(own(inner) is not None for inner in inside):
+        raise ModelError(
+            f"{type(pipeline).__name__}: has no {name} of its own, but a pipeline inside of it has; give both the same"
+        )
+    return [inner for inner in inside if own(inner) is transformer]
 
 
 def _own_class(pipeline: Any) -> Any:
@@ -160,8 +185,9 @@ def accelerated_class(base: Any) -> Any:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
         transformers = compiled_transformers(self).values()
-        if budget is not None and (not transformers or _has_restored_inside(self)):
-            raise ModelError(f"budget {budget}: {base.__name__} has its own transformer again; accelerate it anew")
+        if (budget is not None and not transformers) or _has_restored_inside(self):
+            what = "" if budget is None else f"budget {budget}: "
+            raise ModelError(f"{what}{base.__name__} has its own transformer again; accelerate it anew")
         with contextlib.ExitStack() as stack:
             for each in transformers:
                 stack.enter_context(each.generation(self, budget))
@@ -260,4 +286,4 @@ def originals(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         for one, found in accelerated:
-            _put_in(one, found)
+            put_in(one, found)

@@ -13,6 +13,7 @@ from recache_compile.compiler.compiled import Engines
 from recache_compile.errors import ModelError, RecacheError, check_memory
 from recache_compile.ir.forecasters import Forecaster, Reuse
 from recache_compile.ir.schedule import Schedule
+from recache_compile.pipelines.accelerate import inner_pipelines, put_in
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
 from recache_compile.policies.base import Calibration
@@ -57,13 +58,18 @@ class Rollouts:
         self, pipeline: Any, engines: Engines, call: Mapping[str, Any], forecaster: Forecaster | None = None
     ) -> None:
         self.num_steps = engines.config.num_steps
+        if inner_pipelines(pipeline):
+            raise ModelError(
+                f"{type(pipeline).__name__}: is made of pipelines, whose generations are not looked at; choose a policy"
+                " that needs none (policy='uniform')"
+            )
         self._pipeline = copy.copy(pipeline)
         self._pipeline.set_progress_bar_config(disable=True)
         self._replay = engines.replay(forecaster or Reuse())
         self._transformer = CompiledTransformer(
             engines.uncached(), self._pipeline, self.num_steps, dispatcher=self._replay
         )
-        setattr(self._pipeline, engines.config.component, self._transformer)
+        put_in(self._pipeline, {engines.config.component: self._transformer})
         self._call = dict(call)
         self._last: Batch | None = None
 
@@ -93,8 +99,7 @@ class Rollouts:
             "generator": [torch.Generator().manual_seed(seed) for seed in batch.seeds],
         }
         try:
-            with self._transformer.generation(self._pipeline):
-                return self._pipeline(**arguments)
+            return self._pipeline(**arguments)
         except RecacheError:
             raise
         except Exception as error:  # whatever the pipeline's own checks raise

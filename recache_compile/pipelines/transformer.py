@@ -88,7 +88,7 @@ class CompiledTransformer(nn.Module):
         self._budget = self._known(budget)
 
     def _known(self, budget: int) -> int:
-        if budget not in self._budgets:
+        if not isinstance(budget, int) or budget not in self._budgets:
             raise DispatchError(
                 f"budget {budget!r} was not compiled; there are {', '.join(map(str, self._compiled.plans))}"
             )

@@ -317,8 +317,32 @@ def test_adapters_are_not_ignored() -> None:
         ("some/model", None, "accelerate: expected a pipeline of diffusers, got 'some/model'; load it first"),
         (FLUX.make(), "folder", "accelerate: expected what rc.compile or rc.load returned, got 'folder'"),
         (FLUX.make(), {"transformer": 3}, "accelerate: expected what rc.compile or rc.load returned, got 3"),
+        (FLUX.make(), {}, "accelerate: no compiled transformer is given"),
     ],
 )
 def test_what_cannot_be_accelerated_is_refused(pipeline: Any, compiled: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         rc.accelerate(pipeline, compiled)
+
+
+def test_engines_of_another_component_or_model_are_refused() -> None:
+    engines = family("flux").parts["transformer"]
+    wan = TINY["wan-2.2"].make()
+    with pytest.raises(ModelError, match=r"compiled for a transformer, not for its transformer_2; .*component='transf"):
+        rc.accelerate(wan, {"transformer_2": engines})
+    with pytest.raises(ModelError, match="its transformer is a WanTransformer3DModel, the engines are those of a Flux"):
+        rc.accelerate(wan, engines)
+    assert isinstance(wan.transformer, diffusers.WanTransformer3DModel)
+
+
+@pytest.mark.parametrize("budget", [[3], 3.0, "3"])
+def test_budgets_of_another_kind_are_refused(budget: Any) -> None:
+    pipeline = family("flux").pipeline()
+    with pytest.raises(DispatchError, match="was not compiled; there are 3, 8"):
+        draw(pipeline, CALL, STEPS, budget=budget)
+
+
+@pytest.mark.parametrize("call", [[], "a cat", [3]])
+def test_calls_of_another_kind_are_refused(call: Any) -> None:
+    with pytest.raises(ModelError, match="expected the arguments of a pipeline call"):
+        rc.compile(FLUX.make(), call=call, budgets=(2,), num_steps=4)
