@@ -91,7 +91,7 @@ of {len({line.name.partition(",")[0] for line in right})} of {len(pipeline_class
 {rows}
 ## What is refused, and how
 
-Before anything is compiled, but for those whose message is of values that were compiled: they run, for these values.
+Before anything is lowered, but for those whose message is of values that were compiled: they run, for these values.
 
 {refused}"""
 
