@@ -229,18 +229,18 @@ def _perturbing(base: Any) -> Any:
         view = copy.copy(self)
         installed = compiled_transformers(self)
         for name, transformer in installed.items():
-            if transformer.stand_in is None:
+            if transformer.architecture is None:
                 raise ModelError(
-                    f"{base.__name__}: perturbed-attention guidance looks for layers of the {name}, and nothing stands"
-                    " in for it here; load the pipeline with it, or call without (pag_scale=0)"
+                    f"{base.__name__}: perturbed-attention guidance looks for layers of the {name}, and there is none"
+                    " here to look at; load the pipeline with it, or call without (pag_scale=0)"
                 )
-            setattr(view, name, transformer.stand_in)
+            setattr(view, name, transformer.architecture)
         with _PERTURBING, contextlib.ExitStack() as stack:
             for transformer in installed.values():
-                stack.enter_context(under_processors(transformer.stand_in, transformer.attn_processors))
+                stack.enter_context(under_processors(transformer.architecture, transformer.attn_processors))
             method(view, *args, **kwargs)
             for transformer in installed.values():
-                transformer.set_attn_processor(processors_of(transformer.stand_in))
+                transformer.set_attn_processor(processors_of(transformer.architecture))
 
     return perturb
 

@@ -125,15 +125,15 @@ class CompiledTransformer(nn.Module):
                 raise
         if name in self._compiled.description.model_config:
             return self._compiled.description.model_config[name]
-        found = getattr(self.stand_in, name, _MISSING)
+        found = getattr(self.architecture, name, _MISSING)
         if found is _MISSING or (callable(found) and not isinstance(found, nn.Module)):
             what = f"no {name!r}" if found is _MISSING else f"no method {name}(), which its engines would not follow"
             raise AttributeError(f"the compiled transformer has {what}; rc.restore(pipeline) gives the original back")
         return found
 
     @property
-    def stand_in(self) -> nn.Module | None:
-        """What pipelines read of the transformer: the original, or a module without weights; None: nothing stands in.
+    def architecture(self) -> nn.Module | None:
+        """What pipelines read of the transformer: the original, or a module without weights; None: there is neither.
 
         It is never changed.
         """
@@ -142,7 +142,7 @@ class CompiledTransformer(nn.Module):
     @functools.cached_property
     def _at_rest(self) -> dict[str, Any]:
         """The attention processors that the model was compiled with."""
-        return processors_of(self.stand_in)
+        return processors_of(self.architecture)
 
     @property
     def attn_processors(self) -> dict[str, Any]:
