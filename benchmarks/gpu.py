@@ -44,7 +44,7 @@ class Stage:
         name: of the result's file.
         tells: what it shows.
         command: prints a JSON object as its last line, or nothing of the kind.
-        tiny: the same at a size for the CPU; empty: it has none.
+        tiny: the same at a size for the CPU; empty: another stage's is no different.
         limit: seconds after which it is ended.
     """
 
@@ -104,7 +104,7 @@ STAGES = (
         "loop-bfloat16",
         "the same in bfloat16",
         _loop("--device=cuda", "--dtype=bfloat16", *WIDE, "--runtimes=inductor,inductor+graphs,eager"),
-        _loop("--device=cpu", "--dtype=bfloat16", *SMALL, "--runtimes=eager"),
+        (),
     ),
     Stage("flux-1b", "a FLUX-shaped model of 1.1 B parameters beside the peers, T = 28, k = 7", _peers("flux-1b"), ()),
     Stage("flux-3b", "one of 2.8 B", _peers("flux-3b"), ()),
@@ -127,7 +127,7 @@ STAGES = (
         "onnxruntime",
         "onnxruntime-gpu on PyTorch's stream",
         _loop("--device=cuda", *WIDE, "--runtimes=onnxruntime"),
-        _loop("--device=cpu", *SMALL, "--runtimes=onnxruntime"),
+        (),
     ),
 )
 

@@ -18,6 +18,7 @@ from recache_compile.evaluation.setting import Setting
 from recache_compile.ir.meta import block_of
 from recache_compile.ir.program import Granularity
 from recache_compile.ir.value import Kind
+from recache_compile.pipelines.accelerate import put_in
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import prompted
 from recache_compile.pipelines.transformer import CompiledTransformer
@@ -85,7 +86,7 @@ class Profile:
 
 @dataclass(slots=True)
 class _Stopwatch:
-    """A dispatcher that is timed."""
+    """A dispatcher whose calls are timed; all else is the dispatcher's own."""
 
     dispatcher: Dispatcher
     spent: dict[int, float]
@@ -96,8 +97,8 @@ class _Stopwatch:
         self.spent[step] = self.spent.get(step, 0.0) + taken
         return results[0]
 
-    def reset(self, start: int | None = 0) -> None:
-        self.dispatcher.reset(start)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dispatcher, name)
 
 
 def measure_times(setting: Setting, pipeline: Any, compiled: Compiled, repeats: int) -> Profile:
@@ -168,9 +169,8 @@ class _OnEngines:
         return dict(self._stopwatch.spent)
 
     def _run(self, transformer: CompiledTransformer) -> None:
-        setattr(self._pipeline, self._setting.config.component, transformer)
-        with transformer.generation(self._pipeline):
-            _draw(self._setting, self._pipeline)
+        put_in(self._pipeline, {self._setting.config.component: transformer})
+        _draw(self._setting, self._pipeline)
 
 
 def measure_redundancy(setting: Setting, pipeline: Any) -> Redundancy | None:
