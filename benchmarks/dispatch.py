@@ -2,7 +2,7 @@
 
     python benchmarks/dispatch.py
 
-A FLUX-shaped call of one and of two guidance branches, under a plan of T = 50 steps; medians of
+Calls of flux-small, of one and of two guidance branches, under a plan of T = 50 steps; medians of
 the cached and of the recompute steps.  What is left out is what engines compute, nothing else.
 """
 
@@ -17,15 +17,18 @@ from typing import Any
 
 import click
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.bench.workload import BenchRequest, Workload, make_workload, peers_schedule
 from recache_compile.compiler.compiled import Compiled
+from recache_compile.config import CompileConfig
+from recache_compile.ir.forecasters import Taylor
 from recache_compile.runtimes.base import Engine, Variant, new_outputs
 from recache_compile.support.machine import machine
 
 STEPS, BUDGET = 50, 10
+CONDITIONING = ("encoder_hidden_states", "pooled_projections", "guidance")
 
 
 def idle(variant: Variant) -> Variant:
@@ -45,46 +48,24 @@ def idle(variant: Variant) -> Variant:
     return replace(variant, engines={name: engine(name) for name in variant.engines})
 
 
-def build() -> tuple[Compiled, dict[str, Tensor], Tensor]:
-    """Idle engines of a small FLUX, the arguments of a call, and its timesteps (T, 1)."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    ).eval()
-    inputs = {
-        "hidden_states": torch.randn(1, 64, 16),
-        "encoder_hidden_states": torch.randn(1, 32, 32),
-        "pooled_projections": torch.randn(1, 32),
-        "timestep": torch.ones(1),
-        "img_ids": torch.zeros(64, 3),
-        "txt_ids": torch.zeros(32, 3),
-        "guidance": torch.full((1,), 3.5),
-    }
-    times = torch.linspace(1, 1 / STEPS, STEPS)[:, None]
-    compiled = rc.compile(
-        model, inputs, budgets=(BUDGET,), num_steps=STEPS, runtime="eager", timesteps={"timestep": times}
-    )
-    engines = replace(compiled.engines, variants=tuple(map(idle, compiled.variants)))
-    return replace(compiled, engines=engines), inputs, times
+def build() -> tuple[Compiled, Workload]:
+    """Idle engines of flux-small, and its call."""
+    config = CompileConfig(num_steps=STEPS, anchors=2, runtime="eager")
+    workload = make_workload(BenchRequest("flux-small", BUDGET, config))
+    schedule, _, _ = peers_schedule(STEPS, BUDGET)
+    engines = rc.build_engines(workload.module, [workload.example], config)
+    idle_engines = replace(engines, variants=tuple(map(idle, engines.variants)))
+    return idle_engines.with_plans({BUDGET: schedule}, Taylor(1)), workload
 
 
 def measure(rounds: int) -> dict[str, Any]:
     """Microseconds of one call by number of branches and kind of step."""
-    compiled, inputs, times = build()
+    compiled, workload = build()
     recompute = set(compiled.schedules[BUDGET].recompute_steps)
     found: dict[str, Any] = {}
     for branches in (("",), ("cond", "uncond")):
         given = [
-            {name: value if name in ("img_ids", "txt_ids") else value + number for name, value in inputs.items()}
+            {name: value + number if name in CONDITIONING else value for name, value in workload.inputs.items()}
             for number, _ in enumerate(branches)
         ]
         run = compiled.dispatcher(BUDGET)
@@ -94,7 +75,7 @@ def measure(rounds: int) -> dict[str, Any]:
             for step in range(STEPS):
                 kind = "first step" if step == 0 else "recompute step" if step in recompute else "cached step"
                 for branch, arguments in zip(branches, given, strict=True):
-                    call = {**arguments, "timestep": times[step]}
+                    call = {**workload.at(step), **{name: arguments[name] for name in CONDITIONING}}
                     begin = time.perf_counter()
                     run(step=step, branch=branch, **call)
                     if number:
