@@ -45,7 +45,7 @@ at its peak.  One call is one guidance branch, or both where the pipeline batche
 """
     for facts, _ in planned:
         programs = {each.name: each for each in facts.programs}
-        cached = programs.get("forecast_2", programs["forecast_1"])
+        cached = programs["forecast"]
         share = 1 - facts.step_parameters / facts.parameters
         text += (
             f"| {facts.model} | {facts.size} | {facts.config.num_steps} | {with_unit(facts.parameters)} | {share:.1%} |"

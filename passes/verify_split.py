@@ -1,18 +1,18 @@
 """Check that a prologue and the step programs which read it fit together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import fx
 
 from recache_compile.errors import PassError
-from recache_compile.ir.meta import is_kept_in_step, layout_of, value_of
+from recache_compile.ir.meta import is_kept_in_step
 from recache_compile.ir.program import Binding, Program
 from recache_compile.ir.value import Kind
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.ops import MATMULS, is_cheap, packet
 
 
-def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequence[Program]]) -> None:
+def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Program]) -> None:
     """Raise unless the split is sound.
 
     Every table that a step reads is made by the prologue in the same layout size and type;
@@ -23,31 +23,26 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Sequ
     Args:
         annotated: the program before the split.
         prologue: what `build_prologue` made.
-        steps: the step programs, by the table that they read.
+        steps: the step programs, by name, which is that of the table that they read.
 
     Raises:
         PassError: naming the program and what is wrong with it.
     """
     made = {(value.table, value.source): value for value in prologue.outputs}
-    for table, programs in steps.items():
-        for program in programs:
-            for value in program.inputs:
-                if value.kind not in (Kind.TABLE_ROW, Kind.FIXED):
-                    continue
-                match = made.get((table, value.name))
-                if match is None or (match.shape[-1], match.dtype) != (value.shape[-1], value.dtype):
-                    raise PassError(f"split of {program.name}: it reads {value}, the prologue makes {match}")
-            left = independent_matmuls(program)
-            if left:
-                raise PassError(f"split of {program.name}: {left} do not depend on the latents")
-            if _layouts(program) != _layouts(programs[0]):
-                raise PassError(
-                    f"split of {program.name}: it reads table {table} in another layout than {programs[0].name}"
-                )
-            shared = tied_weights(annotated) | staying_weights(program)
-            torn = sorted(set(program.weights) & set(prologue.weights) - shared)
-            if torn:
-                raise PassError(f"split of {program.name}: the prologue reads the same weights {torn}")
+    for table, program in steps.items():
+        for value in program.inputs:
+            if value.kind not in (Kind.TABLE_ROW, Kind.FIXED):
+                continue
+            match = made.get((table, value.name))
+            if match is None or (match.shape[-1], match.dtype) != (value.shape[-1], value.dtype):
+                raise PassError(f"split of {program.name}: it reads {value}, the prologue makes {match}")
+        left = independent_matmuls(program)
+        if left:
+            raise PassError(f"split of {program.name}: {left} do not depend on the latents")
+        shared = tied_weights(annotated) | staying_weights(program)
+        torn = sorted(set(program.weights) & set(prologue.weights) - shared)
+        if torn:
+            raise PassError(f"split of {program.name}: the prologue reads the same weights {torn}")
 
 
 def independent_matmuls(program: Program) -> list[str]:
@@ -83,9 +78,3 @@ def tied_weights(program: Program) -> set[str]:
         return any(dependent) and not all(dependent)
 
     return {str(node.target) for node in program.module.graph.find_nodes(op="get_attr") if is_tied(node)}
-
-
-def _layouts(program: Program) -> dict[str, object]:
-    """Where each packed input holds which value."""
-    inputs = program.module.graph.find_nodes(op="placeholder")
-    return {value_of(node).name: layout_of(node) for node in inputs if layout_of(node)}

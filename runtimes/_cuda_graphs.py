@@ -17,8 +17,8 @@ from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes.base import Engine, Runtime, Variant
 
 Call = Callable[[], Sequence[Tensor]]
-Places = dict[Value, tuple[Tensor, Tensor | None]]
-"""Where inputs lie, and what was copied there last if nobody writes to it."""
+Places = dict[tuple[Value, int], tuple[Tensor, Tensor | None]]
+"""Where inputs lie, by their rows where their number is free, and what was copied there last if nobody writes to it."""
 
 
 class Recorder(Protocol):
@@ -50,7 +50,8 @@ class GraphedEngine(Engine):
     """An engine that is recorded at its first call and then replayed, whoever calls it.
 
     What a graph reads and writes never moves: inputs are copied to their places before a
-    replay, and results out of it.
+    replay, and results out of it.  A program that serves gaps has a recording for each power of
+    two: the steps of a call are rounded up to one.
 
     Args:
         program: what the engine was built from.
@@ -64,31 +65,37 @@ class GraphedEngine(Engine):
         self._engine = engine.concurrent()
         self._places = places
         self._recorder = recorder
-        self._recorded: RecordedCall | None = None
+        self._recorded: dict[int, RecordedCall] = {}
 
     @override
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        pairs = list(zip(self._program.inputs, inputs, strict=True))
+        steps = next((len(given) for value, given in pairs if None in value.shape), 0)
+        rows = 1 << (steps - 1).bit_length() if steps else 0
         with _plain_tensors(), self._recorder.turn():
-            places = [self._place(value, given) for value, given in zip(self._program.inputs, inputs, strict=True)]
-            if self._recorded is None:
-                self._recorded = self._record(places)
-            self._recorded.replay()
-            return [result.clone() for result in self._recorded.outputs]
+            places = [self._place(value, given, rows) for value, given in pairs]
+            if rows not in self._recorded:
+                self._recorded[rows] = self._record(places)
+            self._recorded[rows].replay()
+            outputs = self._recorded[rows].outputs
+            return [result[:steps].clone() if steps else result.clone() for result in outputs]
 
     @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
         with self._recorder.turn():
             self._engine.use(weights)
-            self._recorded = None
+            self._recorded.clear()
 
-    def _place(self, value: Value, given: Tensor) -> Tensor:
+    def _place(self, value: Value, given: Tensor, rows: int) -> Tensor:
         """The memory of an input, which holds these values now; what nobody writes to is copied where it is another."""
-        place, held = self._places.get(value, (None, None))
+        free = None in value.shape
+        key = value, rows if free else 0
+        place, held = self._places.get(key, (None, None))
         if place is None:
-            place = torch.empty_like(given, memory_format=torch.contiguous_format)
+            place = given.new_zeros((rows, *given.shape[1:]) if free else given.shape)
         if given is not held:
-            place.copy_(given)
-        self._places[value] = place, given if value.kind in (Kind.FIXED, Kind.HISTORY) else None
+            (place[: len(given)] if free else place).copy_(given)
+        self._places[key] = place, given if value.kind in (Kind.FIXED, Kind.HISTORY) else None
         return place
 
     def _record(self, places: Sequence[Tensor]) -> RecordedCall:

@@ -1,6 +1,6 @@
 """The denoising loop's side of a compiled model: one engine call per step."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.errors import DispatchError, MismatchError
 from recache_compile.ir.forecasters import Forecaster
+from recache_compile.ir.gaps import calls_of
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
-from recache_compile.ir.signature import Signature, call_kind, named_leaves
+from recache_compile.ir.program import MIN_ROWS
+from recache_compile.ir.signature import Signature, call_kind, is_flat, named_leaves
 from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
@@ -34,10 +36,13 @@ class State:
         values: what its programs read and return, by name.
         steps: the plan of the steps from `start` on.
         start: the step its generations begin with.
-        coefficients: of every step in `steps`, on the device.
+        calls: the steps that have their predictions from the same engine call as each step.
+        coefficients: of every step in `steps` (steps + 1, h), on the device; zero where an anchor is missing.
         tables: the prologue's results; None when nothing was hoisted.
         fixed: the inputs that must have the values of the capture.
+        revision: of the weights that predictions were made with.
         history: features by site and slot.
+        ahead: predictions that were made for later steps of a gap.
         last_step: the last step that succeeded; None before the first one.
     """
 
@@ -46,11 +51,49 @@ class State:
     values: Mapping[str, tuple[tuple[Value, ...], tuple[Value, ...]]]
     steps: tuple[StepPlan, ...]
     start: int
-    coefficients: tuple[Tensor, ...]
+    calls: tuple[range, ...]
+    coefficients: Tensor
     tables: Tables | None
     fixed: Mapping[str, TensorSnapshot]
+    revision: int
     history: dict[tuple[Site, int | None], Tensor] = field(default_factory=dict)
+    ahead: dict[int, list[Tensor]] = field(default_factory=dict)
     last_step: int | None = None
+
+    def forget(self) -> None:
+        """Forget the generation in progress."""
+        self.history.clear()
+        self.ahead.clear()
+        self.last_step = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The last call of a branch: one that differs in the values of its tensors alone need not be looked at anew.
+
+    Args:
+        key: kind of the call.
+        tensors: shape and type of the tensors, by name.
+        others: the other arguments.
+    """
+
+    key: Hashable
+    tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
+    others: Mapping[str, Any]
+
+    def takes(self, arguments: Mapping[str, Any], device: torch.device) -> bool:
+        """Whether a call is of the same kind, its tensors on this device."""
+        if len(arguments) != len(self.tensors) + len(self.others):
+            return False
+        for name, value in arguments.items():
+            if name in self.tensors:
+                if not isinstance(value, Tensor) or value.device != device:
+                    return False
+                if (value.shape, value.dtype) != self.tensors[name]:
+                    return False
+            elif name not in self.others or (value is not self.others[name] and repr(value) != repr(self.others[name])):
+                return False
+        return True
 
 
 class Dispatcher:
@@ -83,7 +126,7 @@ class Dispatcher:
         self._signature = signature
         self._revision = revision or Revision()
         self._observers = tuple(observers)
-        self._result = pytree.treespec_loads(signature.result)
+        self._result = result_maker(signature)
         self._variants: dict[Hashable, list[Variant]] = {}
         for each in variants:
             kind = call_kind(_tensor_inputs(each), dict(each.constants))
@@ -92,6 +135,7 @@ class Dispatcher:
         self._start: int | None = 0
         self._timetable: Timetable | None = None
         self._states: dict[Place, State] = {}
+        self._bound: dict[str, Bound] = {}
 
     def reset(self, start: int | None = 0, timetable: Timetable | None = None) -> None:
         """Forget every generation in progress and its history.
@@ -111,8 +155,7 @@ class Dispatcher:
             raise DispatchError(f"start {start}: expected 0..{len(self.plan.steps) - 1}")
         self._start, self._timetable = start, timetable
         for state in self._states.values():
-            state.history.clear()
-            state.last_step = None
+            state.forget()
 
     def finish(self) -> None:
         """A generation is over, whichever step was its last.
@@ -147,24 +190,31 @@ class Dispatcher:
         state.last_step = None  # until this step has succeeded
         at = step - state.start
         with on_device(self._device):
+            if at == 0 or state.revision != self._revision.number:
+                state.ahead.clear()
+                state.revision = self._revision.number
             if state.tables is not None:
                 if at == 0:
                     state.tables.restart(self._timetable)
-                state.tables.prepare(at, tensors)
+                if not state.tables.prepare(at, tensors):
+                    state.ahead.clear()
             predictions, stored = self._run(state, at, tensors)
         state.last_step = step
         if state.tables is not None and at == len(state.steps) - 1:
             state.tables.finish()
-        left = iter(predictions)
-        leaves = [next(left) if is_tensor else None for is_tensor in self._signature.tensors]
-        result = pytree.tree_unflatten(leaves, self._result)
+        result = self._result(predictions)
         if self._observers:
             self._tell(state, tensors, stored, result)
         return result
 
     def _run(self, state: State, at: int, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[Site, Tensor]]:
         """Run the program of a step: its predictions, and the features that were stored in the step's slot."""
+        if at in state.ahead:
+            return state.ahead.pop(at), {}
         this = state.steps[at]
+        if this.slot is None and state.variant.programs[this.program].serves_gaps:
+            self._run_ahead(state, at)
+            return state.ahead.pop(at), {}
         name = this.program
         inputs, outputs = state.values[name]
         results = state.variant.engines[name]([self._argument(state, value, at, tensors) for value in inputs])
@@ -176,6 +226,28 @@ class Dispatcher:
                 continue
             stored[value.site] = state.history[value.site, this.slot] = result
         return predictions, stored
+
+    def _run_ahead(self, state: State, at: int) -> None:
+        """Make the predictions of a cached step and of those that are made with it.
+
+        Where the rows of one of them are not known yet, they are made one by one.
+        """
+        steps = state.calls[at]
+        if state.tables is not None and not all(map(state.tables.has_rows, steps)):
+            steps = range(at, at + 1)
+        padded = [*steps, *[at] * (MIN_ROWS - len(steps))]
+        name = state.steps[at].program
+        arguments = []
+        for value in state.values[name][0]:
+            if value.kind is Kind.COEFFICIENTS:
+                arguments.append(state.coefficients[steps.start : steps.start + len(padded)])
+            elif value.kind is Kind.TABLE_ROW:
+                assert state.tables is not None
+                arguments.append(torch.stack([state.tables.read(value, step) for step in padded]))
+            else:
+                arguments.append(self._argument(state, value, at, {}))
+        results = state.variant.engines[name](arguments)
+        state.ahead = {step: [result[number] for result in results] for number, step in enumerate(steps) if step >= at}
 
     def _tell(self, state: State, tensors: Mapping[str, Tensor], stored: Mapping[Site, Tensor], result: Any) -> None:
         """Tell the observers of the step that has succeeded last."""
@@ -196,7 +268,8 @@ class Dispatcher:
 
     def _argument(self, state: State, value: Value, at: int, tensors: Mapping[str, Tensor]) -> Tensor:
         if value.kind is Kind.HISTORY:
-            return state.history[value.site, value.slot]
+            held = state.history.get((value.site, value.slot))
+            return state.history[value.site, 0] if held is None else held  # a missing anchor has weight zero
         if value.kind is Kind.COEFFICIENTS:
             return state.coefficients[at]
         if value.kind in (Kind.TABLE_ROW, Kind.FIXED):
@@ -211,6 +284,20 @@ class Dispatcher:
                 "torch.autocast is on, which engines do not follow; call them outside of it, and compile the model in"
                 " bfloat16 or float16 for half precision"
             )
+        bound = self._bound.get(branch)
+        if bound is not None and bound.takes(model_inputs, self._device):
+            tensors, key = {name: model_inputs[name] for name in bound.tensors}, bound.key
+        else:
+            tensors, key = self._looked_at(branch, model_inputs)
+        number = self._matching(self._variants[key], tensors, branch, key)
+        place = branch, key, number
+        state, start = self._states.get(place), self._begins(branch, step)
+        if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
+            state = self._states[place] = self._new_state(place, start)
+        return tensors, state
+
+    def _looked_at(self, branch: str, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Hashable]:
+        """The tensor inputs of a call by name, and its kind, which is one that was compiled."""
         leaves = named_leaves(model_inputs)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         constants = self._signature.constants(model_inputs, leaves)
@@ -220,12 +307,12 @@ class Dispatcher:
         key = call_kind(tensors, constants)
         if key not in self._variants:
             raise MismatchError(self._no_variant(tensors, constants))
-        number = self._matching(self._variants[key], tensors, branch, key)
-        place = branch, key, number
-        state, start = self._states.get(place), self._begins(branch, step)
-        if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
-            state = self._states[place] = self._new_state(place, start)
-        return tensors, state
+        self._bound.pop(branch, None)
+        if is_flat(model_inputs):
+            others = {name: value for name, value in model_inputs.items() if name not in tensors}
+            facts = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            self._bound[branch] = Bound(key, facts, others)
+        return tensors, key
 
     def _comes_back(self, state: State, step: int) -> bool:
         """Whether a branch was left out for some steps: it then begins anew, and recomputes, where it comes back."""
@@ -258,7 +345,18 @@ class Dispatcher:
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
         values = {name: (program.inputs, program.outputs) for name, program in variant.programs.items()}
-        return State(place, variant, values, plan.steps, start, self._coefficients(plan), tables, fixed)
+        calls, coefficients = calls_of(plan, variant.programs), self._coefficients(plan, variant)
+        return State(
+            place, variant, values, plan.steps, start, calls, coefficients, tables, fixed, self._revision.number
+        )
+
+    def _follow(self, state: State, plan: Plan) -> None:
+        """Let a state follow another plan with the same first step."""
+        state.steps = plan.steps
+        state.calls = calls_of(plan, state.variant.programs)
+        state.coefficients = self._coefficients(plan, state.variant)
+        if state.tables is not None:
+            state.tables.follow(plan)
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)
@@ -270,8 +368,13 @@ class Dispatcher:
         rest = self.plan.schedule.starting_at(start)
         return make_plan(rest, self._forecaster, len(self.plan.steps[0].pattern), start)
 
-    def _coefficients(self, plan: Plan) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(step.coefficients, dtype=torch.float32, device=self._device) for step in plan.steps)
+    def _coefficients(self, plan: Plan, variant: Variant) -> Tensor:
+        """Those of every step, and as many rows of zeros as make a call of the last step a full one."""
+        values = [value for program in variant.programs.values() for value in program.inputs]
+        anchors = max((value.shape[-1] or 0 for value in values if value.kind is Kind.COEFFICIENTS), default=0)
+        rows = [(*step.coefficients, *[0.0] * (anchors - len(step.coefficients))) for step in plan.steps]
+        rows += [(0.0,) * anchors] * (MIN_ROWS - 1)
+        return torch.tensor(rows, dtype=torch.float32, device=self._device)
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
         given = {**constants, **{name: _describe(leaf) for name, leaf in tensors.items()}}
@@ -289,6 +392,21 @@ class Dispatcher:
             for name in differences(nearest)
         ]
         return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
+
+
+def result_maker(signature: Signature) -> Callable[[Sequence[Tensor]], Any]:
+    """What makes a model's result of its tensors."""
+    structure = pytree.treespec_loads(signature.result)
+    numbers = list(range(len(signature.tensors)))
+    if all(signature.tensors) and pytree.tree_unflatten(numbers, structure) == tuple(numbers):
+        return tuple
+
+    def result(predictions: Sequence[Tensor]) -> Any:
+        left = iter(predictions)
+        leaves = [next(left) if is_tensor else None for is_tensor in signature.tensors]
+        return pytree.tree_unflatten(leaves, structure)
+
+    return result
 
 
 def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:

@@ -76,12 +76,8 @@ class ReplayDispatcher(Dispatcher):
         self._recorder.forget(self._shared)
         self.plan = make_plan(schedule, self._forecaster, self._sites)
         for state in self._states.values():
-            state.history.clear()
-            state.last_step = None
-            rest = self._rest(state.start)
-            state.steps, state.coefficients = rest.steps, self._coefficients(rest)
-            if state.tables is not None:
-                state.tables.follow(rest)
+            state.forget()
+            self._follow(state, self._rest(state.start))
 
     @override
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:

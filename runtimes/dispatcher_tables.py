@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, table_name
+from recache_compile.ir.program import MIN_ROWS
 from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot, host_waits
 from recache_compile.runtimes.base import Revision, Variant
@@ -67,7 +67,8 @@ class Tables:
         tables = {value.table for value in variant.programs["prologue"].outputs if value.table is not None}
         self._every = tuple(sorted(tables)) if every else ()
         self.follow(plan)
-        names = [value.name for value in variant.inputs if value.kind is Kind.TIMESTEP]
+        names = variant.names(Kind.TIMESTEP)
+        self._conditioned = variant.names(Kind.CONDITIONING)
         self._timesteps: dict[str, list[Tensor | None]] = {
             name: list(variant.timesteps[name][start:]) if name in variant.timesteps else [None] * len(plan.steps)
             for name in names
@@ -81,7 +82,7 @@ class Tables:
 
     def follow(self, plan: Plan) -> None:
         """Serve another plan with the same first step; rows that are there already stay."""
-        self._tables = [table_name(step.pattern) for step in plan.steps]
+        self._tables = [step.program for step in plan.steps]
         self._reads = [
             tuple(value for value in self._variant.programs[step.program].inputs if value.kind is Kind.TABLE_ROW)
             for step in plan.steps
@@ -93,8 +94,12 @@ class Tables:
             return self._fixed[self._tables[step], value.name]
         return self._rows[step, self._tables[step], value.name]
 
-    def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Make sure that what `step` reads belongs to these conditioning and timestep tensors."""
+    def prepare(self, step: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Make sure that what `step` reads belongs to these conditioning and timestep tensors.
+
+        Returns:
+            Whether what was read for it before, if anything, still belongs to them.
+        """
         steps: Sequence[int] = range(len(self._tables))
         stale = self._conditioning_changed(tensors) or self._computed_at != self._revision.number
         self._computed_at = self._revision.number
@@ -104,16 +109,17 @@ class Tables:
             steps = [step]
             for key in [key for key in self._rows if key[0] == step]:
                 del self._rows[key]
-        elif not stale and self._has_rows(step):
-            return
+        elif not stale and self.has_rows(step):
+            return True
         try:
             self._run(steps, tensors)
         except BaseException:  # nothing half-filled is ever read
             self._rows.clear()
             self._conditioning.clear()
             raise
+        return False
 
-    def _has_rows(self, step: int) -> bool:
+    def has_rows(self, step: int) -> bool:
         """Whether all that a step reads is there."""
         return all((step, self._tables[step], value.name) in self._rows for value in self._reads[step])
 
@@ -171,14 +177,12 @@ class Tables:
 
     def _conditioning_changed(self, tensors: Mapping[str, Tensor]) -> bool:
         changed = False
-        for value in self._variant.inputs:
-            if value.kind is not Kind.CONDITIONING:
-                continue
-            tensor, seen = tensors[value.name], self._conditioning.get(value.name)
+        for name in self._conditioned:
+            tensor, seen = tensors[name], self._conditioning.get(name)
             if seen is not None and (differs := seen.differs(tensor)) is not None:
                 self._gather(differs)
             elif seen is None or not seen.still_equals(tensor):
-                self._conditioning[value.name] = TensorSnapshot.of(tensor)
+                self._conditioning[name] = TensorSnapshot.of(tensor)
                 changed = True
         return changed
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
+from recache_compile.ir.gaps import steps_per_call
 from recache_compile.ir.program import MIN_ROWS, Program
 from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes._tensorrt_engine import TensorRTEngine
@@ -63,7 +64,8 @@ class TensorRTBase(Runtime, abc.ABC):
         engine, model = files
         export_onnx(program, device, model)
         with on_device(device):
-            engine.write_bytes(self.build(model, program.name))
+            most = MAX_ROWS if program.name == "prologue" else steps_per_call(program)
+            engine.write_bytes(self.build(model, program.name, most))
 
     def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """Make the weights external data of the ONNX model; the engine gets them when it is loaded."""
@@ -88,12 +90,13 @@ class TensorRTBase(Runtime, abc.ABC):
                 )
         return TensorRTEngine(program, engine, self.context_config(engine), weights, device)
 
-    def build(self, model: Path, name: str) -> bytes:
+    def build(self, model: Path, name: str, most: int = MAX_ROWS) -> bytes:
         """The serialised engine of an ONNX model whose weights are inputs.
 
         Args:
             model: an ONNX file; data outside of it are not read.
             name: of the program, for the message.
+            most: rows or steps of one call, where their number is free.
 
         Raises:
             RuntimeUnavailableError: naming the node that the library has no counterpart for,
@@ -102,7 +105,7 @@ class TensorRTBase(Runtime, abc.ABC):
         with self.logging() as logger:
             builder = self.trt().Builder(logger)
             network = self.parse(builder, model, name, logger)
-            config = self._config(builder, network)
+            config = self._config(builder, network, most)
             with self.timings(config):
                 plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -169,8 +172,8 @@ class TensorRTBase(Runtime, abc.ABC):
         """Around a build: keeps what was timed, where that is of use."""
         return contextlib.nullcontext()
 
-    def _config(self, builder: Any, network: Any) -> Any:
-        """The builder's settings, with the rows that a prologue makes."""
+    def _config(self, builder: Any, network: Any, most: int) -> Any:
+        """The builder's settings, with the rows that a prologue makes, or the steps of a gap."""
         trt = self.trt()
         config = builder.create_builder_config()
         (config.set_flag if self.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
@@ -185,7 +188,8 @@ class TensorRTBase(Runtime, abc.ABC):
             profile = builder.create_optimization_profile()
             for name, shape in free.items():
                 sizes = (
-                    [rows if size == -1 else size for size in shape] for rows in (MIN_ROWS, EXAMPLE_ROWS, MAX_ROWS)
+                    [each if size == -1 else size for size in shape]
+                    for each in (MIN_ROWS, min(EXAMPLE_ROWS, most), most)
                 )
                 profile.set_shape(name, *sizes)
             config.add_optimization_profile(profile)

@@ -14,7 +14,7 @@ from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
 from recache_compile.ir.signature import Signature
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 

@@ -14,10 +14,11 @@ from recache_compile.artifact.manifest import WEIGHTS, Manifest
 from recache_compile.compiler.compiled import Compiled, Engines
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.forecasters import get_forecaster
-from recache_compile.ir.plan import Plan
+from recache_compile.ir.plan import Plan, StepPlan
 from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.serialize import program_from_json, read_value, weights_named
+from recache_compile.ir.value import Kind
 from recache_compile.runtimes._offload import on_host
 from recache_compile.runtimes.base import Engine, Variant
 
@@ -112,10 +113,18 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
                 and len(step.coefficients) == max(step.pattern)
                 and all(map(math.isfinite, step.coefficients))
                 and written >= set(range(max(step.pattern)))
-                and all(step.program in variant.programs for variant in variants)
+                and all(_can_run(variant, step) for variant in variants)
             )
             if not sound:
                 raise ArtifactError(f"the plan of budget {budget} makes no sense at step {number}; compile again")
+
+
+def _can_run(variant: Variant, step: StepPlan) -> bool:
+    """Whether a variant has the program of a step, with room for its coefficients."""
+    if step.program not in variant.programs:
+        return False
+    taken = [value for value in variant.programs[step.program].inputs if value.kind is Kind.COEFFICIENTS]
+    return len(step.coefficients) <= max((value.shape[-1] or 0 for value in taken), default=0)
 
 
 def _program(text: str, weights: dict[str, Tensor], device: torch.device, file: Path) -> Program:

@@ -224,11 +224,11 @@ def chosen_subjects(only: str | None) -> tuple[str, ...]:
 def lone_calls(compiled: Compiled, budget: int) -> dict[str, Callable[[], Any]]:
     """Calls of the engines on random inputs, of which the ideal is made; the tables have the rows of a budget."""
     variant = compiled.variants[0]
-    rows: dict[str | None, int] = {"recompute": budget, "forecast": compiled.num_steps - budget}
+    rows = {"recompute": budget, "forecast": compiled.num_steps - budget}
 
     def call(name: str) -> Callable[[], Any]:
         shapes = [
-            [max(rows[value.table], MIN_ROWS) if size is None else size for size in value.shape]
+            [max(rows[value.table or name], MIN_ROWS) if size is None else size for size in value.shape]
             for value in variant.programs[name].inputs
         ]
         inputs = [

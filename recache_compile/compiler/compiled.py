@@ -186,9 +186,11 @@ class Engines:
         steps, where = plan.schedule.num_steps, f"schedule {list(plan.schedule.recompute_steps)}"
         if steps != self.config.num_steps:
             raise DispatchError(f"{where}: is for {steps} steps, compiled were {self.config.num_steps}")
-        missing = {step.program for step in plan.steps} - set(self.variants[0].programs)
-        if missing:
-            raise DispatchError(f"{where}: needs {', '.join(sorted(missing))}, not compiled; compile with its order")
+        reads = max(len(step.coefficients) for step in plan.steps)
+        if reads > self.config.anchors:
+            raise DispatchError(
+                f"{where}: a forecast reads {reads} anchors, compiled for {self.config.anchors}; compile with its order"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -1,18 +1,20 @@
 """From a captured program to its parts: cache points, one program for each site pattern, and the prologue."""
 
 import logging
+from collections.abc import Mapping
 
 from torch import fx
 
 from recache_compile.capture.capture import Captured
 from recache_compile.config import CompileConfig
 from recache_compile.ir.meta import tensor_of
-from recache_compile.ir.program import Program, SitePattern, pattern_name, table_name
+from recache_compile.ir.program import Program, SitePattern, pattern_name
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.insert_cache_points import InsertCachePoints
+from recache_compile.passes.map_gap import map_over_gap
 from recache_compile.passes.ops import CACHE_POINT
 from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
@@ -45,12 +47,12 @@ def describe_sites(annotated: Program) -> str:
 
 
 def patterns_of(config: CompileConfig, num_sites: int) -> list[SitePattern]:
-    """Recompute, and a forecast from every number of anchors that a plan can hold.
+    """Recompute, and a forecast from as many anchors as a plan can hold: fewer are the same with zero weights.
 
     Whatever steps are chosen later, and wherever a generation starts, its patterns are among these.
     """
     most = min(config.anchors, config.num_steps - 1)
-    return [(anchors,) * num_sites for anchors in range(most + 1)]
+    return [(anchors,) * num_sites for anchors in sorted({0, most})]
 
 
 def row_limit(annotated: Program, num_steps: int) -> int:
@@ -63,17 +65,20 @@ def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
     """One program for each pattern, and the prologue that they share."""
     limit = row_limit(annotated, config.num_steps)
     programs: dict[str, Program] = {}
-    tables: dict[str, list[Program]] = {}
     for pattern in patterns_of(config, len(cache_points(annotated))):
         name = pattern_name(pattern)
         log.info("specialising %s", name)
         passes = (Specialise(pattern), Hoist(limit), Simplify()) if config.hoist else (Specialise(pattern), Simplify())
         programs[name] = run_passes(annotated, passes).renamed(name)
-        tables.setdefault(table_name(pattern), []).append(programs[name])
     reads = {value.kind for program in programs.values() for value in program.inputs}
     if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
-        return programs
+        return mapped(programs)
     log.info("building the prologue")
-    prologue = build_prologue(annotated, {table: members[0] for table, members in tables.items()})
-    verify_split(annotated, prologue, tables)
-    return {"prologue": prologue, **programs}
+    prologue = build_prologue(annotated, programs)
+    verify_split(annotated, prologue, programs)
+    return {"prologue": prologue, **mapped(programs)}
+
+
+def mapped(programs: Mapping[str, Program]) -> dict[str, Program]:
+    """The same programs; a call of those that forecast makes the predictions of a whole gap where it can."""
+    return {name: map_over_gap(each) if name == "forecast" else each for name, each in programs.items()}

@@ -10,25 +10,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recache_compile.ir.gaps import calls_of
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Program, table_name
+from recache_compile.ir.program import MIN_ROWS, Program
 from recache_compile.ir.value import Kind
 
 _COUNTED: WeakKeyDictionary[fx.GraphModule, dict[tuple[tuple[int, ...], ...], int]] = WeakKeyDictionary()
 """Multiply-accumulates of a graph by the shapes of its inputs; passes never change a graph that they are given."""
 
 
-def count_macs(program: Program, device: torch.device, rows: Mapping[str, int] | None = None) -> int:
+def count_macs(program: Program, device: torch.device, rows: Mapping[str | None, int] | None = None) -> int:
     """Multiply-accumulates of one call, counted by PyTorch's `FlopCounterMode` on fake tensors.
 
     Args:
         program: any program.
         device: where its weights are.
-        rows: for the prologue, the number of rows of each table.
+        rows: for the prologue, the number of rows of each table; for a program that serves gaps, the
+            number of steps, by None.
     """
     shapes = []
     for value in program.inputs:
-        free = MIN_ROWS if rows is None or value.table is None else max(rows.get(value.table, 0), MIN_ROWS)
+        free = MIN_ROWS if rows is None else max(rows.get(value.table, 0), MIN_ROWS)
         shapes.append(tuple(free if size is None else size for size in value.shape))
     known = _COUNTED.setdefault(program.module, {})
     if tuple(shapes) not in known:
@@ -50,7 +52,7 @@ class Cost:
     Args:
         macs: multiply-accumulates of the whole generation, with timesteps known ahead.
         uncached_macs: those of the uncached, unhoisted model.
-        step_macs: per step.
+        step_macs: per step; those of one engine call share what it costs.
         prologue_macs: of the prologue, its rows included.
         history_bytes: features held by one guidance branch.
         table_bytes: prologue outputs held by one guidance branch.
@@ -78,11 +80,14 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, c
         device: where their weights are.
         capture_macs: multiply-accumulates of one call of the captured model.
     """
-    each = {name: count_macs(program, device) for name, program in programs.items() if name != "prologue"}
-    rows: dict[str, int] = {}
+    steps: list[int] = []
+    for call in sorted(set(calls_of(plan, programs)), key=lambda call: call.start):
+        share, rest = divmod(count_macs(programs[plan.steps[call.start].program], device, {None: len(call)}), len(call))
+        steps += [share + (number < rest) for number, _ in enumerate(call)]
+    rows: dict[str | None, int] = {}
     slots: dict[tuple[int | None, int | None], int] = {}
     for step in plan.steps:
-        rows[table_name(step.pattern)] = rows.get(table_name(step.pattern), 0) + 1
+        rows[step.program] = rows.get(step.program, 0) + 1
         for value in programs[step.program].outputs:
             if value.kind is Kind.FEATURE:
                 slots[value.site, step.slot] = value.nbytes
@@ -94,6 +99,5 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, c
             tables += value.nbytes * (rows.get(value.table, 0) if value.kind is Kind.TABLE else 1)
         calls = len(plan.steps) if prologue.makes_one_row else 1
         prologue_macs = calls * count_macs(prologue, device, rows)
-    steps = tuple(each[step.program] for step in plan.steps)
     full = capture_macs * len(plan.steps)
-    return Cost(sum(steps) + prologue_macs, full, steps, prologue_macs, sum(slots.values()), tables)
+    return Cost(sum(steps) + prologue_macs, full, tuple(steps), prologue_macs, sum(slots.values()), tables)

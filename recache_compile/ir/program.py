@@ -60,7 +60,7 @@ class Program:
     All arguments and results are flat tensors.
 
     Args:
-        name: "capture", "prologue", "recompute", "forecast_2" ...
+        name: "capture", "prologue", "recompute", "forecast" ...
         module: the graph and the weights it reads, under the model's own names.
         provenance: the passes that made it, in order.
     """
@@ -96,6 +96,11 @@ class Program:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
     @property
+    def serves_gaps(self) -> bool:
+        """Whether a call of this forecast program makes the predictions of any number of steps."""
+        return any(value.kind is Kind.COEFFICIENTS and value.shape[0] is None for value in self.inputs)
+
+    @property
     def makes_one_row(self) -> bool:
         """Whether a call of this prologue makes one row of its tables, and not any number of rows."""
         return any(value.kind is Kind.TABLE and value.shape[0] is not None for value in self.outputs)
@@ -106,17 +111,15 @@ class Program:
 
 
 def pattern_name(pattern: SitePattern) -> str:
-    """ "recompute" and "forecast_h" for uniform patterns; mixed ones are spelled out."""
-    kinds = set(pattern)
+    """ "recompute" and "forecast" for uniform patterns; mixed ones are spelled out.
+
+    It does not depend on the number of anchors: those that are missing have weight zero.  The
+    prologue's table that the program reads has the same name.
+    """
+    kinds = {bool(entry) for entry in pattern}
     if len(kinds) > 1:
         return "pattern_" + "_".join(map(str, pattern))
-    (kind,) = kinds
-    return f"forecast_{kind}" if kind else "recompute"
-
-
-def table_name(pattern: SitePattern) -> str:
-    """Name of the prologue table that a pattern's program reads: it depends on which sites are recomputed."""
-    return "forecast" if len(set(pattern)) == 1 and any(pattern) else pattern_name(pattern)
+    return "forecast" if kinds.pop() else "recompute"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

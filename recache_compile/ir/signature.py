@@ -64,7 +64,7 @@ def call_kind(leaves: Mapping[str, Any], constants: Mapping[str, str] | None = N
 
 def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of nested arguments by dotted name, in `torch.export`'s order; those of an object are its attributes."""
-    if all(isinstance(value, _PLAIN) for value in arguments.values()):
+    if is_flat(arguments):
         return dict(arguments)
     flat, _ = pytree.tree_flatten_with_path(dict(arguments))
     leaves: dict[str, Any] = {}
@@ -72,6 +72,11 @@ def named_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
         inner = named_leaves(dict(sorted(vars(leaf).items()))) if _holds_attributes(leaf) else {"": leaf}
         leaves |= {f"{dotted_name(path)}.{name}".removesuffix("."): value for name, value in inner.items()}
     return leaves
+
+
+def is_flat(arguments: Mapping[str, Any]) -> bool:
+    """Whether no argument holds others: each is a leaf."""
+    return all(isinstance(value, _PLAIN) for value in arguments.values())
 
 
 def _holds_attributes(value: Any) -> bool:

@@ -79,7 +79,7 @@ def test_the_tables_name_programs_and_budgets(planned: PlanFacts) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     print_plan(planned, console)
     text = console.export_text()
-    for word in ("prologue", "recompute", "forecast_2", "module", "recompute.row_float32", "MACs"):
+    for word in ("prologue", "recompute", "forecast", "module", "recompute.row_float32", "MACs"):
         assert word in text
 
 

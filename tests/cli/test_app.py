@@ -60,11 +60,11 @@ def test_inspect_tells_the_plan(artifact: Path) -> None:
     facts = json.loads(run("inspect", artifact, "--json").stdout)
     assert facts["budgets"][0]["engines"] == [
         "recompute",
-        "forecast_1",
-        "forecast_1",
+        "forecast",
+        "forecast",
         "recompute",
-        "forecast_2",
-        "forecast_2",
+        "forecast",
+        "forecast",
     ]
     assert facts["hoisted_parameters"] / facts["parameters"] > 0.2
     assert [site["shape"] for site in facts["sites"]] == [[1, 64, 128]]
@@ -74,7 +74,7 @@ def test_inspect_tells_the_plan(artifact: Path) -> None:
 
 
 def test_inspect_prints_a_program(artifact: Path) -> None:
-    page = run("inspect", artifact, "--graph", "forecast_2").stdout
+    page = run("inspect", artifact, "--graph", "forecast").stdout
     assert "history_0_1" in page
     assert page.strip().splitlines()[-1].startswith("return")
 

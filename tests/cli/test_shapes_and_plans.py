@@ -45,7 +45,7 @@ def test_a_plan_needs_no_weights_and_tells_all_granularities() -> None:
     assert [each["granularity"] for each in facts["sites"]] == ["output", "stack", "block", "module"]
     assert [each["budget"] for each in facts["budgets"]] == [3, 6]
     assert facts["config"]["num_steps"] == 6
-    assert {each["name"] for each in facts["programs"]} == {"prologue", "recompute", "forecast_1", "forecast_2"}
+    assert {each["name"] for each in facts["programs"]} == {"prologue", "recompute", "forecast"}
 
 
 def test_a_plan_is_a_table_for_people() -> None:
@@ -60,7 +60,7 @@ def test_flux_at_full_size_is_planned_without_weights() -> None:
     facts = json.loads(run("plan", "flux.1-dev", "--json").stdout)
     programs = {each["name"]: each for each in facts["programs"]}
     assert 1 - facts["step_parameters"] / facts["parameters"] >= 0.27
-    assert programs["forecast_2"]["calls"] <= 30
+    assert programs["forecast"]["calls"] <= 30
     kinds = [name.partition(".")[2].partition("_")[0] for name in facts["boundary"] if name.startswith("recompute.")]
     assert kinds.count("row") <= 2
     assert kinds.count("fixed") <= 2

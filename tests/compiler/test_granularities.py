@@ -95,7 +95,7 @@ def test_block_granularity_without_residuals_equals_that_of_the_stack(flux: nn.M
 def test_module_sites_are_the_last_layers_of_attention_and_mlps(flux: nn.Module, by_module: rc.Compiled) -> None:
     """Not those that other matrix products alone read: query, key, value, the MLPs' first layers."""
     assert len(features(by_module)) == len(LAST_LAYERS)
-    recompute, cached = (set(by_module.variants[0].programs[name].weights) for name in ("recompute", "forecast_2"))
+    recompute, cached = (set(by_module.variants[0].programs[name].weights) for name in ("recompute", "forecast"))
     assert {f"{name}.weight" for name in LAST_LAYERS} <= recompute - cached
     assert not [name for name in cached if "block" in name]
 
@@ -154,7 +154,7 @@ def test_the_residual_of_the_stack_equals_hooks_on_its_two_ends(flux: nn.Module,
 
 
 def test_a_cached_step_with_residuals_reads_the_embedding_of_the_latents_alone(by_residual: rc.Compiled) -> None:
-    program = by_residual.variants[0].programs["forecast_2"]
+    program = by_residual.variants[0].programs["forecast"]
     layers = {name.rpartition(".")[0] for name in program.weights}
     assert layers == {"x_embedder", "proj_out"}
     assert "hidden_states" in [value.name for value in program.inputs]

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.ir.meta import is_described, value_of
-from recache_compile.ir.program import Granularity, Program, SitePattern, pattern_name, table_name
+from recache_compile.ir.program import Granularity, Program, SitePattern, pattern_name
 from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import find_cache_sites
@@ -171,7 +171,7 @@ def split(
     """Cut a module in two; `patterns` must read different tables."""
     whole = annotated(module, granularity, inputs)
     steps = {
-        table_name(pattern): run_passes(whole, (Specialise(pattern), Hoist(), Simplify())).renamed(
+        pattern_name(pattern): run_passes(whole, (Specialise(pattern), Hoist(), Simplify())).renamed(
             pattern_name(pattern)
         )
         for pattern in patterns

@@ -153,11 +153,11 @@ def calls_from(start: int, run: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("start", "recompute", "cached"),
     [
-        (0, 3, {"forecast_1": 3, "forecast_2": 6}),
-        (4, 2, {"forecast_1": 3, "forecast_2": 3}),
-        (6, 2, {"forecast_1": 1, "forecast_2": 3}),
-        (7, 2, {"forecast_2": 3}),
-        (9, 1, {"forecast_1": 2}),
+        (0, 3, {"forecast": 3}),
+        (4, 2, {"forecast": 2}),
+        (6, 2, {"forecast": 2}),
+        (7, 2, {"forecast": 1}),
+        (9, 1, {"forecast": 1}),
         (11, 1, {}),
     ],
 )

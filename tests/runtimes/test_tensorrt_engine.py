@@ -79,10 +79,10 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def made(eager: rc.Compiled, stream: SimpleNamespace) -> tuple[TensorRTEngine, Library, Program, list[torch.Tensor]]:
-    program = eager.variants[0].programs["forecast_1"]
+    program = eager.variants[0].programs["forecast"]
     library = Library(program)
     weights = {name: aligned(weight) for name, weight in eager.weights.items()}
-    inputs = [torch.randn(value.shape) for value in program.inputs]  # type: ignore[arg-type]
+    inputs = [torch.randn([size or 3 for size in value.shape]) for value in program.inputs]
     return TensorRTEngine(program, library, None, weights, CPU), library, program, inputs
 
 

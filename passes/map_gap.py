@@ -1,0 +1,97 @@
+"""Map a forecast program over the cached steps of a gap."""
+
+import logging
+
+import torch
+from torch import Tensor, fx, nn
+
+from recache_compile.capture.export import export_module, flatten
+from recache_compile.errors import check_memory, first_line
+from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of, values_of
+from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
+from recache_compile.ir.value import Kind, Value
+from recache_compile.passes.base import copy_module
+from recache_compile.passes.map_rows import use_free_row_rules
+
+log = logging.getLogger(__name__)
+
+_OWN = (Kind.COEFFICIENTS, Kind.TABLE_ROW)
+"""Inputs that every step has its own of."""
+
+_SHARED = (Kind.HISTORY, Kind.FIXED)
+"""Inputs that the steps of a gap have in common."""
+
+
+def map_over_gap(program: Program) -> Program:
+    """The forecast program for all steps of a gap at once, where a prediction does not depend on the latents.
+
+    Coefficients become (G, h), table rows (G, size) and predictions (G, *shape) for any number G
+    of steps; history and what the conditioning alone decides are shared by them (`torch.vmap`).
+
+    Args:
+        program: a hoisted forecast program.
+
+    Returns:
+        The same program where it reads latents, or a timestep that is not in a table, or where
+        one of its operators cannot be mapped over a free number of steps.
+    """
+    inputs = program.inputs
+    if any(value.kind not in (*_OWN, *_SHARED) for value in inputs):
+        return program
+    try:
+        return _mapped(program)
+    except Exception as error:  # noqa: BLE001  # torch raises many kinds, depending on the operator
+        check_memory(error)
+        log.debug("%s is called at every step, it cannot be mapped over them: %s", program.name, first_line(error))
+        return program
+
+
+class _Gap(nn.Module):
+    """A program's graph, mapped over those inputs that every step has its own of."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.in_dims = tuple(
+            0 if value_of(node).kind in _OWN else None for node in module.graph.find_nodes(op="placeholder")
+        )
+        self.step = copy_module(module)
+        use_free_row_rules(self.step.graph)
+        self.step.recompile()
+
+    def forward(self, *arguments: Tensor) -> list[Tensor]:
+        """The program's inputs, to its results."""
+        results: list[Tensor] = torch.vmap(self.step, in_dims=self.in_dims)(*arguments)
+        return results
+
+
+def _mapped(program: Program) -> Program:
+    nodes = program.module.graph.find_nodes(op="placeholder")
+    values = [_with_rows(value) if value.kind in _OWN else value for value in program.inputs]
+    example = tuple(
+        torch.zeros(
+            [MIN_ROWS + 1 if size is None else size for size in value.shape],
+            dtype=value.dtype,
+            device=tensor_of(node).device,
+        )
+        for node, value in zip(nodes, values, strict=True)
+    )
+    steps = torch.export.Dim("steps", min=MIN_ROWS)
+    shapes = tuple({0: steps} if None in value.shape else {} for value in values)
+    exported = export_module(_Gap(program.module), example, {}, dynamic_shapes=(shapes,), decompose=True)
+    names = {id(weight): name for name, weight in program.weights.items()}
+    module = flatten(exported, names, "constant_gap")
+    for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
+        with module.graph.inserting_before(node):
+            named = module.graph.placeholder(value.name)
+        set_result(named, tensor_of(node))
+        describe_input(named, value)
+        node.replace_all_uses_with(named)
+        module.graph.erase_node(node)
+    describe_outputs(module.graph.output_node(), map(_with_rows, values_of(program.module.graph.output_node())))
+    module.recompile()
+    return Program(program.name, module, (*program.provenance, PassRecord("map-over-gap")))
+
+
+def _with_rows(value: Value) -> Value:
+    """The same for a free number of steps."""
+    return Value(value.name, value.kind, (None, *value.shape), value.dtype, value.site, value.slot)

@@ -1,0 +1,46 @@
+"""Forecast programs that serve a whole gap, against the program of one step."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recache_compile.ir.program import Granularity, Program
+from recache_compile.ir.value import Kind
+from recache_compile.passes.base import run_passes
+from recache_compile.passes.hoist import Hoist
+from recache_compile.passes.map_gap import map_over_gap
+from recache_compile.passes.simplify import Simplify
+from recache_compile.passes.specialise import Specialise
+from tests.passes.tiny import Attention, Formula, annotated
+
+
+def forecast(module: nn.Module, granularity: Granularity = Granularity.STACK) -> Program:
+    whole = annotated(module, granularity)
+    sites = sum(node.target is torch.ops.recache.cache_point.default for node in whole.module.graph.nodes)
+    return run_passes(whole, (Specialise((2,) * sites), Hoist(), Simplify())).renamed("forecast")
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_a_gap_equals_its_steps_one_by_one(steps: int) -> None:
+    single = forecast(Attention())
+    whole = map_over_gap(single)
+    assert whole.serves_gaps
+    assert not single.serves_gaps
+    own = (Kind.COEFFICIENTS, Kind.TABLE_ROW)
+    given = [torch.randn([steps if size is None else size for size in value.shape]) for value in whole.inputs]
+    predictions = whole.module(*given)
+    for step in range(steps):
+        mine = [x[step] if value.kind in own else x for value, x in zip(whole.inputs, given, strict=True)]
+        for expected, result in zip(single.module(*mine), predictions, strict=True):
+            torch.testing.assert_close(result[step], expected, rtol=1e-5, atol=1e-6)
+    assert [value.name for value in whole.inputs] == [value.name for value in single.inputs]
+    assert whole.weights.keys() == single.weights.keys()
+
+
+def test_a_prediction_that_depends_on_the_latents_is_made_step_by_step() -> None:
+    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return hidden + torch.nn.functional.scaled_dot_product_attention(context, context, context).sum(1)
+
+    single = forecast(Attention(), Granularity.BLOCK)
+    if any(value.kind is Kind.LATENTS for value in single.inputs):
+        assert map_over_gap(single) is single
