@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results of benchmarks/loop.py, `bench --json` and `evaluate`.
+"""Write docs/benchmarks.md from the results of benchmarks/loop.py, benchmarks/scale.py, `bench --json` and `evaluate`.
 
 python benchmarks/speed_page.py
 """
@@ -26,6 +26,9 @@ MODELS = {
 }
 """What is measured beside other caches, in the order of the page."""
 
+NOTICEABLE = 0.5
+"""Seconds from which a stage counts where growth is told."""
+
 
 def write_page(folder: Path, docs: Path) -> None:
     """Fill the template with every part that has a result."""
@@ -33,6 +36,7 @@ def write_page(folder: Path, docs: Path) -> None:
     parts = {
         "loop": loop_part(results["loop"]),
         "loop-wide": wide_part(results["loop-wide"]),
+        "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
         "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
     }
@@ -80,6 +84,46 @@ def wide_part(result: Mapping[str, Any]) -> str:
         f"With {weights / 1e9:.2f} GB of weights (`--width 1024 --tokens 64 --steps 4 --budget 2`,"
         f" [numbers](../benchmarks/results/loop-wide.json)) disk / weights and memory / model are: {', '.join(each)}."
     )
+
+
+def scale_part(name: str, result: Mapping[str, Any]) -> str:
+    """Every stage and size by model, and what grows faster than the blocks; `name` is the result's."""
+    models: Mapping[str, Any] = result["models"]
+    stages = dict.fromkeys(stage for each in models.values() for stage in each["stages"])
+    rows = [
+        [stage, *(f"{each['stages'][stage]:.2f} s" if stage in each["stages"] else "" for each in models.values())]
+        for stage in stages
+    ]
+    rows += [
+        ["calls in the largest program", *(str(max(each["nodes"].values())) for each in models.values())],
+        ["weights", *(f"{each['weight_bytes'] / 1e6:.0f} MB" for each in models.values())],
+        ["peak memory", *(f"{each['peak_bytes'] / 1e6:.0f} MB" for each in models.values())],
+        ["peak beyond libraries / weights", *(f"{each['peak_over_weights']:.2f}" for each in models.values())],
+        ["disk / weights", *(f"{each['artifact_bytes'] / each['weight_bytes']:.3f}" for each in models.values())],
+        ["one generation", *(seconds(each["generation"]["ours"]) for each in models.values())],
+        ["uncached, eager", *(seconds(each["generation"]["eager"]) for each in models.values())],
+    ]
+    header = ("", *(f"{model} blocks" if each["blocks"] else model for model, each in models.items()))
+    return (
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, `--models"
+        f" {','.join(models)} --runtime {result['runtime']} --rounds {result['rounds']}`"
+        f" ([numbers](../benchmarks/results/{name}.json)):\n\n"
+        f"{table(header, rows)}\n\n{growth(models)}"
+    )
+
+
+def growth(models: Mapping[str, Any]) -> str:
+    """Which stages take longer per block in the largest model than in the smallest, if any do."""
+    flux = sorted((each for each in models.values() if each["blocks"]), key=lambda each: each["blocks"])
+    small, large = flux[0], flux[-1]
+    times = large["blocks"] / small["blocks"]
+    found = {
+        stage: taken / small["stages"][stage]
+        for stage, taken in large["stages"].items()
+        if stage in small["stages"] and taken >= NOTICEABLE and taken > times * small["stages"][stage]
+    }
+    told = ", ".join(f"{stage} (× {ratio:.1f})" for stage, ratio in found.items()) or "nothing"
+    return f"From {small['blocks']} to {large['blocks']} blocks (× {times:.1f}), these grow faster than the blocks: {told}."
 
 
 def quality_part(result: Mapping[str, Any]) -> str:
