@@ -1,4 +1,4 @@
-"""The denoising loop's side of a compiled model: one engine call per step."""
+"""The denoising loop's side of a compiled model: one engine call per recompute step and gap."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field

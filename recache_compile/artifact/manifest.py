@@ -58,7 +58,7 @@ class Manifest(_Facts):
         digest: hash of all that the manifest says.
     """
 
-    format_version: Literal[4]
+    format_version: Literal[5]
     recache_version: str
     requirements: dict[str, str]
     device: str
