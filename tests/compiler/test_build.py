@@ -136,7 +136,7 @@ def test_one_engine_call_per_recompute_step_and_gap_plus_one_prologue(eager: rc.
 def test_cached_step_holds_no_block_weight(eager: rc.Compiled) -> None:
     programs = eager.variants[0].programs
     assert set(programs["forecast"].weights) == {"proj_out.weight", "proj_out.bias"}
-    assert programs["forecast"].num_calls <= 20
+    assert programs["forecast"].num_calls <= 30
     assert "hidden_states" not in [value.name for value in programs["forecast"].inputs]
 
 
