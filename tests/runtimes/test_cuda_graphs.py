@@ -57,6 +57,17 @@ def test_replays_give_the_bits_of_calls(eager: rc.Compiled, budget: int) -> None
         assert all(map(torch.equal, generation(run, seed), generation(eager.dispatcher(budget), seed)))
 
 
+def test_gaps_share_recordings_whose_steps_are_a_power_of_two(eager: rc.Compiled) -> None:
+    recorder, budget = Again(), 4
+    schedule = rc.Schedule((0, 3, 6, 10), NUM_STEPS)  # gaps of 2, 2, 3 and 1 steps
+    compiled = eager.engines.with_plans({budget: schedule}, eager.forecaster)
+    ours, theirs = graphed(compiled, recorder).dispatcher(budget), compiled.dispatcher(budget)
+    for seed in (0, 1):
+        for one, other in zip(generation(ours, seed), generation(theirs, seed), strict=True):
+            assert relative_error(one, other) <= 1e-6
+    assert recorder.recorded == 1 + 2  # the recompute step; forecasts of 2 and of 4 steps
+
+
 def test_results_are_not_overwritten_by_later_steps(eager: rc.Compiled) -> None:
     run = graphed(eager).dispatcher(3)
     results = [run(step=step, **loop_inputs(step, flux_inputs()))[0] for step in range(3)]
