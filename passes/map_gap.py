@@ -1,10 +1,12 @@
 """Map a forecast program over the cached steps of a gap."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from recache_compile.capture.compat import detect_fake_mode
 from recache_compile.capture.export import export_module, flatten
 from recache_compile.errors import check_memory, first_line
 from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of, values_of
@@ -12,6 +14,7 @@ from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import copy_module
 from recache_compile.passes.map_rows import use_free_row_rules
+from recache_compile.passes.ops import aten
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +91,35 @@ def _mapped(program: Program) -> Program:
         node.replace_all_uses_with(named)
         module.graph.erase_node(node)
     describe_outputs(module.graph.output_node(), map(_with_rows, values_of(program.module.graph.output_node())))
+    drop_unit_dimensions(module.graph)
     module.recompile()
     return Program(program.name, module, (*program.provenance, PassRecord("map-over-gap")))
+
+
+def drop_unit_dimensions(graph: fx.Graph) -> None:
+    """Leave dimensions of size 1 out where a value is only reshaped to be permuted and reshaped again.
+
+    Patches of a video have eight dimensions there, which is all that TensorRT takes, before the
+    steps of a gap become one more.
+    """
+    for permute in graph.find_nodes(op="call_function", target=aten.permute.default):
+        reshape: Any = permute.args[0]
+        copies = [user for user in permute.users if user.target is aten.clone.default]
+        readers = [user for node in (permute, *copies) for user in node.users if user not in copies]
+        if reshape.target is not aten.reshape.default or len(reshape.users) > 1:
+            continue
+        if any(user.target not in (aten.reshape.default, aten._unsafe_view.default) for user in readers):
+            continue
+        shape, dense = reshape.args[1], tensor_of(reshape)
+        order = [int(at) % len(shape) for at in permute.args[1]]  # type: ignore[arg-type, union-attr]
+        kept = [at for at, size in enumerate(shape) if isinstance(size, fx.Node) or size != 1]
+        reshape.args = (reshape.args[0], [shape[at] for at in kept])
+        permute.args = (reshape, [kept.index(at) for at in order if at in kept])
+        with detect_fake_mode(dense) or torch.no_grad():
+            set_result(reshape, dense.reshape([dense.shape[at] for at in kept]))
+            set_result(permute, tensor_of(reshape).permute([kept.index(at) for at in order if at in kept]))
+            for copied in copies:
+                set_result(copied, tensor_of(permute).contiguous())
 
 
 def _with_rows(value: Value) -> Value:

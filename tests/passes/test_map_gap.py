@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from recache_compile.capture.export import flatten
 from recache_compile.ir.program import Granularity, Program
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.hoist import Hoist
-from recache_compile.passes.map_gap import map_over_gap
+from recache_compile.passes.map_gap import drop_unit_dimensions, map_over_gap
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from tests.passes.tiny import Attention, annotated
@@ -41,3 +42,21 @@ def test_a_prediction_that_depends_on_the_latents_is_made_step_by_step() -> None
     single = forecast(Attention(), Granularity.BLOCK)
     assert Kind.LATENTS in [value.kind for value in single.inputs]
     assert map_over_gap(single) is single
+
+
+def test_dimensions_of_size_one_are_left_out_between_two_reshapes() -> None:
+    """As when the patches of a video are put together, which takes eight dimensions without the steps."""
+
+    class Patches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(3, 1, 2, 4, 1, 5).permute(0, 1, 5, 2, 4, -3).reshape(3, 5, 8)
+
+    exported = torch.export.export(Patches(), (torch.randn(3, 40),))
+    graph = flatten(exported, {}, "constant")
+    drop_unit_dimensions(graph.graph)
+    graph.recompile()
+    (permute,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    assert permute.args[1] == [0, 3, 1, 2]
+    given = torch.randn(3, 40)
+    assert torch.equal(graph(given)[0], Patches()(given))
+    assert permute.meta["val"].shape == (3, 5, 2, 4)
