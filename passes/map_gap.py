@@ -1,6 +1,7 @@
 """Map a forecast program over the cached steps of a gap."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from recache_compile.ir.meta import describe_input, describe_outputs, set_result
 from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.base import copy_module
-from recache_compile.passes.map_rows import use_free_row_rules
+from recache_compile.passes.map_rows import use_free_row_rules, zeros
 from recache_compile.passes.ops import aten
 
 log = logging.getLogger(__name__)
@@ -70,17 +71,9 @@ class _Gap(nn.Module):
 def _mapped(program: Program) -> Program:
     nodes = program.module.graph.find_nodes(op="placeholder")
     values = [_with_rows(value) if value.kind in _OWN else value for value in program.inputs]
-    example = tuple(
-        torch.zeros(
-            [MIN_ROWS + 1 if size is None else size for size in value.shape],
-            dtype=value.dtype,
-            device=tensor_of(node).device,
-        )
-        for node, value in zip(nodes, values, strict=True)
-    )
     steps = torch.export.Dim("steps", min=MIN_ROWS)
     shapes = tuple({0: steps} if None in value.shape else {} for value in values)
-    exported = export_module(_Gap(program.module), example, {}, dynamic_shapes=(shapes,), decompose=True)
+    exported = export_module(_Gap(program.module), zeros(values, nodes), {}, dynamic_shapes=(shapes,), decompose=True)
     names = {id(weight): name for name, weight in program.weights.items()}
     module = flatten(exported, names, "constant_gap")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
@@ -114,14 +107,15 @@ def drop_unit_dimensions(graph: fx.Graph) -> None:
         order = [int(at) % len(shape) for at in permute.args[1]]  # type: ignore[arg-type, union-attr]
         kept = [at for at, size in enumerate(shape) if isinstance(size, fx.Node) or size != 1]
         reshape.args = (reshape.args[0], [shape[at] for at in kept])
-        permute.args = (reshape, [kept.index(at) for at in order if at in kept])
+        permuted = [kept.index(at) for at in order if at in kept]
+        permute.args = (reshape, permuted)
         with detect_fake_mode(dense) or torch.no_grad():
             set_result(reshape, dense.reshape([dense.shape[at] for at in kept]))
-            set_result(permute, tensor_of(reshape).permute([kept.index(at) for at in order if at in kept]))
+            set_result(permute, tensor_of(reshape).permute(permuted))
             for copied in copies:
                 set_result(copied, tensor_of(permute).contiguous())
 
 
 def _with_rows(value: Value) -> Value:
     """The same for a free number of steps."""
-    return Value(value.name, value.kind, (None, *value.shape), value.dtype, value.site, value.slot)
+    return replace(value, shape=(None, *value.shape))

@@ -6,6 +6,7 @@ A rule gets the position of the rows in each argument (None: the argument has no
 them first in its result.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from recache_compile.capture.compat import arguments_of, is_operator
+from recache_compile.ir.meta import tensor_of
+from recache_compile.ir.program import MIN_ROWS
+from recache_compile.ir.value import Value
 from recache_compile.passes.ops import aten
 
 
@@ -146,6 +150,18 @@ def _(info: Any, in_dims: Any, value: Tensor, dim: int, index: Tensor) -> tuple[
     moved = value.movedim(in_dims[0], 0).movedim(dim + 1, 1)
     rows = torch.arange(moved.shape[0], device=moved.device)[:, None]
     return moved[rows, index].movedim(1, dim + 1), 0
+
+
+def zeros(values: Sequence[Value], nodes: Sequence[fx.Node]) -> tuple[Tensor, ...]:
+    """Inputs to trace with, where the nodes' values are: a free number of rows is no number that export would fix."""
+    return tuple(
+        torch.zeros(
+            [MIN_ROWS + 1 if size is None else size for size in value.shape],
+            dtype=value.dtype,
+            device=tensor_of(node).device,
+        )
+        for value, node in zip(values, nodes, strict=True)
+    )
 
 
 def use_free_row_rules(graph: fx.Graph) -> None:

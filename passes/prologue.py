@@ -24,11 +24,9 @@ from recache_compile.ir.program import MIN_ROWS, Binding, PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.binding_times import binding_times
 from recache_compile.passes.hoist import padded
-from recache_compile.passes.map_rows import use_free_row_rules
+from recache_compile.passes.map_rows import use_free_row_rules, zeros
 
 log = logging.getLogger(__name__)
-
-_EXAMPLE_ROWS = MIN_ROWS + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +134,7 @@ class _Prologue(nn.Module):
 
     def example(self, values: Sequence[Value]) -> tuple[Tensor, ...]:
         """Zeros for the inputs."""
-        nodes = [*self.timesteps * len(self.row_parts), *self.conditioning]
-        return tuple(
-            torch.zeros(
-                [_EXAMPLE_ROWS if size is None else size for size in value.shape],
-                dtype=value.dtype,
-                device=tensor_of(node).device,
-            )
-            for node, value in zip(nodes, values, strict=True)
-        )
+        return zeros(values, [*self.timesteps * len(self.row_parts), *self.conditioning])
 
     def forward(self, *arguments: Tensor) -> list[Tensor]:
         """Timesteps for each row table, then the conditioning."""

@@ -13,8 +13,9 @@ from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.gaps import calls_of
 from recache_compile.ir.plan import Plan, StepPlan, make_plan
 from recache_compile.ir.program import MIN_ROWS
-from recache_compile.ir.signature import Signature, call_kind, is_flat, named_leaves
+from recache_compile.ir.signature import Signature
 from recache_compile.ir.value import Kind, Value
+from recache_compile.runtimes._known_calls import KnownCalls
 from recache_compile.runtimes._tensor_snapshot import TensorSnapshot
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
@@ -34,6 +35,7 @@ class State:
         place: which branch and calls these are.
         variant: its programs and engines.
         values: what its programs read and return, by name.
+        gap_programs: names of those that make the predictions of several steps in one call.
         steps: the plan of the steps from `start` on.
         start: the step its generations begin with.
         calls: the steps that have their predictions from the same engine call as each step.
@@ -49,6 +51,7 @@ class State:
     place: Place
     variant: Variant
     values: Mapping[str, tuple[tuple[Value, ...], tuple[Value, ...]]]
+    gap_programs: frozenset[str]
     steps: tuple[StepPlan, ...]
     start: int
     calls: tuple[range, ...]
@@ -65,35 +68,6 @@ class State:
         self.history.clear()
         self.ahead.clear()
         self.last_step = None
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """The last call of a branch: one that differs in the values of its tensors alone need not be looked at anew.
-
-    Args:
-        key: kind of the call.
-        tensors: shape and type of the tensors, by name.
-        others: the other arguments.
-    """
-
-    key: Hashable
-    tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
-    others: Mapping[str, Any]
-
-    def takes(self, arguments: Mapping[str, Any], device: torch.device) -> bool:
-        """Whether a call is of the same kind, its tensors on this device."""
-        if len(arguments) != len(self.tensors) + len(self.others):
-            return False
-        for name, value in arguments.items():
-            if name in self.tensors:
-                if not isinstance(value, Tensor) or value.device != device:
-                    return False
-                if (value.shape, value.dtype) != self.tensors[name]:
-                    return False
-            elif name not in self.others or (value is not self.others[name] and repr(value) != repr(self.others[name])):
-                return False
-        return True
 
 
 class Dispatcher:
@@ -123,19 +97,14 @@ class Dispatcher:
     ) -> None:
         self.plan = plan
         self._forecaster = forecaster
-        self._signature = signature
         self._revision = revision or Revision()
         self._observers = tuple(observers)
         self._result = result_maker(signature)
-        self._variants: dict[Hashable, list[Variant]] = {}
-        for each in variants:
-            kind = call_kind(_tensor_inputs(each), dict(each.constants))
-            self._variants.setdefault(kind, []).append(each)
+        self._calls = KnownCalls(variants, signature)
         self._device = variants[0].device
         self._start: int | None = 0
         self._timetable: Timetable | None = None
         self._states: dict[Place, State] = {}
-        self._bound: dict[str, Bound] = {}
 
     def reset(self, start: int | None = 0, timetable: Timetable | None = None) -> None:
         """Forget every generation in progress and its history.
@@ -212,10 +181,10 @@ class Dispatcher:
         if at in state.ahead:
             return state.ahead.pop(at), {}
         this = state.steps[at]
-        if this.slot is None and state.variant.programs[this.program].serves_gaps:
+        name = this.program
+        if name in state.gap_programs:
             self._run_ahead(state, at)
             return state.ahead.pop(at), {}
-        name = this.program
         inputs, outputs = state.values[name]
         results = state.variant.engines[name]([self._argument(state, value, at, tensors) for value in inputs])
         predictions: list[Tensor] = []
@@ -284,35 +253,13 @@ class Dispatcher:
                 "torch.autocast is on, which engines do not follow; call them outside of it, and compile the model in"
                 " bfloat16 or float16 for half precision"
             )
-        bound = self._bound.get(branch)
-        if bound is not None and bound.takes(model_inputs, self._device):
-            tensors, key = {name: model_inputs[name] for name in bound.tensors}, bound.key
-        else:
-            tensors, key = self._looked_at(branch, model_inputs)
-        number = self._matching(self._variants[key], tensors, branch, key)
+        tensors, key = self._calls.look_at(branch, model_inputs)
+        number = self._matching(self._calls.variants(key), tensors, branch, key)
         place = branch, key, number
         state, start = self._states.get(place), self._begins(branch, step)
         if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
             state = self._states[place] = self._new_state(place, start)
         return tensors, state
-
-    def _looked_at(self, branch: str, model_inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Hashable]:
-        """The tensor inputs of a call by name, and its kind, which is one that was compiled."""
-        leaves = named_leaves(model_inputs)
-        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        constants = self._signature.constants(model_inputs, leaves)
-        for name, tensor in tensors.items():
-            if tensor.device != self._device:
-                raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
-        key = call_kind(tensors, constants)
-        if key not in self._variants:
-            raise MismatchError(self._no_variant(tensors, constants))
-        self._bound.pop(branch, None)
-        if is_flat(model_inputs):
-            others = {name: value for name, value in model_inputs.items() if name not in tensors}
-            facts = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-            self._bound[branch] = Bound(key, facts, others)
-        return tensors, key
 
     def _comes_back(self, state: State, step: int) -> bool:
         """Whether a branch was left out for some steps: it then begins anew, and recomputes, where it comes back."""
@@ -341,13 +288,23 @@ class Dispatcher:
     def _new_state(self, place: Place, start: int) -> State:
         """A state for generations that begin with a step."""
         _, key, number = place
-        variant, plan = self._variants[key][number], self._rest(start)
+        variant, plan = self._calls.variants(key)[number], self._rest(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
         values = {name: (program.inputs, program.outputs) for name, program in variant.programs.items()}
-        calls, coefficients = calls_of(plan, variant.programs), self._coefficients(plan, variant)
+        serving = frozenset(name for name, program in variant.programs.items() if program.serves_gaps)
         return State(
-            place, variant, values, plan.steps, start, calls, coefficients, tables, fixed, self._revision.number
+            place=place,
+            variant=variant,
+            values=values,
+            gap_programs=serving,
+            steps=plan.steps,
+            start=start,
+            calls=calls_of(plan, variant.programs),
+            coefficients=self._coefficients(plan, variant),
+            tables=tables,
+            fixed=fixed,
+            revision=self._revision.number,
         )
 
     def _follow(self, state: State, plan: Plan) -> None:
@@ -370,28 +327,10 @@ class Dispatcher:
 
     def _coefficients(self, plan: Plan, variant: Variant) -> Tensor:
         """Those of every step, and as many rows of zeros as make a call of the last step a full one."""
-        values = [value for program in variant.programs.values() for value in program.inputs]
-        anchors = max((value.shape[-1] or 0 for value in values if value.kind is Kind.COEFFICIENTS), default=0)
+        anchors = max(program.num_anchors for program in variant.programs.values())
         rows = [(*step.coefficients, *[0.0] * (anchors - len(step.coefficients))) for step in plan.steps]
         rows += [(0.0,) * anchors] * (MIN_ROWS - 1)
         return torch.tensor(rows, dtype=torch.float32, device=self._device)
-
-    def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = {**constants, **{name: _describe(leaf) for name, leaf in tensors.items()}}
-        compiled = [
-            dict(each.constants) | {name: _describe(value) for name, value in _tensor_inputs(each).items()}
-            for (each, *_) in self._variants.values()
-        ]
-
-        def differences(facts: Mapping[str, str]) -> list[str]:
-            return [name for name in {**given, **facts} if facts.get(name) != given.get(name)]
-
-        nearest = min(compiled, key=lambda facts: len(differences(facts)))
-        wrong = [
-            f"{name} is {given.get(name, 'missing')}, compiled {nearest.get(name, 'without')}"
-            for name in differences(nearest)
-        ]
-        return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
 
 
 def result_maker(signature: Signature) -> Callable[[Sequence[Tensor]], Any]:
@@ -407,12 +346,3 @@ def result_maker(signature: Signature) -> Callable[[Sequence[Tensor]], Any]:
         return pytree.tree_unflatten(leaves, structure)
 
     return result
-
-
-def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
-    """What has the shape and type of each tensor input."""
-    return {**variant.fixed, **{value.name: value for value in variant.inputs}}
-
-
-def _describe(value: Tensor | Value) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -18,7 +18,6 @@ from recache_compile.ir.plan import Plan, StepPlan
 from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.serialize import program_from_json, read_value, weights_named
-from recache_compile.ir.value import Kind
 from recache_compile.runtimes._offload import on_host
 from recache_compile.runtimes.base import Engine, Variant
 
@@ -121,10 +120,8 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
 
 def _can_run(variant: Variant, step: StepPlan) -> bool:
     """Whether a variant has the program of a step, with room for its coefficients."""
-    if step.program not in variant.programs:
-        return False
-    taken = [value for value in variant.programs[step.program].inputs if value.kind is Kind.COEFFICIENTS]
-    return len(step.coefficients) <= max((value.shape[-1] or 0 for value in taken), default=0)
+    program = variant.programs.get(step.program)
+    return program is not None and len(step.coefficients) <= program.num_anchors
 
 
 def _program(text: str, weights: dict[str, Tensor], device: torch.device, file: Path) -> Program:

@@ -81,7 +81,7 @@ def cost_of(plan: Plan, programs: Mapping[str, Program], device: torch.device, c
         capture_macs: multiply-accumulates of one call of the captured model.
     """
     steps: list[int] = []
-    for call in sorted(set(calls_of(plan, programs)), key=lambda call: call.start):
+    for call in dict.fromkeys(calls_of(plan, programs)):
         share, rest = divmod(count_macs(programs[plan.steps[call.start].program], device, {None: len(call)}), len(call))
         steps += [share + (number < rest) for number, _ in enumerate(call)]
     rows: dict[str | None, int] = {}

@@ -96,6 +96,11 @@ class Program:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
     @property
+    def num_anchors(self) -> int:
+        """How many anchors the program forecasts from; 0: it forecasts nothing."""
+        return max((value.shape[-1] or 0 for value in self.inputs if value.kind is Kind.COEFFICIENTS), default=0)
+
+    @property
     def serves_gaps(self) -> bool:
         """Whether a call of this forecast program makes the predictions of any number of steps."""
         return any(value.kind is Kind.COEFFICIENTS and value.shape[0] is None for value in self.inputs)

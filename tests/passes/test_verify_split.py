@@ -20,6 +20,11 @@ def verify(parts: Split) -> None:
     verify_split(parts.annotated, parts.prologue, parts.steps)
 
 
+def tables(parts: Split) -> set[str | None]:
+    """Names of the tables that the prologue makes."""
+    return {value.table for value in parts.prologue.outputs}
+
+
 def split_of(forward: Forward) -> Split:
     return split(Formula(forward), granularity=Granularity.OUTPUT)
 
@@ -41,15 +46,20 @@ def parts() -> Split:
 
 
 def test_what_hoist_and_build_prologue_make_is_accepted(parts: Split) -> None:
+    assert tables(parts) == {"recompute", "forecast"}
     verify(parts)
 
 
 def test_mixed_patterns_are_accepted() -> None:
-    verify(split(Heads(2), patterns=((0, 0), (0, 2), (2, 0), (2, 2))))
+    parts = split(Heads(2), patterns=((0, 0), (0, 2), (2, 0), (2, 2)))
+    assert parts.steps.keys() == {"recompute", "pattern_0_2", "pattern_2_0", "forecast"}
+    verify(parts)
 
 
 def test_a_model_with_nothing_to_hoist_is_accepted() -> None:
-    verify(split_of(lambda self, hidden, timestep, context: self.linear(hidden)))
+    parts = split_of(lambda self, hidden, timestep, context: self.linear(hidden))
+    assert not tables(parts)
+    verify(parts)
 
 
 def test_a_weight_that_the_model_ties_may_be_read_on_both_sides() -> None:
@@ -137,4 +147,6 @@ def test_products_with_the_latents_or_the_history_are_not_independent(parts: Spl
     ids=["positions of two streams", "transposed"],
 )
 def test_a_weight_that_the_model_ties_through_views_is_accepted(forward: Forward) -> None:
-    verify(split_of(forward))
+    parts = split_of(forward)
+    assert set(parts.prologue.weights) == set(parts.steps["recompute"].weights) == {"table"}
+    verify(parts)

@@ -81,15 +81,14 @@ def equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
 
 
+def beginning(one: str, other: str) -> int:
+    """How many steps two masks have in common before they differ."""
+    return next((at for at in range(NUM_STEPS) if one[at] != other[at]), NUM_STEPS)
+
+
 def engine_calls(masks: Sequence[str]) -> int:
     """Calls for recompute steps and gaps, where each mask shares what it begins with with the one before."""
-    shared = [
-        0,
-        *(
-            next((at for at, bits in enumerate(zip(*pair, strict=True)) if len(set(bits)) > 1), NUM_STEPS)
-            for pair in pairwise(masks)
-        ),
-    ]
+    shared = [0, *(beginning(one, other) for one, other in pairwise(masks))]
     return sum(
         mask[begin:].count("1") + sum(gap.end() > begin for gap in re.finditer("0+", mask))
         for mask, begin in zip(masks, shared, strict=True)
@@ -147,9 +146,8 @@ def test_other_noise_shares_nothing_and_the_same_schedule_everything(eager: rc.C
     assert calls.total() == before
     noise = {"": ONE[""] | {"hidden_states": flux_inputs(seed=9)["hidden_states"]}}
     assert close(replayed(run, schedule, same=False, inputs=noise), fresh(eager, schedule, noise))
-    assert calls.total() == before + engine_calls(
-        [schedule.mask]
-    )  # the conditioning is the same, so the prologue is not run again
+    # the conditioning is the same, so the prologue is not run again
+    assert calls.total() == before + engine_calls([schedule.mask])
 
 
 @pytest.mark.parametrize("late", [0, 3])
