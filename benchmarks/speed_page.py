@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results of benchmarks/loop.py, benchmarks/scale.py, `bench --json` and `evaluate`.
+"""Write docs/benchmarks.md from the results of benchmarks/loop.py, dispatch.py, scale.py, `bench --json` and `evaluate`.
 
 python benchmarks/speed_page.py
 """
@@ -36,6 +36,7 @@ def write_page(folder: Path, docs: Path) -> None:
     parts = {
         "loop": loop_part(results["loop"]),
         "loop-wide": wide_part(results["loop-wide"]),
+        "dispatch": dispatch_part(results["dispatch"]),
         "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
         "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
@@ -83,6 +84,16 @@ def wide_part(result: Mapping[str, Any]) -> str:
     return (
         f"With {weights / 1e9:.2f} GB of weights (`--width 1024 --tokens 64 --steps 4 --budget 2`,"
         f" [numbers](../benchmarks/results/loop-wide.json)) disk / weights and memory / model are: {', '.join(each)}."
+    )
+
+
+def dispatch_part(result: Mapping[str, Any]) -> str:
+    """Microseconds of a step by the number of guidance branches."""
+    kinds = next(iter(result["microseconds"].values()))
+    rows = [[name, *(f"{each[kind]:.1f} us" for kind in kinds)] for name, each in result["microseconds"].items()]
+    return (
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, T = {result['steps']}, k ="
+        f" {result['budget']}, medians ([numbers](../benchmarks/results/dispatch.json)):\n\n{table(('', *kinds), rows)}"
     )
 
 

@@ -97,3 +97,9 @@ def test_a_pipeline_is_planned_without_the_weights_of_its_transformer(tmp_path: 
 def test_unknown_models_are_refused_with_the_names_that_there_are() -> None:
     with pytest.raises(ModelError, match=r"models that come with the package: flux\.1-dev"):
         find_weightless("no-such-model", 4, {})
+
+
+def test_a_forecast_program_is_told_by_the_step(eager: rc.Compiled) -> None:
+    """Its calls make as many steps as a gap has; the head of the model is one product a step."""
+    (forecast,) = (each for each in rc.inspect(eager).programs if each.name == "forecast")
+    assert forecast.macs == 16 * 32 * 8
