@@ -105,6 +105,7 @@ class Problem:
         objective: the true loss; None where it cannot be asked.
         seed: of everything random.
         report: told about the progress of searches.
+        levels: noise level of every step, where known.
     """
 
     num_steps: int
@@ -113,6 +114,7 @@ class Problem:
     objective: Objective | None = None
     seed: int = 0
     report: Callable[[Progress], None] = lambda progress: None
+    levels: tuple[float, ...] = ()
 
     def need_forecaster(self, policy: str) -> Forecaster:
         """The forecaster.
@@ -149,7 +151,10 @@ class Problem:
 
 
 class Policy(Protocol):
-    """A rule that spends a budget."""
+    """A rule that spends a budget.
+
+    One that looks at nothing but the number of steps has a true attribute `for_any_length`.
+    """
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """The schedule for one budget: exactly `budget` recompute steps, step 0 among them."""

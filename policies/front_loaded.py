@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import ClassVar
 
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.schedule import Schedule
@@ -17,6 +18,7 @@ class FrontLoaded:
     """
 
     power: float = 1.5
+    for_any_length: ClassVar[bool] = True
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """Exactly `budget` distinct steps.

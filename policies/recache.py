@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.carry_over import carry_over
 from recache_compile.ir.schedule import Schedule
 from recache_compile.policies.base import Problem
 from recache_compile.support.files import writing
@@ -58,7 +59,7 @@ class ReCache:
 
     Args:
         logits: the trained network.
-        facts: where it comes from: model, forecaster, order, granularity, budgets, losses.
+        facts: where it comes from: model, forecaster, order, granularity, budgets, losses, noise levels.
         source: for messages.
     """
 
@@ -69,16 +70,20 @@ class ReCache:
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """Step 0 and the `budget - 1` likeliest others.
 
-        Raises:
-            ScheduleError: it was trained for another number of steps.
+        For a loop of another length these go to the nearest noise levels, with a warning.
         """
-        if problem.num_steps != self.logits.num_steps:
-            raise ScheduleError(
-                f"policy {self.source}: trained for {self.logits.num_steps} steps, not {problem.num_steps}; train one"
-                f" for {problem.num_steps}, or choose another policy"
-            )
-        self._warn(problem, budget)
-        return most_likely(self.logits, budget)
+        trained = self.logits.num_steps
+        self._warn(problem, min(budget, trained))
+        schedule = most_likely(self.logits, min(budget, trained))
+        if problem.num_steps == trained:
+            return schedule
+        warnings.warn(
+            f"policy {self.source}: trained for {trained} steps, its schedule is carried over to {problem.num_steps};"
+            " train one for them where quality matters",
+            stacklevel=3,
+        )
+        levels = tuple(self.facts.get("levels", ()))
+        return carry_over(schedule, budget, problem.num_steps, levels, problem.levels)
 
     def _warn(self, problem: Problem, budget: int) -> None:
         """Say where the policy is used for something else than it was trained for."""

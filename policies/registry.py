@@ -65,6 +65,15 @@ def get_policy(choice: str | Mapping[int, Sequence[int]] | Policy, num_steps: in
     )
 
 
+def text_of(policy: Policy | None) -> str | None:
+    """What `get_policy` makes this policy of; None: nothing does."""
+    for name, kind in POLICIES.items():
+        if type(policy) is kind:
+            options = ",".join(f"{each.name}={getattr(policy, each.name)}" for each in fields(kind))  # type: ignore[arg-type]
+            return f"{name}:{options}" if options else name
+    return None
+
+
 def _options(name: str, text: str) -> dict[str, Any]:
     known: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(POLICIES[name])}  # type: ignore[arg-type]
     options: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Evenly spread recompute steps, after an optional warm-up."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from recache_compile.errors import ScheduleError
 from recache_compile.ir.schedule import Schedule
@@ -19,6 +20,7 @@ class Uniform:
     """
 
     warmup: int = 1
+    for_any_length: ClassVar[bool] = True
 
     def schedule(self, problem: Problem, budget: int) -> Schedule:
         """Gaps differ by at most one step.

@@ -17,6 +17,7 @@ from recache_compile.compiler.examples import given_examples
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.ir.forecasters import Taylor, anchors_of, check_forecaster
+from recache_compile.ir.schedule import budget_of
 from recache_compile.pipelines.accelerate import Fallback, install, originals
 from recache_compile.pipelines.engine_cache import cached_engines, keep_schedules, key_of, known_schedule
 from recache_compile.pipelines.engines import engines_of_pipeline
@@ -33,7 +34,7 @@ def compile(
     model: Any,
     example_inputs: Calls | None = None,
     *,
-    budgets: Sequence[int] = (5, 10, 15),
+    budgets: Sequence[int | float] = (5, 10, 15),
     num_steps: int = 50,
     forecaster: str = "taylor",
     order: int = 1,
@@ -58,8 +59,10 @@ def compile(
         example_inputs: arguments of one model call, or of several that differ in shape.
             None for a pipeline: it is run once while its calls are recorded, which also tells
             the timesteps.
-        budgets: numbers of recompute steps k.
-        num_steps: length T of the denoising loop.
+        budgets: numbers of recompute steps k, or shares of all steps (0.2).  What is compiled serves
+            others as well, where the policy has an answer for them.
+        num_steps: length T of the denoising loop that the schedules are made for.  What is
+            compiled serves loops of any length; see `compiler.planner`.
         forecaster: "reuse", "taylor", "hicache", "newton" or "fitted".
         order: the forecaster's polynomial order m.
         policy: name, trained policy, file, steps, mask or {budget: recompute steps}; see
@@ -160,7 +163,7 @@ def _recorded(call: Mapping[str, Any]) -> dict[str, Any]:
 def accelerate(
     pipeline: Any,
     compiled: Compiled | Mapping[str, Compiled] | None = None,
-    budget: int | None = None,
+    budget: float | None = None,
     *,
     fallback: Fallback | None = None,
     num_steps: int | None = None,
@@ -179,7 +182,8 @@ def accelerate(
             component to that where it has several ("transformer", "transformer_2").  None:
             it is compiled now, or taken from the cache on disk where the same model was
             compiled for the same calls and versions before.
-        budget: number of recompute steps; by default the smallest compiled one, or 10.
+        budget: number of recompute steps, or a share of all steps; by default the smallest compiled
+            one, or 10.
         fallback: "eager" runs the original transformer, with a warning, where a call is not
             of a kind that was compiled; by default that is an error.
         num_steps, call, runtime: as of `compile`, where it is compiled now; without effect on what
@@ -189,7 +193,7 @@ def accelerate(
         The pipeline.
 
     Raises:
-        DispatchError: the budget was not compiled.
+        DispatchError: there is no schedule for the budget.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
     if not hasattr(type(pipeline), "components"):
@@ -201,7 +205,7 @@ def accelerate(
         backend = get_runtime("auto" if runtime is None else runtime, _warn_caller, device=place)
         with originals(pipeline):
             compiled = {
-                name: _from_cache(pipeline, name, budget, num_steps, _calls(call), backend)
+                name: _from_cache(pipeline, name, budget_of(budget, num_steps), num_steps, _calls(call), backend)
                 for name in denoisers_of(pipeline)
             }
     else:
@@ -226,7 +230,7 @@ def _from_cache(
     engines = cached_engines(key, module, examples, config, runtime)
     schedule = known_schedule(key, budget, num_steps)
     if schedule is not None:
-        return engines.with_plans({budget: schedule}, Taylor(1), choice.name)
+        return engines.with_plans({budget: schedule}, Taylor(1), choice.name, choice.policy)
     compiled = plan_pipeline(engines, choice, pipeline, [calls[0]] * CALIBRATIONS)
     if compiled.policy == choice.name:  # it was not done without
         keep_schedules(key, compiled)
@@ -236,7 +240,7 @@ def _from_cache(
 def plan(
     model: str,
     *,
-    budgets: Sequence[int] = (5, 10, 15),
+    budgets: Sequence[int | float] = (5, 10, 15),
     num_steps: int | None = None,
     forecaster: str = "taylor",
     order: int = 1,

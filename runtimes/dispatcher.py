@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from recache_compile.errors import DispatchError, MismatchError
-from recache_compile.ir.forecasters import Forecaster
 from recache_compile.ir.gaps import calls_of
-from recache_compile.ir.plan import Plan, StepPlan, make_plan
+from recache_compile.ir.plan import Plan, StepPlan
 from recache_compile.ir.program import MIN_ROWS
 from recache_compile.ir.signature import Signature
 from recache_compile.ir.value import Kind, Value
@@ -79,7 +78,6 @@ class Dispatcher:
 
     Args:
         plan: what each step runs.
-        forecaster: makes the plan of generations that begin in the middle.
         variants: programs and engines, one for each set of input shapes.
         signature: how the model is called.
         revision: counts the changes of the weights.
@@ -89,14 +87,12 @@ class Dispatcher:
     def __init__(
         self,
         plan: Plan,
-        forecaster: Forecaster,
         variants: Sequence[Variant],
         signature: Signature,
         revision: Revision | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self.plan = plan
-        self._forecaster = forecaster
         self._revision = revision or Revision()
         self._observers = tuple(observers)
         self._result = result_maker(signature)
@@ -288,7 +284,7 @@ class Dispatcher:
     def _new_state(self, place: Place, start: int) -> State:
         """A state for generations that begin with a step."""
         _, key, number = place
-        variant, plan = self._calls.variants(key)[number], self._rest(start)
+        variant, plan = self._calls.variants(key)[number], self.plan.starting_at(start)
         tables = self._new_tables(variant, plan, start) if "prologue" in variant.programs else None
         fixed = {name: TensorSnapshot.of(value) for name, value in variant.fixed.items()}
         values = {name: (program.inputs, program.outputs) for name, program in variant.programs.items()}
@@ -317,13 +313,6 @@ class Dispatcher:
 
     def _new_tables(self, variant: Variant, plan: Plan, start: int) -> Tables:
         return Tables(variant, plan, start, self._revision)
-
-    def _rest(self, start: int) -> Plan:
-        """The plan of generations that begin with a step."""
-        if not start:
-            return self.plan
-        rest = self.plan.schedule.starting_at(start)
-        return make_plan(rest, self._forecaster, len(self.plan.steps[0].pattern), start)
 
     def _coefficients(self, plan: Plan, variant: Variant) -> Tensor:
         """Those of every step, and as many rows of zeros as make a call of the last step a full one."""

@@ -45,10 +45,10 @@ class ReplayDispatcher(Dispatcher):
         revision: Revision | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self._sites = sites
+        self._sites, self._forecaster = sites, forecaster
         every = make_plan(Schedule.every(num_steps), forecaster, sites)
         self._recorder = StepRecorder()
-        super().__init__(every, forecaster, variants, signature, revision, observers=(self._recorder, *observers))
+        super().__init__(every, variants, signature, revision, observers=(self._recorder, *observers))
         self._shared = 0
         self._weights_of_records = self._revision.number
 
@@ -77,7 +77,7 @@ class ReplayDispatcher(Dispatcher):
         self.plan = make_plan(schedule, self._forecaster, self._sites)
         for state in self._states.values():
             state.forget()
-            self._follow(state, self._rest(state.start))
+            self._follow(state, self.plan.starting_at(state.start))
 
     @override
     def __call__(self, *, step: int, branch: str = "", **model_inputs: Any) -> Any:

@@ -33,19 +33,43 @@ class Timetable:
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000
         return cls(torch.as_tensor(scheduler.timesteps)[:num_steps].cpu(), train)
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise level of every step, as a share of the training's steps."""
+        return tuple((self.timesteps.double() / self.num_train_timesteps).tolist())
+
     def scaled(self, like: Tensor) -> list[Tensor]:
         """As a model may be told of them, in the type of a timestep input: whole ones are cut off."""
         if not like.is_floating_point():
             return [self.timesteps.trunc().to(like.dtype)]
         return [(self.timesteps.double() * scale).to(like.dtype) for scale in (1.0, 1.0 / self.num_train_timesteps)]
 
+    def expected(self, step: int, given: Tensor) -> list[Tensor] | None:
+        """What a timestep input will be at every step, if it is `given` at one of them; None: it cannot be told.
+
+        Tokens may have timesteps of their own, of which the largest is the loop's.  What a pipeline
+        makes of the scheduler's timesteps must be one thing alone: known, and beyond all doubt of rounding.
+        """
+        if not given.numel() or step >= len(self.timesteps):
+            return None
+        largest, exact = given.max(), given.cpu().max()
+        known = self.scaled(given)
+        if given.is_floating_point():
+            share = self.timesteps.to(given.dtype) / self.num_train_timesteps
+            known += [share, 1 - share]  # one minus the share is what Lumina's models are told
+        fitting = [column for column in known if column[step] == exact]
+        if not fitting or any(not torch.equal(column, fitting[0]) for column in fitting[1:]):
+            return None
+        is_loop = given == largest
+        return [torch.where(is_loop, value, given) for value in fitting[0].to(given.device)]
+
 
 class Tables:
     """Prologue outputs for one guidance branch at one shape.
 
     The prologue runs when conditioning is first seen and when its values change, for all
-    steps whose timestep is known: from compilation, or learned from the calls themselves.
-    A step with an unknown or different timestep gets its row from a run of its own.
+    steps whose timestep is known: from compilation, told by the scheduler, or learned from the
+    calls themselves.  A step with an unknown or different timestep gets its row from a run of its own.
 
     Args:
         variant: programs and engines; "prologue" is among them.
@@ -70,9 +94,10 @@ class Tables:
         names = variant.names(Kind.TIMESTEP)
         self._conditioned = variant.names(Kind.CONDITIONING)
         self._timesteps: dict[str, list[Tensor | None]] = {
-            name: list(variant.timesteps[name][start:]) if name in variant.timesteps else [None] * len(plan.steps)
+            name: list(known[start:]) if len(known := variant.timesteps.get(name, ())) - start == len(plan.steps)
+            else [None] * len(plan.steps)
             for name in names
-        }
+        }  # fmt: skip
         self._conditioning: dict[str, TensorSnapshot] = {}
         self._fixed: dict[tuple[str | None, str | None], Tensor] = {}
         self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}
@@ -106,9 +131,9 @@ class Tables:
         if stale:
             self._rows.clear()
         if not self._timesteps_match(step, tensors) and not stale:
-            steps = [step]
             for key in [key for key in self._rows if key[0] == step]:
                 del self._rows[key]
+            steps = [each for each in steps if not self.has_rows(each)]
         elif not stale and self.has_rows(step):
             return True
         try:
@@ -128,7 +153,8 @@ class Tables:
 
         Args:
             timetable: of the scheduler.  Where the timesteps that are known do not belong to it, all are
-                learned anew on the way.  None: each step's is compared when it comes.
+                learned anew: from the first step and this, else on the way.  None: each step's is compared
+                when it comes.
         """
         self._differs = None
         for seen in self._conditioning.values():
@@ -198,9 +224,18 @@ class Tables:
             if expected is not None and host_waits(given):
                 self._gather((expected != given).any())
             elif expected is None or not torch.equal(expected, given):
-                known[step] = given.clone()
+                self._learn(known, step, given)
                 match = False
         return match
+
+    def _learn(self, column: list[Tensor | None], step: int, given: Tensor) -> None:
+        """Remember the timestep of a step, and those of others that follow from it."""
+        column[step] = given.clone()
+        if self._timetable is None or all(each is not None for each in column):
+            return
+        for at, value in enumerate((self._timetable.expected(step + self._start, given) or [])[self._start :]):
+            if column[at] is None:
+                column[at] = value
 
     def _gather(self, differs: Tensor) -> None:
         """Remember something that `finish` reads."""

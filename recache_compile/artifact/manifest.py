@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from recache_compile.artifact.asks import StoredPolicy
 from recache_compile.artifact.verify import check_links, files_in
 from recache_compile.compiler.compiled import Description
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
 from recache_compile.ir.signature import Signature
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -54,11 +55,12 @@ class Manifest(_Facts):
         requirements: library versions and hardware that its engines fit; empty: any.
         device: what its engines run on.
         policy: where the schedules came from.
+        asks: what other budgets are asked of, where that could be stored.
         files: hash of every other file, by its place in the folder.
         digest: hash of all that the manifest says.
     """
 
-    format_version: Literal[5]
+    format_version: Literal[6]
     recache_version: str
     requirements: dict[str, str]
     device: str
@@ -66,6 +68,7 @@ class Manifest(_Facts):
     signature: Signature
     forecaster: ForecasterFacts
     policy: str
+    asks: StoredPolicy | None
     plans: dict[int, StoredPlan]
     variants: tuple[StoredVariant, ...]
     files: dict[str, str]

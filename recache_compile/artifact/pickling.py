@@ -30,7 +30,8 @@ def reduce(compiled: Compiled) -> Reduced:
             "cuda_graphs": engines.config.cuda_graphs,
             "offload_prologue": any(weight.device != engines.device for weight in engines.weights.values()),
         }
-        plans = compiled.schedules, compiled.forecaster, compiled.policy
+        asked = compiled.planner
+        plans = compiled.schedules, compiled.forecaster, compiled.policy, asked.policy, asked.calibration
         return _from_folder, (str(folder), read_manifest(folder).digest, how, plans)
     with tempfile.TemporaryDirectory(prefix="recache-") as place:
         made = Path(place, "artifact")

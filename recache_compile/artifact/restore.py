@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recache_compile.artifact.asks import restore_policy
 from recache_compile.artifact.manifest import WEIGHTS, Manifest
 from recache_compile.compiler.compiled import Compiled, Engines
+from recache_compile.compiler.planner import Planner
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.forecasters import get_forecaster
 from recache_compile.ir.plan import Plan, StepPlan
@@ -68,14 +70,19 @@ def restore(
                 macs=facts.macs,
             )
         )
+    stored = manifest.forecaster
+    forecaster = get_forecaster(stored.name, stored.order, stored.gram or None)
     plans = {
-        budget: Plan(Schedule(plan.recompute_steps, manifest.description.config.num_steps), plan.steps)
+        budget: Plan(Schedule(plan.recompute_steps, len(plan.steps)), plan.steps, forecaster)
         for budget, plan in manifest.plans.items()
     }
     check_plans(plans, variants)
-    stored = manifest.forecaster
     engines = Engines(manifest.description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
-    return Compiled(engines, plans, get_forecaster(stored.name, stored.order, stored.gram or None), manifest.policy)
+    length = next(iter(plans.values())).schedule.num_steps
+    levels = manifest.description.levels if length == engines.config.num_steps else ()
+    policy, calibration = restore_policy(manifest.asks, folder, length)
+    planner = Planner(plans, forecaster, engines.num_sites, levels, policy, calibration)
+    return Compiled(engines, planner, manifest.policy)
 
 
 def with_config(compiled: Compiled, **choices: Any) -> Compiled:
@@ -101,9 +108,11 @@ def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
     """Raise unless every plan keeps its budget and finds its programs and its history."""
     if not variants or not plans:
         raise ArtifactError("the manifest names no variant or no plan; compile again")
+    if len({len(plan.steps) for plan in plans.values()}) > 1:
+        raise ArtifactError("the plans are for loops of several lengths; compile again")
     for budget, plan in plans.items():
         written: set[int] = set()
-        if plan.schedule.budget != budget or len(plan.steps) != plan.schedule.num_steps:
+        if plan.schedule.budget != budget:
             raise ArtifactError(f"the plan of budget {budget} is not one; compile again")
         for number, step in enumerate(plan.steps):
             written |= set() if step.slot is None else {step.slot}

@@ -4,6 +4,7 @@ manifest.json          facts and the hash of every other file
 weights.safetensors    every weight, once, and the known timesteps
 programs/V/NAME.json   the programs of variant V
 engines/V/NAME.pt2     their engines, for runtimes that have files; NAME.V.onnx beside the weights that they name
+policy/                the trained policy and the calibration that other budgets are asked of
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recache_compile._version import __version__
+from recache_compile.artifact.asks import store_policy
 from recache_compile.artifact.hub import local_folder
 from recache_compile.artifact.manifest import (
     FORMAT_VERSION,
@@ -272,6 +274,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
             gram=getattr(compiled.forecaster, "gram", ()),
         ),
         policy=compiled.policy,
+        asks=store_policy(compiled.planner, folder),
         plans={
             budget: StoredPlan(recompute_steps=plan.schedule.recompute_steps, steps=plan.steps)
             for budget, plan in compiled.plans.items()

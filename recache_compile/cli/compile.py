@@ -10,7 +10,7 @@ from rich.table import Table
 
 from recache_compile.cli.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
 from recache_compile.cli.console import DTYPES, PAGE, SEED, notice, say, showing_stages
-from recache_compile.cli.parameters import JsonObject, Numbers, Size, check_call
+from recache_compile.cli.parameters import Budgets, JsonObject, Numbers, Size, check_call
 
 if TYPE_CHECKING:
     from recache_compile.evaluation.compilation import Compilation
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option(
     "--budgets",
-    type=Numbers("budgets"),
+    type=Budgets(),
     default="5,10,15",
     show_default=True,
-    help="Recompute steps k, one engine set for all.",
+    help="Recompute steps k, or shares of all steps (20%); one set of engines for all.",
 )
-@click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
+@click.option(
+    "--steps",
+    default=50,
+    show_default=True,
+    help="Denoising steps T that schedules are made for; others can be run as well.",
+)
 @click.option("--forecaster", default="taylor", show_default=True, help="reuse, taylor, hicache, newton or fitted.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
 @click.option(
@@ -68,7 +73,7 @@ if TYPE_CHECKING:
 @tensorrt_options
 def compile_command(
     model: str,
-    budgets: tuple[int, ...],
+    budgets: tuple[int | float, ...],
     steps: int,
     forecaster: str,
     order: int,

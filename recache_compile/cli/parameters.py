@@ -31,6 +31,38 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         return numbers
 
 
+class Budgets(click.ParamType):  # type: ignore[type-arg]
+    """Numbers of recompute steps, or shares of all steps, separated by commas: 5,10 or 20%,0.5."""
+
+    name = "K,K,..."
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | float, ...]:
+        return value if isinstance(value, tuple) else tuple(map(_budget, str(value).split(",")))
+
+
+class Budget(click.ParamType):  # type: ignore[type-arg]
+    """One of them."""
+
+    name = "K"
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        return value if isinstance(value, (int, float)) else _budget(str(value))
+
+
+def _budget(text: str) -> int | float:
+    """A whole number, or a share such as 0.2 or 20%."""
+    try:
+        if text.strip().endswith("%"):
+            return float(text.strip()[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ScheduleError(
+            f"budgets {text!r}: expected whole numbers such as 5,10,15, or shares of the steps such as 20%"
+        ) from None
+
+
 def check_finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     """Callback of options that are numbers: neither infinite nor not a number."""
     if not math.isfinite(value):

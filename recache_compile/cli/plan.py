@@ -7,12 +7,18 @@ from typing import Any
 import click
 
 from recache_compile.cli.console import PAGE, showing_stages
-from recache_compile.cli.parameters import JsonObject, Numbers
+from recache_compile.cli.parameters import Budgets, JsonObject
 
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option(
+    "--budgets",
+    type=Budgets(),
+    default="5,10,15",
+    show_default=True,
+    help="Recompute steps k, or shares of all steps: 20%.",
+)
 @click.option(
     "--steps", type=click.IntRange(1), help="Denoising steps T.  [default: the usual number of a known model, else 50]"
 )
@@ -28,7 +34,7 @@ from recache_compile.cli.parameters import JsonObject, Numbers
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def plan_command(
     model: str,
-    budgets: tuple[int, ...],
+    budgets: tuple[int | float, ...],
     steps: int | None,
     forecaster: str,
     order: int,

@@ -5,12 +5,18 @@ from pathlib import Path
 import click
 
 from recache_compile.cli.console import SEED, say, showing_stages
+from recache_compile.cli.parameters import Budget
 
 
 @click.command("run")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("caption")
-@click.option("--budget", type=int, help="Recompute steps k.  [default: the smallest in the artifact]")
+@click.option(
+    "--budget",
+    type=Budget(),
+    help="Recompute steps k, or a share of all steps: 20%.  [default: the smallest in the artifact]",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps T.  [default: as compiled]")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default="picture.png", show_default=True)
 @click.option(
@@ -23,7 +29,8 @@ from recache_compile.cli.console import SEED, say, showing_stages
 def run_command(
     artifact: Path,
     caption: str,
-    budget: int | None,
+    budget: float | None,
+    steps: int | None,
     seed: int,
     output: Path,
     scale: int,
@@ -35,7 +42,7 @@ def run_command(
         from recache_compile.pipelines.draw import draw
 
         drawn = draw(
-            artifact, caption, output, budget=budget, seed=seed, scale=scale, offload_prologue=offload_prologue,
-            cuda_graphs=cuda_graphs,
+            artifact, caption, output, budget=budget, steps=steps, seed=seed, scale=scale,
+            offload_prologue=offload_prologue, cuda_graphs=cuda_graphs,
         )  # fmt: skip
     say(f"{output}  ({drawn.budget} of {drawn.num_steps} steps recomputed)")

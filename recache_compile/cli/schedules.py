@@ -6,12 +6,18 @@ from pathlib import Path
 import click
 
 from recache_compile.cli.console import PAGE, say, showing_stages
-from recache_compile.cli.parameters import Numbers
+from recache_compile.cli.parameters import Budgets
 
 
 @click.command("schedules")
 @click.argument("policies", metavar="POLICY...", nargs=-1, required=True)
-@click.option("--budgets", type=Numbers("budgets"), default="5,10,15", show_default=True, help="Recompute steps k.")
+@click.option(
+    "--budgets",
+    type=Budgets(),
+    default="5,10,15",
+    show_default=True,
+    help="Recompute steps k, or shares of all steps: 20%.",
+)
 @click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
 @click.option("--forecaster", default="taylor", show_default=True, help="As for compile.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")
@@ -20,7 +26,7 @@ from recache_compile.cli.parameters import Numbers
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def schedules_command(
     policies: tuple[str, ...],
-    budgets: tuple[int, ...],
+    budgets: tuple[int | float, ...],
     steps: int,
     forecaster: str,
     order: int,

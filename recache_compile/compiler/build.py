@@ -66,7 +66,7 @@ def build_engines(
         for (example, captured), program in zip(captures, annotated, strict=True)
     )
     return Engines(
-        description=describe(module, state, variants[0], config, backend, lowering),
+        description=describe(module, state, variants[0], config, backend, lowering, examples[0].levels),
         signature=captures[0][1].signature,
         variants=variants,
         weights=lowering.weights,
@@ -140,6 +140,7 @@ def describe(
     config: CompileConfig,
     runtime: Runtime,
     lowering: Lowering,
+    levels: tuple[float, ...],
 ) -> Description:
     """What was compiled; `state` is the module's state dict, adapters merged."""
     latents = next(value for value in variant.inputs if value.kind is Kind.LATENTS)
@@ -153,4 +154,5 @@ def describe(
         weights=tuple(state),
         unread={name: hash_of_weight(weight) for name, weight in state.items() if name not in read},
         tied=tied,
+        levels=levels,
     )

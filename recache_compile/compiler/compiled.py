@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recache_compile.compiler.planner import Planner
 from recache_compile.compiler.refit import replace_weights
 from recache_compile.config import CompileConfig
 from recache_compile.errors import DispatchError
@@ -19,6 +20,7 @@ from recache_compile.ir.plan import Plan, make_plan
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import Signature
 from recache_compile.ir.value import Kind
+from recache_compile.policies.base import Calibration, Policy
 from recache_compile.runtimes._cuda_graphs import with_graphs
 from recache_compile.runtimes.base import Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
@@ -39,6 +41,7 @@ class Description:
         weights: names of the module's parameters and stored buffers, read by a program or not.
         unread: hash of those that no program reads, by name: new values of them would have no effect.
         tied: second names of weights, and the names by which programs read them.
+        levels: noise level of every step that the pipeline's scheduler made, where there was one.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Description:
     weights: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    levels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -93,27 +97,40 @@ class Engines:
         return sum(value.kind is Kind.FEATURE for value in outputs)
 
     def with_plans(
-        self, schedules: Mapping[int, Schedule], forecaster: Forecaster, policy: str = "given"
+        self,
+        schedules: Mapping[int, Schedule],
+        forecaster: Forecaster,
+        policy: str = "given",
+        asks: Policy | None = None,
+        calibration: Calibration | None = None,
     ) -> "Compiled":
         """What runs these schedules on the engines that are here: tables only, made in microseconds.
 
         Args:
-            schedules: by budget.
+            schedules: by budget, all for loops of one length, which may be any.
             forecaster: fills the cached steps.
             policy: where the schedules come from, for people.
+            asks: the policy that other budgets are asked of; None: there are none.
+            calibration: of the model, for policies that look at one.
 
         Raises:
-            DispatchError: a schedule is for another number of steps, or a forecast reads more
+            DispatchError: the schedules are for loops of several lengths, or a forecast reads more
                 anchors than the engines were built for.
         """
         if wrong := [each for each in schedules.values() if not isinstance(each, Schedule)]:
             raise DispatchError(
                 f"with_plans: expected schedules, got {wrong[0]!r:.60}; Schedule(steps, num_steps) is one"
             )
+        lengths = {each.num_steps for each in schedules.values()}
+        if len(lengths) != 1:
+            raise DispatchError(
+                f"with_plans: expected schedules of one length, got lengths {sorted(lengths) or 'of none'}"
+            )
         plans = {budget: make_plan(each, forecaster, self.num_sites) for budget, each in schedules.items()}
         for plan in plans.values():
             self._check(plan)
-        return Compiled(self, plans, forecaster, policy)
+        levels = self.description.levels if lengths == {self.config.num_steps} else ()
+        return Compiled(self, Planner(plans, forecaster, self.num_sites, levels, asks, calibration), policy)
 
     def uncached(self) -> "Compiled":
         """What recomputes every step."""
@@ -183,9 +200,7 @@ class Engines:
 
     def _check(self, plan: Plan) -> None:
         """Raise unless a plan can be run here."""
-        steps, where = plan.schedule.num_steps, f"schedule {list(plan.schedule.recompute_steps)}"
-        if steps != self.config.num_steps:
-            raise DispatchError(f"{where}: is for {steps} steps, compiled were {self.config.num_steps}")
+        where = f"schedule {list(plan.schedule.recompute_steps)}"
         reads = max(len(step.coefficients) for step in plan.steps)
         if reads > self.config.anchors:
             raise DispatchError(
@@ -199,14 +214,12 @@ class Compiled:
 
     Args:
         engines: programs, lowered programs and weights.
-        plans: what each step runs, by budget.
-        forecaster: fills the cached steps.
+        planner: knows what each step runs, for every budget and every number of steps.
         policy: where the schedules came from, for people.
     """
 
     engines: Engines
-    plans: Mapping[int, Plan]
-    forecaster: Forecaster
+    planner: Planner
     policy: str
 
     @property
@@ -215,9 +228,19 @@ class Compiled:
         return self.engines.description
 
     @property
+    def plans(self) -> Mapping[int, Plan]:
+        """What each step runs, by the budgets that plans were made for beforehand."""
+        return self.planner.plans
+
+    @property
+    def forecaster(self) -> Forecaster:
+        """Fills the cached steps."""
+        return self.planner.forecaster
+
+    @property
     def num_steps(self) -> int:
-        """Length T of the denoising loop."""
-        return self.engines.config.num_steps
+        """Length T of the denoising loop that plans were made for beforehand."""
+        return self.planner.num_steps
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -231,33 +254,33 @@ class Compiled:
 
     @property
     def schedules(self) -> dict[int, Schedule]:
-        """The schedule of every budget."""
+        """The schedules that were made beforehand, by budget."""
         return {budget: plan.schedule for budget, plan in self.plans.items()}
 
-    def dispatcher(self, budget: int, observers: Sequence[Observer] = ()) -> Dispatcher:
+    def dispatcher(
+        self, budget: float, observers: Sequence[Observer] = (), *, num_steps: int | None = None
+    ) -> Dispatcher:
         """The model call under one budget, with a state of its own.
 
         Args:
-            budget: number of recompute steps.
+            budget: number of recompute steps, or a share of all steps.
             observers: told of every step.
+            num_steps: length of the loop; by default the one that plans were made for beforehand.
 
         Raises:
-            DispatchError: the budget was not compiled.
+            DispatchError: the policy has no schedule for it.
         """
-        engines = self.engines
-        return Dispatcher(
-            self._plan(budget),
-            self.forecaster,
-            engines.called_variants(),
-            engines.signature,
-            engines.revision,
-            observers=observers,
-        )
+        return self.dispatcher_of(self.planner.plan(budget, num_steps), observers)
 
-    def cost(self, budget: int, variant: int = 0) -> Cost:
+    def dispatcher_of(self, plan: Plan, observers: Sequence[Observer] = ()) -> Dispatcher:
+        """The same under one plan."""
+        engines = self.engines
+        return Dispatcher(plan, engines.called_variants(), engines.signature, engines.revision, observers=observers)
+
+    def cost(self, budget: float, variant: int = 0, *, num_steps: int | None = None) -> Cost:
         """What one generation costs, for one guidance branch."""
         this = self.variants[variant]
-        return cost_of(self._plan(budget), this.programs, this.device, this.macs)
+        return cost_of(self.planner.plan(budget, num_steps), this.programs, this.device, this.macs)
 
     def refit(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Replace the weights in place, without compiling again; see `Engines.refit`."""
@@ -308,15 +331,10 @@ class Compiled:
     def _title(self) -> str:
         config, size = self.engines.config, sum(weight.nbytes for weight in self.weights.values())
         return (
-            f"Compiled {self.description.model}: {config.num_steps} steps, {self.forecaster.name} order"
+            f"Compiled {self.description.model}: {self.num_steps} steps, {self.forecaster.name} order"
             f" {self.forecaster.order}, policy {self.policy}, {config.granularity} sites, {config.dtype},"
             f" {config.runtime} on {config.device}, {size / 1e6:.3g} MB of weights"
         )
-
-    def _plan(self, budget: int) -> Plan:
-        if budget not in self.plans:
-            raise DispatchError(f"budget {budget!r} was not compiled; there are {', '.join(map(str, self.plans))}")
-        return self.plans[budget]
 
 
 def _cell(bit: str) -> str:

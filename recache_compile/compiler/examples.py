@@ -25,6 +25,7 @@ class Example:
         others: calls of the same shapes with other values, for models that decide by values.
         attention: which attention processors of its own the pipeline sets for these calls; "": none.
         processors: all that are set then, by name; see `capture.processors`.
+        levels: noise level of every step, where known.
     """
 
     inputs: Mapping[str, Any]
@@ -33,6 +34,7 @@ class Example:
     others: tuple[Mapping[str, Any], ...] = ()
     attention: str = ""
     processors: Mapping[str, Any] = field(default_factory=dict)
+    levels: tuple[float, ...] = ()
 
     @property
     def device(self) -> torch.device:

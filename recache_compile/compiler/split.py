@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 MIN_TABLE_BYTES = 64 << 20
 """Tables of this size are always worth it."""
 
+ROWS = 50
+"""Rows of a usual table; programs do not depend on the number of steps."""
+
 
 def annotate(captured: Captured, config: CompileConfig) -> Program:
     """The captured program with its cache points."""
@@ -51,19 +54,18 @@ def patterns_of(config: CompileConfig, num_sites: int) -> list[SitePattern]:
 
     Whatever steps are chosen later, and wherever a generation starts, its patterns are among these.
     """
-    most = min(config.anchors, config.num_steps - 1)
-    return [(anchors,) * num_sites for anchors in sorted({0, most})]
+    return [(anchors,) * num_sites for anchors in (0, config.anchors)]
 
 
-def row_limit(annotated: Program, num_steps: int) -> int:
+def row_limit(annotated: Program) -> int:
     """Bytes that the prologue may keep for each step, so that its tables stay small beside the weights."""
     weights = sum(weight.nbytes for weight in annotated.weights.values())
-    return max(MIN_TABLE_BYTES, weights // 4) // num_steps
+    return max(MIN_TABLE_BYTES, weights // 4) // ROWS
 
 
 def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
     """One program for each pattern, and the prologue that they share."""
-    limit = row_limit(annotated, config.num_steps)
+    limit = row_limit(annotated)
     programs: dict[str, Program] = {}
     for pattern in patterns_of(config, len(cache_points(annotated))):
         name = pattern_name(pattern)

@@ -34,7 +34,7 @@ class CompileRequest:
     Args:
         model: name, folder or Hub id of the pipeline.
         config: what engines are built with; `call` holds further arguments of the pipeline.
-        budgets: numbers of recompute steps k.
+        budgets: numbers of recompute steps k, or shares of all steps.
         forecaster, order: fill the cached steps.
         policy: as of `recache_compile.compile`.
         sizes: of pictures, (width, height); several in one artifact.
@@ -45,7 +45,7 @@ class CompileRequest:
 
     model: str
     config: CompileConfig = field(default_factory=CompileConfig)
-    budgets: tuple[int, ...] = (5, 10, 15)
+    budgets: tuple[int | float, ...] = (5, 10, 15)
     forecaster: str = "taylor"
     order: int = 1
     policy: AnyPolicy = "auto"

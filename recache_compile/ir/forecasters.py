@@ -7,7 +7,7 @@ recursion on unit vectors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import factorial
 from typing import Protocol
 
@@ -146,6 +146,15 @@ class Fitted:
         target = np.array([self.gram[one][int(position)] for one in held])
         damping = self.ridge * among.trace() / len(held) * np.eye(len(held))
         return _as_tuple(np.linalg.solve(among + damping, target))
+
+    def interpolated(self, weights: np.ndarray) -> "Fitted":
+        """The same for steps between those that were seen, whose features are taken as these weighted means.
+
+        Args:
+            weights: (steps, T), as of `interpolation`.
+        """
+        between = weights @ np.asarray(self.gram) @ weights.T
+        return replace(self, gram=tuple(map(tuple, between.tolist())))
 
 
 def _as_tuple(weights: np.ndarray) -> tuple[float, ...]:

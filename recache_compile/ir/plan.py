@@ -29,10 +29,23 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of one generation under one schedule."""
+    """All steps of one generation under one schedule.
+
+    Args:
+        schedule: which of them are recomputed.
+        steps: what each of them runs.
+        forecaster: fills the cached ones.
+    """
 
     schedule: Schedule
     steps: tuple[StepPlan, ...]
+    forecaster: Forecaster
+
+    def starting_at(self, step: int) -> "Plan":
+        """The plan of generations that begin with a step, which is then recomputed."""
+        if not step:
+            return self
+        return make_plan(self.schedule.starting_at(step), self.forecaster, len(self.steps[0].pattern), step)
 
 
 def make_plan(schedule: Schedule, forecaster: Forecaster, num_sites: int, start: int = 0) -> Plan:
@@ -62,4 +75,4 @@ def make_plan(schedule: Schedule, forecaster: Forecaster, num_sites: int, start:
         for age, weight in enumerate(weights):
             by_slot[(len(anchors) - 1 - age) % size] = weight
         steps.append(StepPlan((len(held),) * num_sites, None, tuple(by_slot)))
-    return Plan(schedule, tuple(steps))
+    return Plan(schedule, tuple(steps), forecaster)

@@ -74,13 +74,32 @@ class Schedule:
         return cls(tuple(step for step, bit in enumerate(bits) if bit == "1"), len(bits))
 
 
-def check_budgets(budgets: Iterable[int], num_steps: int) -> tuple[int, ...]:
-    """The budgets, once each of them is known to be a whole number in 1..T and not repeated."""
+def budget_of(budget: float, num_steps: int) -> int:
+    """The number of recompute steps k that a budget is in a loop.
+
+    Args:
+        budget: that number, or a share of the steps: 0.2 is one in five, rounded, at least one.
+        num_steps: length T of the loop; with a larger budget every step of it is recomputed.
+
+    Raises:
+        ScheduleError: it is neither.
+    """
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return max(1, round(budget * num_steps))
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ScheduleError(
+            f"budget {budget!r}: a budget is a whole number of steps from 1 on, or a share of them from 0.0 to 1.0"
+        )
+    return min(budget, num_steps)
+
+
+def check_budgets(budgets: Iterable[int | float], num_steps: int) -> tuple[int, ...]:
+    """The budgets as whole numbers in 1..T, none of them repeated; shares of the steps count as `budget_of` says."""
     if not isinstance(budgets, Iterable) or isinstance(budgets, str):
         raise ScheduleError(f"budgets {budgets!r}: expected several whole numbers, as in (5, 10, 15)")
-    checked = tuple(budgets)
     if num_steps < 1:
         raise ScheduleError(f"steps {num_steps}: a generation has at least one step")
+    checked = tuple(budget_of(each, num_steps) if isinstance(each, float) else each for each in budgets)
     if not checked:
         raise ScheduleError("budgets: none given; name at least one, as in 5,10,15")
     for budget in checked:

@@ -33,13 +33,13 @@ _PERTURBING = threading.Lock()
 def install(
     pipeline: Any,
     compiled: Compiled | Mapping[str, Compiled],
-    budget: int | None = None,
+    budget: float | None = None,
     fallback: Fallback | None = None,
 ) -> Any:
     """Put compiled engines in the place of a pipeline's transformers; see `recache_compile.accelerate`.
 
     Raises:
-        DispatchError: the budget was not compiled.
+        DispatchError: there is no plan for the budget.
         ModelError: the pipeline has no such component, or there is nothing to fall back to.
     """
     parts = {compiled.engines.config.component: compiled} if isinstance(compiled, Compiled) else dict(compiled)
@@ -183,7 +183,7 @@ def accelerated_class(base: Any) -> Any:
     """
 
     @functools.wraps(base.__call__)
-    def call(self: Any, *args: Any, budget: int | None = None, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, budget: float | None = None, **kwargs: Any) -> Any:
         transformers = compiled_transformers(self).values()
         if (budget is not None and not transformers) or _has_restored_inside(self):
             what = "" if budget is None else f"budget {budget}: "
@@ -194,7 +194,7 @@ def accelerated_class(base: Any) -> Any:
             for _, found in _accelerated(self)[1:]:
                 for name, each in found.items():
                     outer = getattr(self, name).budget
-                    usual = outer if outer in each.compiled.plans else None
+                    usual = outer if each.knows(outer) else None
                     stack.enter_context(each.under(usual if budget is None else budget))
             return base.__call__(self, *args, **kwargs)
 

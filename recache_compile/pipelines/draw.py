@@ -24,7 +24,8 @@ def draw(
     caption: str,
     output: Path,
     *,
-    budget: int | None = None,
+    budget: float | None = None,
+    steps: int | None = None,
     seed: int = 0,
     scale: int = 8,
     offload_prologue: bool = False,
@@ -36,7 +37,8 @@ def draw(
         artifact: folder; it tells its pipeline.
         caption: the prompt.
         output: file to write.
-        budget: number of recompute steps k; None: the smallest in the artifact.
+        budget: number of recompute steps k, or a share of all steps; None: the smallest in the artifact.
+        steps: of the denoising loop T; None: as many as were compiled.
         seed: of the noise.
         scale: small pictures are enlarged by this factor.
         offload_prologue, cuda_graphs: as of `load`.
@@ -55,7 +57,8 @@ def draw(
     install(pipeline, {config.component: compiled}, budget)
     pipeline.set_progress_bar_config(disable=True)
     log.info("drawing")
-    arguments = {**prompted(pipeline, caption, config.call), "num_inference_steps": config.num_steps}
+    arguments = {"num_inference_steps": compiled.num_steps, **prompted(pipeline, caption, config.call)}
+    arguments |= {} if steps is None else {"num_inference_steps": steps}
     images = getattr(pipeline(**arguments, generator=torch.Generator().manual_seed(seed)), "images", None)
     if images is None:
         raise ModelError(f"{model}: the pipeline makes no images; use it from Python instead")
@@ -64,4 +67,4 @@ def draw(
         picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)
     with writing(output) as partial:
         picture.save(partial, format="PNG")
-    return compiled.schedules[getattr(pipeline, config.component).budget]
+    return getattr(pipeline, config.component).plan_for(pipeline.scheduler).schedule

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from recache_compile.ir.signature import call_kind, named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.call_recorder import recording
 from recache_compile.pipelines.step_tracker import has_spare_timestep, remedy_for_length
+from recache_compile.runtimes.dispatcher_tables import Timetable
 
 DENOISER = "transformer"
 """Name of a pipeline's denoiser; it is in that of others as well: `transformer_2`, `unconditional_transformer`."""
@@ -100,7 +102,17 @@ def record_examples(pipeline: Any, num_steps: int, call: Mapping[str, Any], comp
     groups: dict[Any, list[dict[str, Any]]] = {}
     for inputs in recorders[component].calls:
         groups.setdefault(call_kind(named_leaves(inputs)), []).append(inputs)
-    return [_example(group, num_steps, recorders[component].processors) for group in groups.values()]
+    levels = _levels(getattr(pipeline, "scheduler", None), num_steps)
+    made = (_example(group, num_steps, recorders[component].processors) for group in groups.values())
+    return [replace(example, levels=levels) for example in made]
+
+
+def _levels(scheduler: Any, num_steps: int) -> tuple[float, ...]:
+    """Noise level of every step of a scheduler that has run; empty where it does not tell."""
+    if getattr(scheduler, "timesteps", None) is None:
+        return ()
+    levels = Timetable.of(scheduler, num_steps).levels
+    return levels if len(levels) == num_steps else ()
 
 
 def with_own_generators(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.errors import DispatchError
 from recache_compile.runtimes.dispatcher_tables import Timetable
 
 ELSEWHERE = (
@@ -23,12 +23,12 @@ class StepTracker:
     timestep in the scheduler's table; calls are never counted.
 
     Args:
-        num_steps: length T of the denoising loop that was compiled.
         timesteps: names of the timestep inputs.
     """
 
-    def __init__(self, num_steps: int, timesteps: Sequence[str]) -> None:
-        self._num_steps = num_steps
+    def __init__(self, timesteps: Sequence[str]) -> None:
+        self.num_steps = 0
+        """Length of the loop that the last call belongs to."""
         self._timesteps = tuple(timesteps)
         self._told: int | None = None
         self._last: int | None = None
@@ -46,7 +46,8 @@ class StepTracker:
     def advance(self, scheduler: Any, leaves: Mapping[str, Any], in_call: bool = True) -> tuple[int, bool]:
         """The step of a call, and whether a generation begins with it.
 
-        One begins with the first call of all, and with a call of an earlier step than the last one.
+        One begins with the first call of all, with a call of an earlier step than the last one, and
+        where the scheduler has another number of steps.
 
         Args:
             scheduler: of the pipeline, its timesteps set.
@@ -54,42 +55,35 @@ class StepTracker:
             in_call: whether it is known to be the scheduler of the pipeline that makes the call.
 
         Raises:
-            MismatchError: the scheduler makes another number of steps than was compiled.
             DispatchError: the scheduler does not tell its step, and its table does not either.
         """
-        step = self._step(scheduler, leaves, in_call)
-        begins = self._last is None or step < self._last
+        length = loop_length(scheduler)
+        step = self._step(scheduler, length, leaves, in_call)
+        begins = self._last is None or step < self._last or length != self.num_steps
+        self.num_steps = length
         if begins:
             self._first = {name: leaf.clone() for name, leaf in self._given(leaves).items()}
         self._last = step
         return step, begins
 
-    def _step(self, scheduler: Any, leaves: Mapping[str, Any], in_call: bool) -> int:
-        self._check_length(scheduler, in_call)
+    def _step(self, scheduler: Any, length: int, leaves: Mapping[str, Any], in_call: bool) -> int:
         if self._told is not None:
             return self._told
         index = getattr(scheduler, "step_index", getattr(scheduler, "counter", None))
         if index is None:
-            return self._first_or_found(scheduler, leaves)
+            return self._first_or_found(scheduler, length, leaves)
         if not in_call:  # else the table is not looked at: on a GPU, reading a timestep would stall the loop
-            places = self._places(scheduler, leaves)
-            if index >= self._num_steps or (places and index not in places):
+            places = self._places(scheduler, length, leaves)
+            if index >= length or (places and index not in places):
                 raise DispatchError(ELSEWHERE)
         return int(index)
 
-    def _check_length(self, scheduler: Any, in_call: bool) -> None:
-        """Raise unless the loop has as many steps as were compiled."""
-        steps, compiled = len(scheduler.timesteps), self._num_steps
-        spare = getattr(scheduler, "num_inference_steps", None) == compiled == steps - 1
-        if steps != compiled and not (spare and has_spare_timestep(scheduler)):
-            raise MismatchError(remedy_for_length(scheduler, compiled) + ("" if in_call else f" (or {ELSEWHERE})"))
-
-    def _first_or_found(self, scheduler: Any, leaves: Mapping[str, Any]) -> int:
+    def _first_or_found(self, scheduler: Any, length: int, leaves: Mapping[str, Any]) -> int:
         """The step where the scheduler does not tell one: its first, or where the timestep is in its table."""
         begin = getattr(scheduler, "begin_index", None)
         if begin is not None and (self._last is None or self._is_first(leaves)):
             return int(begin)
-        places = self._places(scheduler, leaves)
+        places = self._places(scheduler, length, leaves)
         if begin is not None and not places:
             return int(begin)
         if len(places) == 1:
@@ -119,7 +113,7 @@ class StepTracker:
             )
         )
 
-    def _places(self, scheduler: Any, leaves: Mapping[str, Any]) -> set[int]:
+    def _places(self, scheduler: Any, length: int, leaves: Mapping[str, Any]) -> set[int]:
         """Where in the scheduler's table the timestep is, as it is or in units of the training's steps.
 
         Tokens may have timesteps of their own: those of frames that are given are smaller, so
@@ -128,13 +122,23 @@ class StepTracker:
         values = [tensor.max() for tensor in self._given(leaves).values()]
         if not values:
             return set()
-        table = Timetable.of(scheduler, self._num_steps)
+        table = Timetable.of(scheduler, length)
         for value in values:
             for scaled in table.scaled(value):
                 near = torch.isclose(scaled.double(), value.double().cpu(), rtol=1e-5, atol=0.0)
                 if found := {int(at) for at in near.nonzero()}:
                     return found
         return set()
+
+
+def loop_length(scheduler: Any) -> int:
+    """The number of steps T of the loop that a scheduler's timesteps are set for.
+
+    Some schedulers make more than they are asked for (Heun's nearly twice as many).
+    """
+    steps = len(scheduler.timesteps)
+    is_spare = getattr(scheduler, "num_inference_steps", None) == steps - 1 and has_spare_timestep(scheduler)
+    return steps - 1 if is_spare else steps
 
 
 def has_spare_timestep(scheduler: Any) -> bool:

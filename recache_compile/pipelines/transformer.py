@@ -13,13 +13,13 @@ from torch import nn
 from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text, under_processors
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.ir.plan import Plan
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.branches import Branches
 from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.skeleton import skeleton_of
-from recache_compile.pipelines.step_tracker import StepTracker
-from recache_compile.runtimes._tensor_snapshot import host_waits
+from recache_compile.pipelines.step_tracker import StepTracker, loop_length, remedy_for_length
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_tables import Timetable
 
@@ -37,19 +37,19 @@ class CompiledTransformer(nn.Module):
     Args:
         compiled: the engines and plans.
         pipeline: the pipeline, for its scheduler.
-        budget: number of recompute steps; may be set later.
+        budget: number of recompute steps, or a share of all steps; may be set later.
         original: the transformer that was here before, if any.
         falls_back: whether it runs calls of a kind that was not compiled; otherwise they are errors.
-        dispatcher: runs this budget, instead of a new one.
+        dispatcher: runs all generations under its own plan, whatever the budget.
     """
 
-    _wanted: ContextVar[Mapping[int, int]] = ContextVar("wanted", default={})  # noqa: B039 - never changed
+    _wanted: ContextVar[Mapping[int, int | float]] = ContextVar("wanted", default={})  # noqa: B039 - never changed
 
     def __init__(
         self,
         compiled: Compiled,
         pipeline: Any,
-        budget: int,
+        budget: float,
         original: nn.Module | None = None,
         falls_back: bool = False,
         dispatcher: Dispatcher | None = None,
@@ -57,11 +57,8 @@ class CompiledTransformer(nn.Module):
         super().__init__()
         self._compiled = compiled
         self._pipeline = pipeline
-        self._generations = Generations(compiled.dispatcher)
-        self._budgets = set(compiled.plans)
-        if dispatcher is not None:
-            self._generations.lend(budget, dispatcher)
-            self._budgets.add(budget)
+        self._generations = Generations(compiled.dispatcher_of)
+        self._dispatcher = dispatcher
         self.placeholder = nn.Parameter(torch.empty(0, device=self.device), False)  # offloading asks where weights are
         self._original = (original,)  # in a tuple: not a submodule, whose weights would be moved and listed
         self.falls_back = falls_back
@@ -79,20 +76,33 @@ class CompiledTransformer(nn.Module):
         return self._original[0]
 
     @property
-    def budget(self) -> int:
-        """Number of recompute steps per generation."""
+    def budget(self) -> int | float:
+        """Number of recompute steps per generation, or a share of all steps."""
         return self._budget
 
     @budget.setter
-    def budget(self, budget: int) -> None:
+    def budget(self, budget: float) -> None:
         self._budget = self._known(budget)
 
-    def _known(self, budget: int) -> int:
-        if not isinstance(budget, int) or budget not in self._budgets:
-            raise DispatchError(
-                f"budget {budget!r} was not compiled; there are {', '.join(map(str, self._compiled.plans))}"
-            )
+    def _known(self, budget: float) -> int | float:
+        """A budget that there is a plan for."""
+        if self._dispatcher is None:
+            self._compiled.planner.plan(budget)
         return budget
+
+    def plan_for(self, scheduler: Any, budget: float | None = None) -> Plan:
+        """The plan of the loop that a scheduler's timesteps are set for, by default under the usual budget."""
+        steps = loop_length(scheduler)
+        levels = Timetable.of(scheduler, steps).levels
+        return self._compiled.planner.plan(self._budget if budget is None else budget, steps, levels)
+
+    def knows(self, budget: float) -> bool:
+        """Whether there is a plan for a budget."""
+        try:
+            self._known(budget)
+        except DispatchError:
+            return False
+        return True
 
     @property
     def config(self) -> Any:
@@ -195,22 +205,22 @@ class CompiledTransformer(nn.Module):
         self._processors = processors
 
     @contextlib.contextmanager
-    def generation(self, pipeline: Any, budget: int | None = None) -> Iterator[None]:
+    def generation(self, pipeline: Any, budget: float | None = None) -> Iterator[None]:
         """One call of a pipeline, under a budget of its own if it is given one; its first step is whatever comes first.
 
         Raises:
-            DispatchError: the budget was not compiled.
+            DispatchError: there is no plan for the budget.
         """
         chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._known(budget)
         with self._generations.begin(pipeline, chosen, self._new_steps(), self._processors):
             yield
 
     @contextlib.contextmanager
-    def under(self, budget: int | None) -> Iterator[None]:
+    def under(self, budget: float | None) -> Iterator[None]:
         """Pipeline calls inside, which another pipeline makes, have this budget unless they are given one.
 
         Raises:
-            DispatchError: the budget was not compiled.
+            DispatchError: there is no plan for the budget.
         """
         wanted = {} if budget is None else {id(self): self._known(budget)}
         token = self._wanted.set({**self._wanted.get(), **wanted})
@@ -260,21 +270,30 @@ class CompiledTransformer(nn.Module):
         return self._generations.current(self._pipeline, self._budget, self._new_steps, self._processors)
 
     def _new_steps(self) -> StepTracker:
-        return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Kind.TIMESTEP))
+        return StepTracker(self._compiled.variants[0].names(Kind.TIMESTEP))
 
-    def _timetable(self, scheduler: Any) -> Timetable | None:
-        """What the scheduler will make, where a step's own timestep cannot be looked at without a wait."""
-        return Timetable.of(scheduler, self._compiled.num_steps) if host_waits(self.placeholder) else None
+    def _begin(self, generation: Generation) -> Dispatcher:
+        """What runs a generation whose first call has come: its loop has as many steps as its scheduler says."""
+        scheduler, steps = generation.pipeline.scheduler, generation.steps.num_steps
+        if (fixed := self._dispatcher) is None:
+            dispatcher = self._generations.follow(generation, self.plan_for(scheduler, generation.budget))
+        elif len(fixed.plan.steps) != steps:
+            raise MismatchError(remedy_for_length(scheduler, len(fixed.plan.steps)))
+        else:
+            dispatcher = generation.dispatcher = fixed
+        dispatcher.reset(start=None, timetable=Timetable.of(scheduler, steps))
+        generation.branches = Branches()
+        return dispatcher
 
     def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
         leaves = named_leaves(inputs)
         step, begins = generation.steps.advance(generation.pipeline.scheduler, leaves, generation.in_call)
-        if begins:
-            generation.dispatcher.reset(start=None, timetable=self._timetable(generation.pipeline.scheduler))
-            generation.branches = Branches()
+        dispatcher = generation.dispatcher
+        if begins or dispatcher is None:
+            dispatcher = self._begin(generation)
         branch = generation.branch
         if branch is None:
             this = self._compiled.variants[0]
             changing = {*this.names(Kind.LATENTS), *this.names(Kind.TIMESTEP)}
             branch = generation.branches.find(step, leaves, changing)
-        return generation.dispatcher(step=step, branch=branch, **inputs)
+        return dispatcher(step=step, branch=branch, **inputs)

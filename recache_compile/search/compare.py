@@ -68,7 +68,7 @@ class Question:
 
 
 def make_question(
-    policies: Sequence[str], budgets: Sequence[int], num_steps: int, forecaster: str, order: int
+    policies: Sequence[str], budgets: Sequence[int | float], num_steps: int, forecaster: str, order: int
 ) -> Question:
     """A question, all of it checked before a model is loaded; policies as of `get_policy`.
 

@@ -62,24 +62,27 @@ class Choice:
         """Whether schedules or coefficients come from uncached generations of the model."""
         return self.forecaster == "fitted" or isinstance(self.policy, CALIBRATED)
 
-    def answer(self, calibration: Calibration | None = None) -> tuple[dict[int, Schedule], Forecaster]:
+    def answer(
+        self, calibration: Calibration | None = None, levels: tuple[float, ...] = ()
+    ) -> tuple[dict[int, Schedule], Forecaster]:
         """The schedules, and the forecaster that fills their cached steps.
 
         Args:
             calibration: of the model, where one is needed.
+            levels: noise level of every step, where known.
 
         Raises:
             ScheduleError: the policy has no schedule for a budget, or needs more than it is given.
         """
         gram = None if calibration is None else calibration.gram
         forecaster = get_forecaster(self.forecaster, self.order, gram)
-        problem = Problem(self.num_steps, forecaster, calibration)
+        problem = Problem(self.num_steps, forecaster, calibration, levels=levels)
         return make_schedules(self.policy, self.budgets, problem), forecaster
 
 
 def choose_policy(
     policy: AnyPolicy,
-    budgets: Collection[int],
+    budgets: Collection[int | float],
     forecaster: str,
     order: int,
     config: CompileConfig,
@@ -91,7 +94,7 @@ def choose_policy(
         policy: name, trained policy, file, steps, mask or {budget: recompute steps}; "auto": one
             that was trained for this model and forecaster and ships with the package, else
             "gram"; "uniform" where there is no pipeline to look at.
-        budgets: numbers of recompute steps k.
+        budgets: numbers of recompute steps k, or shares of all steps.
         forecaster, order: fill the cached steps.
         config: the other choices.
         pipeline: name of the pipeline's class; None for a module.
@@ -172,8 +175,8 @@ def plan_pipeline(
                 "uniform", Uniform(), choice.budgets, choice.forecaster, choice.order, choice.num_steps, True
             )
     log.info("choosing schedules")
-    schedules, forecaster = choice.answer(calibration)
-    return engines.with_plans(schedules, forecaster, choice.name)
+    schedules, forecaster = choice.answer(calibration, engines.description.levels)
+    return engines.with_plans(schedules, forecaster, choice.name, choice.policy, calibration)
 
 
 def calibrate_pipeline(pipeline: Any, engines: Engines, calls: Sequence[Mapping[str, Any]]) -> Calibration:

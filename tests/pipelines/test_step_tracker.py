@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from recache_compile.errors import DispatchError, MismatchError
-from recache_compile.pipelines.step_tracker import StepTracker
+from recache_compile.errors import DispatchError
+from recache_compile.pipelines.step_tracker import StepTracker, loop_length
 
 TABLE = (900.0, 600.0, 300.0, 100.0)
 
 
 def tracker() -> StepTracker:
-    return StepTracker(len(TABLE), ["timestep"])
+    return StepTracker(["timestep"])
 
 
 def scheduler(**facts: Any) -> Any:
@@ -92,20 +92,20 @@ def test_a_call_without_timestep_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "remedy"),
+    ("table", "asked", "length"),
     [
-        ({}, "pass num_inference_steps=4, or compile with num_steps=5"),
-        ({"num_inference_steps": 5}, "pass num_inference_steps=4, or compile with num_steps=5"),
-        (
-            {"num_inference_steps": 3},
-            r"SimpleNamespace makes 5 of num_inference_steps=3; compile with num_steps=5 and call=\{'num_inf",
-        ),
+        (TABLE, None, 4),
+        (TABLE, 4, 4),
+        ((*TABLE, 0.0), 4, 4),  # nothing is left to denoise at zero
+        ((*TABLE, 0.0), 5, 5),
+        ((*TABLE, 0.0), None, 5),
+        ((*TABLE, 50.0), 4, 5),
+        ((*TABLE, 50.0, 20.0), 4, 6),
     ],
 )
-def test_another_number_of_steps_is_refused_with_the_remedy(asked: dict[str, int], remedy: str) -> None:
-    longer = scheduler(timesteps=torch.arange(5.0), step_index=0, **asked)
-    with pytest.raises(MismatchError, match=f"the pipeline runs 5 steps, but 4 were compiled: {remedy}"):
-        step_of(longer)
+def test_a_loop_is_as_long_as_its_scheduler_says(table: tuple[float, ...], asked: int | None, length: int) -> None:
+    facts = {} if asked is None else {"num_inference_steps": asked}
+    assert loop_length(scheduler(timesteps=torch.tensor(table), **facts)) == length
 
 
 def test_a_generation_begins_with_the_first_call_and_where_steps_go_back() -> None:
@@ -120,9 +120,16 @@ def test_a_call_that_is_refused_begins_nothing() -> None:
     with pytest.raises(DispatchError):
         subject.advance(scheduler(), call())
     assert subject.advance(scheduler(step_index=3), call()) == (3, True)
-    with pytest.raises(MismatchError):
-        subject.advance(scheduler(timesteps=torch.arange(5.0), step_index=0), call())
     assert subject.advance(scheduler(step_index=3), call()) == (3, False)
+
+
+def test_a_generation_begins_where_the_loop_has_another_length() -> None:
+    subject = tracker()
+    longer = scheduler(timesteps=torch.arange(9.0), step_index=4)
+    assert subject.advance(scheduler(step_index=3), call()) == (3, True)
+    assert subject.advance(longer, call()) == (4, True)
+    assert subject.num_steps == 9
+    assert subject.advance(longer, call()) == (4, False)
 
 
 def test_outside_of_a_pipeline_s_call_the_scheduler_s_step_must_fit_the_timestep() -> None:
@@ -133,8 +140,6 @@ def test_outside_of_a_pipeline_s_call_the_scheduler_s_step_must_fit_the_timestep
         tracker().advance(knowing, call(100.0), in_call=False)
     with pytest.raises(DispatchError, match="a loop that does not move the scheduler"):
         tracker().advance(scheduler(step_index=4), call(), in_call=False)
-    with pytest.raises(MismatchError, match=r"compile with num_steps=5 \(or this call comes from a loop"):
-        tracker().advance(scheduler(timesteps=torch.arange(5.0)), call(), in_call=False)
 
 
 def test_tokens_may_have_timesteps_of_their_own() -> None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recache_compile.errors import ScheduleError
+from recache_compile.ir.carry_over import carry_over
 from recache_compile.policies.base import Problem
 from recache_compile.policies.recache import FACTS, WEIGHTS, Logits, ReCache, is_trained, most_likely, read_policy
 from recache_compile.policies.registry import get_policy
@@ -85,10 +87,25 @@ def test_logits_depend_on_the_budget_unless_they_have_no_width() -> None:
     assert all(smaller < larger for smaller, larger in pairwise(steps))
 
 
-def test_another_number_of_steps_is_refused(folder: Path) -> None:
-    with pytest.raises(ScheduleError, match=r"trained for 9 steps, not 50; train one for 50") as caught:
-        read_policy(folder).schedule(Problem(50), 5)
-    assert str(folder) in str(caught.value)
+def test_a_loop_of_another_length_gets_the_nearest_steps_with_a_warning(folder: Path) -> None:
+    policy = read_policy(folder)
+    with pytest.warns(
+        UserWarning, match=r"trained for 9 steps, its schedule is carried over to 50; train one"
+    ) as caught:
+        found = policy.schedule(Problem(50), 5)
+    assert str(folder) in str(caught[0].message)
+    assert found == carry_over(policy.schedule(Problem(TOTAL), 5), 5, 50)
+    with pytest.warns(UserWarning, match="carried over"):
+        assert policy.schedule(Problem(50), 12).budget == 12
+
+
+def test_steps_correspond_by_noise_level_where_the_training_s_are_known(folder: Path) -> None:
+    levels = tuple((1 - step / TOTAL) ** 2 for step in range(TOTAL))
+    others = tuple((1 - step / 50) ** 3 for step in range(50))
+    policy = replace(read_policy(folder), facts={"levels": levels})
+    with pytest.warns(UserWarning, match="carried over"):
+        found = policy.schedule(Problem(50, levels=others), 5)
+    assert found == carry_over(policy.schedule(Problem(TOTAL), 5), 5, 50, levels, others)
 
 
 def test_reading_takes_no_random_numbers(folder: Path) -> None:

@@ -222,9 +222,10 @@ def test_timesteps_are_learned_from_a_start_in_the_middle(eager: rc.Compiled, fl
         assert max(map(relative_error, calls_from(7, learning), known)) <= 1e-6
 
 
-def test_an_unknown_budget_names_those_there_are(eager: rc.Compiled) -> None:
-    with pytest.raises(DispatchError, match="budget 4 was not compiled; there are 3, 12"):
-        eager.dispatcher(budget=4)
+def test_a_budget_without_a_policy_to_ask_names_those_there_are(eager: rc.Compiled) -> None:
+    given = eager.engines.with_plans(eager.schedules, eager.forecaster)
+    with pytest.raises(DispatchError, match="budget 4 was not compiled; there are 3, 12, whose schedules were given"):
+        given.dispatcher(budget=4)
 
 
 class Scaled(torch.nn.Module):

@@ -41,7 +41,7 @@ def compiled(flux: nn.Module) -> rc.Compiled:
 def observed(compiled: rc.Compiled, *observers: Observer, schedule: Schedule = EVERY) -> Dispatcher:
     sites = len(next(iter(compiled.plans.values())).steps[0].pattern)
     plan = make_plan(schedule, compiled.forecaster, sites)
-    return Dispatcher(plan, compiled.forecaster, compiled.variants, compiled.engines.signature, observers=observers)
+    return Dispatcher(plan, compiled.variants, compiled.engines.signature, observers=observers)
 
 
 def run(dispatcher: Dispatcher, start: int = 0, stop: int = NUM_STEPS, branch: str = "") -> list[Tensor]:
