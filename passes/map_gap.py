@@ -1,21 +1,11 @@
 """Map a forecast program over the cached steps of a gap."""
 
 import logging
-from dataclasses import replace
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-
-from recache_compile.capture.compat import detect_fake_mode
-from recache_compile.capture.export import export_module, flatten
 from recache_compile.errors import check_memory, first_line
-from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of, values_of
-from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
-from recache_compile.ir.value import Kind, Value
-from recache_compile.passes.base import copy_module
-from recache_compile.passes.map_rows import use_free_row_rules, zeros
-from recache_compile.passes.ops import aten
+from recache_compile.ir.program import Program
+from recache_compile.ir.value import Kind
+from recache_compile.passes.map_over import map_over
 
 log = logging.getLogger(__name__)
 
@@ -43,79 +33,8 @@ def map_over_gap(program: Program) -> Program:
     if any(value.kind not in (*_OWN, *_SHARED) for value in inputs):
         return program
     try:
-        return _mapped(program)
+        return map_over(program, _OWN, "step")
     except Exception as error:  # noqa: BLE001  # torch raises many kinds, depending on the operator
         check_memory(error)
         log.debug("%s is called at every step, it cannot be mapped over them: %s", program.name, first_line(error))
         return program
-
-
-class _Gap(nn.Module):
-    """A program's graph, mapped over those inputs that every step has its own of."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self.in_dims = tuple(
-            0 if value_of(node).kind in _OWN else None for node in module.graph.find_nodes(op="placeholder")
-        )
-        self.step = copy_module(module)
-        use_free_row_rules(self.step.graph)
-        self.step.recompile()
-
-    def forward(self, *arguments: Tensor) -> list[Tensor]:
-        """The program's inputs, to its results."""
-        results: list[Tensor] = torch.vmap(self.step, in_dims=self.in_dims)(*arguments)
-        return results
-
-
-def _mapped(program: Program) -> Program:
-    nodes = program.module.graph.find_nodes(op="placeholder")
-    values = [_with_rows(value) if value.kind in _OWN else value for value in program.inputs]
-    steps = torch.export.Dim("steps", min=MIN_ROWS)
-    shapes = tuple({0: steps} if None in value.shape else {} for value in values)
-    exported = export_module(_Gap(program.module), zeros(values, nodes), {}, dynamic_shapes=(shapes,), decompose=True)
-    names = {id(weight): name for name, weight in program.weights.items()}
-    module = flatten(exported, names, "constant_gap")
-    for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
-        with module.graph.inserting_before(node):
-            named = module.graph.placeholder(value.name)
-        set_result(named, tensor_of(node))
-        describe_input(named, value)
-        node.replace_all_uses_with(named)
-        module.graph.erase_node(node)
-    describe_outputs(module.graph.output_node(), map(_with_rows, values_of(program.module.graph.output_node())))
-    drop_unit_dimensions(module.graph)
-    module.recompile()
-    return Program(program.name, module, (*program.provenance, PassRecord("map-over-gap")))
-
-
-def drop_unit_dimensions(graph: fx.Graph) -> None:
-    """Leave dimensions of size 1 out where a value is only reshaped to be permuted and reshaped again.
-
-    Patches of a video have eight dimensions there, which is all that TensorRT takes, before the
-    steps of a gap become one more.
-    """
-    for permute in graph.find_nodes(op="call_function", target=aten.permute.default):
-        reshape: Any = permute.args[0]
-        copies = [user for user in permute.users if user.target is aten.clone.default]
-        readers = [user for node in (permute, *copies) for user in node.users if user not in copies]
-        if reshape.target is not aten.reshape.default or len(reshape.users) > 1:
-            continue
-        if any(user.target not in (aten.reshape.default, aten._unsafe_view.default) for user in readers):
-            continue
-        shape, dense = reshape.args[1], tensor_of(reshape)
-        order = [int(at) % len(shape) for at in permute.args[1]]  # type: ignore[arg-type, union-attr]
-        kept = [at for at, size in enumerate(shape) if isinstance(size, fx.Node) or size != 1]
-        reshape.args = (reshape.args[0], [shape[at] for at in kept])
-        permuted = [kept.index(at) for at in order if at in kept]
-        permute.args = (reshape, permuted)
-        with detect_fake_mode(dense) or torch.no_grad():
-            set_result(reshape, dense.reshape([dense.shape[at] for at in kept]))
-            set_result(permute, tensor_of(reshape).permute(permuted))
-            for copied in copies:
-                set_result(copied, tensor_of(permute).contiguous())
-
-
-def _with_rows(value: Value) -> Value:
-    """The same for a free number of steps."""
-    return replace(value, shape=(None, *value.shape))

@@ -6,7 +6,8 @@ A rule gets the position of the rows in each argument (None: the argument has no
 them first in its result.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,6 +153,71 @@ def _(info: Any, in_dims: Any, value: Tensor, dim: int, index: Tensor) -> tuple[
     return moved[rows, index].movedim(1, dim + 1), 0
 
 
+@torch.library.custom_op("recache::convolution", mutates_args=())
+def convolution(
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """`torch.convolution` that is not transposed; `value` has a batch."""
+    return torch.convolution(value, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+@convolution.register_fake
+def _(
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return torch.convolution(value, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+@convolution.register_vmap
+def _(
+    info: Any,
+    in_dims: Any,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, int]:
+    assert in_dims[1:3] == (None, None), "the kernel is shared by the rows"
+    moved = value.movedim(in_dims[0], 0)
+    flat = moved.reshape(moved.shape[0] * moved.shape[1], *moved.shape[2:])
+    result = torch.convolution(flat, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return result.reshape(moved.shape[0], moved.shape[1], *result.shape[1:]), 0
+
+
+@torch.library.custom_op("recache::slice_scatter", mutates_args=())
+def slice_scatter(value: Tensor, source: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:
+    """`torch.slice_scatter`."""
+    return torch.slice_scatter(value, source, dim, start, end, step)
+
+
+@slice_scatter.register_fake
+def _(value: Tensor, source: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:
+    return torch.empty_like(value)
+
+
+@slice_scatter.register_vmap
+def _(
+    info: Any, in_dims: Any, value: Tensor, source: Tensor, dim: int, start: int, end: int, step: int
+) -> tuple[Tensor, int]:
+    value, source = _rows_first([value, source], in_dims[:2])
+    return torch.slice_scatter(value, source, dim + 1, start, end, step), 0
+
+
 def zeros(values: Sequence[Value], nodes: Sequence[fx.Node]) -> tuple[Tensor, ...]:
     """Inputs to trace with, where the nodes' values are: a free number of rows is no number that export would fix."""
     return tuple(
@@ -167,7 +233,7 @@ def zeros(values: Sequence[Value], nodes: Sequence[fx.Node]) -> tuple[Tensor, ..
 def use_free_row_rules(graph: fx.Graph) -> None:
     """Let the operators whose own rule is not good enough use ours."""
     ours = torch.ops.recache
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if not is_operator(node):
             continue
         given = arguments_of(node)
@@ -175,6 +241,16 @@ def use_free_row_rules(graph: fx.Graph) -> None:
             _retarget(node, ours.cat.default, given["tensors"], given["dim"])
         elif node.target is aten.index_select.default:
             _retarget(node, ours.index_select.default, given["self"], given["dim"], given["index"])
+        elif node.target is aten.copy.default and _writes_all(node):
+            node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default:
+            value, dim = given["self"], given["dim"] % tensor_of(given["self"]).dim()
+            end = min(given["end"] or sys.maxsize, tensor_of(value).shape[dim])
+            start, step = given["start"] or 0, given["step"]
+            _retarget(node, ours.slice_scatter.default, value, given["src"], dim, start, end, step)
+        elif node.target in _CONVOLUTIONS:
+            _use_convolution(node, given)
         elif node.target is aten.linear.default:
             _retarget(node, ours.linear.default, given["input"], given["weight"], given["bias"])
         elif node.target is aten.layer_norm.default:
@@ -183,6 +259,33 @@ def use_free_row_rules(graph: fx.Graph) -> None:
         elif node.target is aten.scaled_dot_product_attention.default and not given["dropout_p"]:
             names = ("query", "key", "value", "attn_mask", "is_causal", "scale", "enable_gqa")
             _retarget(node, ours.attention.default, *map(given.get, names))
+
+
+def _writes_all(node: fx.Node) -> bool:
+    """Whether a copy has the type of what is copied."""
+    source = tensor_of(node.args[1])  # type: ignore[arg-type]
+    made = tensor_of(node)
+    return bool(source.shape == made.shape and source.dtype == made.dtype)
+
+
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+def _use_convolution(node: fx.Node, given: Mapping[str, Any]) -> None:
+    """Ours in the place of a convolution whose input has a batch and whose kernel is a weight."""
+    spatial = tensor_of(given["weight"]).dim() - 2
+    if tensor_of(given["input"]).dim() != spatial + 2:
+        return
+    sizes = [
+        list(given[name]) * (spatial if len(given[name]) == 1 else 1) for name in ("stride", "padding", "dilation")
+    ]
+    _retarget(
+        node,
+        torch.ops.recache.convolution.default,
+        *map(given.get, ("input", "weight", "bias")),
+        *sizes,
+        given["groups"],
+    )
 
 
 def _retarget(node: fx.Node, target: Any, *args: Any) -> None:

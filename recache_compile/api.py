@@ -49,6 +49,7 @@ def compile(
     component: str = "transformer",
     calibrate: Sequence[Mapping[str, Any]] = (),
     cuda_graphs: bool = False,
+    batching: bool = False,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
 
@@ -88,6 +89,8 @@ def compile(
             forecaster needs it; by default four times the first `call`, with other noise.
         cuda_graphs: replay CUDA graphs instead of calling engines, with eager, inductor and
             TensorRT on a GPU.
+        batching: also build an engine for the recompute steps of several requests at once, which
+            `Compiled.batcher` needs.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
@@ -104,6 +107,7 @@ def compile(
         call=_recorded(calls[0]),
         roles=dict(roles or {}),
         cuda_graphs=cuda_graphs,
+        batching=batching,
     )
     is_pipeline = not isinstance(model, nn.Module)
     looked_at = type(model).__name__ if is_pipeline and example_inputs is None else None

@@ -27,6 +27,7 @@ class CompileConfig:
             first where there are several.
         roles: "latents", "timestep" or "conditioning" of inputs by name, where their names do not tell.
         cuda_graphs: replay CUDA graphs instead of calling engines.
+        batching: build an engine for the recompute steps of several requests at once, too.
 
     Raises:
         ScheduleError: naming the choice that cannot be used.
@@ -44,6 +45,7 @@ class CompileConfig:
     call: Mapping[str, Any] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     cuda_graphs: bool = False
+    batching: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from recache_compile.errors import DispatchError, RuntimeUnavailableError, check_memory, reason_of
-from recache_compile.ir.program import Program
+from recache_compile.ir.program import REQUESTS, Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes.base import Engine, Runtime, Variant
 
@@ -120,7 +120,7 @@ def with_graphs(variant: Variant, recorder: Recorder | None = None) -> Variant:
     places: Places = {}
     used = recorder_of(variant.device) if recorder is None else recorder
     engines = {
-        name: engine if name == "prologue" else GraphedEngine(variant.programs[name], engine, places, used)
+        name: engine if name in ("prologue", REQUESTS) else GraphedEngine(variant.programs[name], engine, places, used)
         for name, engine in variant.engines.items()
     }
     return replace(variant, engines=engines)

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.ir.gaps import steps_per_call
-from recache_compile.ir.program import MIN_ROWS, Program
+from recache_compile.ir.program import MIN_ROWS, REQUESTS, Program
 from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
 from recache_compile.runtimes._tensorrt_engine import TensorRTEngine
 from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, UnavailableEngine
@@ -28,6 +28,7 @@ from recache_compile.support.devices import on_device
 from recache_compile.support.files import writing
 
 MAX_ROWS = 1000
+MAX_REQUESTS = 16
 """Rows that a prologue can make in one call: the longest loop."""
 
 
@@ -64,7 +65,8 @@ class TensorRTBase(Runtime, abc.ABC):
         engine, model = files
         export_onnx(program, device, model)
         with on_device(device):
-            most = MAX_ROWS if program.name == "prologue" else steps_per_call(program)
+            known = {"prologue": MAX_ROWS, REQUESTS: MAX_REQUESTS}
+            most = known.get(program.name) or steps_per_call(program)
             engine.write_bytes(self.build(model, program.name, most))
 
     def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:

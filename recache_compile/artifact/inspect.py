@@ -12,7 +12,7 @@ from recache_compile.errors import DispatchError
 from recache_compile.ir.cost import Cost, count_macs
 from recache_compile.ir.meta import value_of
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.program import MIN_ROWS, Program
+from recache_compile.ir.program import MIN_ROWS, REQUESTS, Program
 from recache_compile.ir.serialize import type_of
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import requirement_texts
@@ -26,7 +26,7 @@ class ProgramFacts:
         name: of it.
         calls: in its graph.
         parameters: that it reads.
-        macs: of one call, or of one step where a call makes several; None for the prologue, whose cost
+        macs: of one call, or of one step or request where a call serves several; None for the prologue, whose cost
             depends on the rows.
         inputs, outputs: names; evaluations of earlier releases do not tell them.
     """
@@ -107,12 +107,12 @@ def facts_of(compiled: Compiled) -> ArtifactFacts:
 
 def program_facts(program: Program, device: torch.device) -> ProgramFacts:
     """Facts about one program whose weights are on `device`."""
-    steps = MIN_ROWS if program.serves_gaps else 1  # as many as are counted
+    rows = MIN_ROWS if program.serves_gaps or program.name == REQUESTS else 1  # as many as are counted
     return ProgramFacts(
         name=program.name,
         calls=program.num_calls,
         parameters=program.num_parameters,
-        macs=None if program.name == "prologue" else count_macs(program, device) // steps,
+        macs=None if program.name == "prologue" else count_macs(program, device) // rows,
         inputs=tuple(value.name for value in program.inputs),
         outputs=tuple(value.name for value in program.outputs),
     )

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     "--hoist/--no-hoist", default=True, show_default=True, help="Move latents-independent work out of the steps."
 )
 @click.option("--cuda-graphs", is_flag=True, help="Replay CUDA graphs instead of calling engines.")
+@click.option("--batching", is_flag=True, help="Also build an engine for several requests at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @tensorrt_options
 def compile_command(
@@ -92,6 +93,7 @@ def compile_command(
     seed: int,
     hoist: bool,
     cuda_graphs: bool,
+    batching: bool,
     as_json: bool,
     **building: Any,
 ) -> None:
@@ -116,6 +118,7 @@ def compile_command(
             component=component,
             call=call,
             cuda_graphs=cuda_graphs,
+            batching=batching,
         )
         request = CompileRequest(model, config, budgets, forecaster, order, policy, sizes, batch, prompts, seed)
         made = compile_model(request, folder, chosen_runtime(runtime, building, notice))

@@ -23,6 +23,7 @@ from recache_compile.ir.value import Kind
 from recache_compile.policies.base import Calibration, Policy
 from recache_compile.runtimes._cuda_graphs import with_graphs
 from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.batcher import Batcher
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Observer
 from recache_compile.runtimes.dispatcher_replay import ReplayDispatcher
@@ -216,11 +217,13 @@ class Compiled:
         engines: programs, lowered programs and weights.
         planner: knows what each step runs, for every budget and every number of steps.
         policy: where the schedules came from, for people.
+        shared: makes the dispatchers where they share their recompute calls.
     """
 
     engines: Engines
     planner: Planner
     policy: str
+    shared: Batcher | None = None
 
     @property
     def description(self) -> Description:
@@ -275,7 +278,26 @@ class Compiled:
     def dispatcher_of(self, plan: Plan, observers: Sequence[Observer] = ()) -> Dispatcher:
         """The same under one plan."""
         engines = self.engines
+        if self.shared is not None:
+            return self.shared.dispatcher(plan, engines.signature, engines.revision, observers)
         return Dispatcher(plan, engines.called_variants(), engines.signature, engines.revision, observers=observers)
+
+    def batcher(self, max_batch: int = 8, max_wait_ms: float = 5.0) -> "Compiled":
+        """The same, whose dispatchers share their recompute calls where they run at the same time.
+
+        Each generation runs in a thread of its own; rows of one engine call are requests, which may
+        be at different steps of different plans.  A lone one runs as without; results are equal but
+        for the rounding of larger matrix products.  `rc.accelerate(pipe, compiled.batcher())` lets
+        copies of a pipeline, in threads, be batched.
+
+        Args:
+            max_batch: most requests in a call.
+            max_wait_ms: a call waits that long, at most, for those of other generations.
+
+        Raises:
+            DispatchError: it was not compiled with `batching`, or a bound makes no sense.
+        """
+        return replace(self, shared=Batcher(self.engines.called_variants(), max_batch, max_wait_ms))
 
     def cost(self, budget: float, variant: int = 0, *, num_steps: int | None = None) -> Cost:
         """What one generation costs, for one guidance branch."""

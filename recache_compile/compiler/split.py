@@ -8,13 +8,14 @@ from torch import fx
 from recache_compile.capture.capture import Captured
 from recache_compile.config import CompileConfig
 from recache_compile.ir.meta import tensor_of
-from recache_compile.ir.program import Program, SitePattern, pattern_name
+from recache_compile.ir.program import REQUESTS, Program, SitePattern, pattern_name
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.insert_cache_points import InsertCachePoints
 from recache_compile.passes.map_gap import map_over_gap
+from recache_compile.passes.map_requests import map_over_requests
 from recache_compile.passes.ops import CACHE_POINT
 from recache_compile.passes.prologue import build_prologue
 from recache_compile.passes.simplify import Simplify
@@ -74,13 +75,17 @@ def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
         programs[name] = run_passes(annotated, passes).renamed(name)
     reads = {value.kind for program in programs.values() for value in program.inputs}
     if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
-        return mapped(programs)
+        return mapped(programs, config)
     log.info("building the prologue")
     prologue = build_prologue(annotated, programs)
     verify_split(annotated, prologue, programs)
-    return {"prologue": prologue, **mapped(programs)}
+    return {"prologue": prologue, **mapped(programs, config)}
 
 
-def mapped(programs: Mapping[str, Program]) -> dict[str, Program]:
-    """The same programs; a call of those that forecast makes the predictions of a whole gap where it can."""
-    return {name: map_over_gap(each) if name == "forecast" else each for name, each in programs.items()}
+def mapped(programs: Mapping[str, Program], config: CompileConfig) -> dict[str, Program]:
+    """The same programs, and what they become for several steps or requests at once.
+
+    A call of those that forecast makes the predictions of a whole gap where it can.
+    """
+    ready = {name: map_over_gap(each) if name == "forecast" else each for name, each in programs.items()}
+    return ready | ({REQUESTS: map_over_requests(programs["recompute"])} if config.batching else {})

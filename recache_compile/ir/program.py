@@ -17,6 +17,10 @@ MIN_ROWS = 2
 """A table has at least two rows: `torch.export` would specialise a free size of 0 or 1."""
 
 
+REQUESTS = "recompute_requests"
+"""Name of the recompute program that serves any number of requests in one call."""
+
+
 class Binding(Flag):
     """What a node's value depends on (binding-time analysis)."""
 

@@ -9,7 +9,8 @@ from recache_compile.ir.program import Granularity, Program
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.hoist import Hoist
-from recache_compile.passes.map_gap import drop_unit_dimensions, map_over_gap
+from recache_compile.passes.map_gap import map_over_gap
+from recache_compile.passes.map_over import drop_unit_dimensions
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from tests.passes.tiny import Attention, annotated

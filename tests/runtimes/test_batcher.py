@@ -1,0 +1,203 @@
+"""Generations in threads that share recompute calls: each result is the one that it gets alone."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import recache_compile as rc
+from recache_compile.errors import DispatchError
+from recache_compile.ir.program import REQUESTS
+from recache_compile.runtimes.base import Engine
+from tests.compiler.test_build import relative_error
+from tests.conftest import compile_flux, flux_inputs, loop_inputs
+
+SAME = 1e-5
+"""Bound of what rows of one call differ by from calls of their own: larger products are summed in another order."""
+
+
+@pytest.fixture(scope="module")
+def engines(flux: torch.nn.Module) -> rc.Compiled:
+    return compile_flux(flux, batching=True, policy="uniform")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A generation: its prompt and noise, length, budget, and the step at which it is given up."""
+
+    seed: int
+    num_steps: int
+    budget: int
+    until: int | None = None
+
+
+def generate(compiled: rc.Compiled, request: Request) -> list[Tensor]:
+    with torch.no_grad():
+        run = compiled.dispatcher(request.budget, num_steps=request.num_steps)
+        results = []
+        for step in range(request.num_steps):
+            if step == request.until:
+                return []
+            inputs = loop_inputs(step % 12, flux_inputs(request.seed))
+            inputs["timestep"] = torch.tensor([1 - step / request.num_steps])
+            results.append(run(step=step, **inputs)[0])
+        return results
+
+
+def counting(compiled: rc.Compiled) -> tuple[rc.Compiled, Counter[int]]:
+    """The same with engines that count their recompute calls by the number of requests in them."""
+    sizes: Counter[int] = Counter()
+
+    def counted(name: str, engine: Engine) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            if name in ("recompute", REQUESTS):
+                sizes[len(inputs[0]) if name == REQUESTS else 1] += 1
+            return engine(inputs)
+
+        return call
+
+    variants = tuple(
+        replace(each, engines={name: counted(name, engine) for name, engine in each.engines.items()})
+        for each in compiled.variants
+    )
+    return replace(compiled, engines=replace(compiled.engines, variants=variants)), sizes
+
+
+requests = st.builds(
+    lambda seed, steps, share, until: Request(
+        seed, steps, max(1, round(share * steps)), None if until is None else until % steps
+    ),
+    st.integers(0, 3),
+    st.integers(1, 6),
+    st.floats(0, 1),
+    st.none() | st.integers(0, 5),
+)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@given(mix=st.lists(requests, min_size=1, max_size=8), max_batch=st.integers(1, 8))
+def test_every_result_is_the_one_that_a_request_gets_alone(
+    engines: rc.Compiled, mix: list[Request], max_batch: int
+) -> None:
+    counted, sizes = counting(engines)
+    batched = counted.batcher(max_batch, max_wait_ms=20)
+    with ThreadPoolExecutor(len(mix)) as pool:
+        found = list(pool.map(lambda request: generate(batched, request), mix))
+    assert max(sizes, default=1) <= max_batch
+    for request, results in zip(mix, found, strict=True):
+        expected = generate(engines, request)
+        assert len(results) == len(expected)
+        for ours, alone in zip(results, expected, strict=True):
+            assert relative_error(ours, alone) <= SAME
+
+
+def test_requests_share_every_call_once_they_are_known(engines: rc.Compiled) -> None:
+    """The first call is held until the three others wait for it, which then run together; then all four do."""
+    counted, sizes = counting(engines)
+    (variant,), is_first = counted.variants, threading.Event()
+    recompute = variant.engines["recompute"]
+
+    def held(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        is_first.set()
+        while len(lane._waiting) < 3:
+            time.sleep(0.001)
+        return recompute(inputs)
+
+    variants = (replace(variant, engines={**variant.engines, "recompute": held}),)
+    batched = replace(counted, engines=replace(counted.engines, variants=variants)).batcher(max_wait_ms=3_600_000)
+    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(generate, batched, Request(0, 9, 3))]
+        is_first.wait()
+        found += [pool.submit(generate, batched, Request(seed, 6 + seed, 3)) for seed in range(1, 4)]
+        assert [len(each.result()) for each in found] == [9, 7, 8, 9]
+    assert sizes == {1: 1, 3: 1, 4: 2}
+
+
+def test_a_lone_request_never_waits_and_runs_the_usual_engine(engines: rc.Compiled) -> None:
+    counted, sizes = counting(engines)
+    request = Request(0, 6, 3)
+    alone = generate(counted.batcher(max_wait_ms=3_600_000), request)
+    assert sizes == {1: 3}
+    for ours, expected in zip(alone, generate(engines, request), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_nobody_waits_for_long_for_one_that_stays_away(engines: rc.Compiled) -> None:
+    counted, sizes = counting(engines)
+    batched = counted.batcher(max_wait_ms=1)
+    assert generate(batched, Request(0, 6, 6, until=3)) == []
+    assert len(generate(batched, Request(1, 6, 6))) == 6
+    assert sizes == {1: 9}
+
+
+def test_an_error_reaches_all_whose_call_it_was_and_the_next_ones_run(engines: rc.Compiled) -> None:
+    fails = threading.Event()
+
+    def failing(engine: Engine) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            if fails.is_set():
+                raise RuntimeError("no memory")
+            return engine(inputs)
+
+        return call
+
+    variants = tuple(
+        replace(each, engines={name: failing(engine) for name, engine in each.engines.items()})
+        for each in engines.variants
+    )
+    batched = replace(engines, engines=replace(engines.engines, variants=variants)).batcher(max_wait_ms=20)
+    fails.set()
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(generate, batched, Request(seed, 4, 4)) for seed in range(3)]
+        assert {str(each.exception()) for each in waiting} == {"no memory"}
+    fails.clear()
+    assert len(generate(batched, Request(0, 4, 4))) == 4
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_others_alone(engines: rc.Compiled) -> None:
+    batched = engines.batcher(max_wait_ms=30)
+    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    original, stopped = lane._time_left, threading.current_thread()
+
+    def interrupted(call: Any) -> float | None:
+        if threading.current_thread() is stopped:
+            raise KeyboardInterrupt
+        return original(call)
+
+    lane._time_left = interrupted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(generate, batched, Request(0, 6, 6))
+        while not lane._coming:
+            time.sleep(0.001)
+        with pytest.raises(KeyboardInterrupt):
+            generate(batched, Request(1, 6, 6))
+        assert len(other.result()) == 6
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_batch": 0}, "max_batch 0: expected a whole number from 1 on"),
+        ({"max_batch": 2.5}, "max_batch 2.5: expected a whole number"),
+        ({"max_wait_ms": -1}, "max_wait_ms -1: expected 0 or more"),
+        ({"max_wait_ms": float("nan")}, "max_wait_ms nan: expected 0 or more"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(bounds: dict[str, Any], message: str, engines: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match=message):
+        engines.batcher(**bounds)
+
+
+def test_engines_for_one_request_are_refused(eager: rc.Compiled) -> None:
+    with pytest.raises(DispatchError, match=r"for one request at a time; compile with batching=True \(--batching\)"):
+        eager.batcher()
