@@ -113,7 +113,7 @@ def measure(requests: int, budget: int, rounds: int, runtime: str, max_wait_ms: 
         "lone_latency": medians["one request alone, batcher"] / medians["one request alone"],
         "requests_per_call": shared,
         "largest_error": max(float((ours - alone).abs().max()) for ours, alone in pairs),
-        "machine": machine(),
+        "machine": machine("cpu"),
         "date": datetime.date.today().isoformat(),
     }
 
