@@ -57,6 +57,11 @@ class Overlay:
         self._readers = 0
         self._turn = threading.Condition()
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What engines read in the place of their own weights, by name."""
+        return dict(self._told)
+
     @contextlib.contextmanager
     def reading(self, key: Hashable, lay: Callable[[], None]) -> Iterator[None]:
         """Weights stay those of this key meanwhile.

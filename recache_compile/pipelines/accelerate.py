@@ -118,6 +118,16 @@ def put_in(pipeline: Any, transformers: Mapping[str, CompiledTransformer]) -> No
     pipeline.__class__ = accelerated_class(_own_class(pipeline))
 
 
+def _adopt(pipeline: Any) -> None:
+    """Let a pipeline that was made of an accelerated one's components be accelerated, too."""
+    kind: Any = type(pipeline)
+    if _own_class(pipeline) is kind:
+        pipeline.__class__ = accelerated_class(kind)
+
+
+CompiledTransformer.adopt = staticmethod(_adopt)
+
+
 def inner_pipelines(pipeline: Any) -> list[Any]:
     """The pipelines that a pipeline is made of, where it is (VisualCloze draws with one and enlarges with another)."""
     return [each for each in vars(pipeline).values() if hasattr(type(each), "components")]

@@ -88,7 +88,8 @@ class Generations:
         if (active := self.active()) is not None:
             return active
         own: dict[int, Generation] = self._own.__dict__.setdefault("by_budget", {})
-        if budget not in own:
-            own[budget] = Generation(pipeline, self._make(budget), make_steps(), in_call=False)
+        if budget not in own or own[budget].pipeline is not pipeline:
+            dispatcher = own[budget].dispatcher if budget in own else self._make(budget)
+            own[budget] = Generation(pipeline, dispatcher, make_steps(), in_call=False)
         own[budget].processors = processors
         return own[budget]

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.adapters import FOLLOWED, adapters_of, changing, notice, patch_of
 from recache_compile.pipelines.branches import Branches
+from recache_compile.pipelines.callers import calling_pipeline
 from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.skeleton import skeleton_of
 from recache_compile.pipelines.step_tracker import StepTracker
@@ -44,6 +45,9 @@ class CompiledTransformer(nn.Module):
         falls_back: whether it runs calls of a kind that was not compiled; otherwise they are errors.
         dispatcher: runs this budget, instead of a new one.
     """
+
+    adopt: ClassVar[Callable[[Any], None]] = staticmethod(lambda pipeline: None)
+    """Is given pipelines that were made of the components of an accelerated one."""
 
     _wanted: ContextVar[Mapping[int, int]] = ContextVar("wanted", default={})  # noqa: B039 - never changed
 
@@ -140,6 +144,7 @@ class CompiledTransformer(nn.Module):
     def _change_adapters(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the original that changes its adapters."""
         assert self.original is not None
+        self._caller()
         with self._compiled.engines.alone(), changing([self.original], [], name == "fuse_lora", self.follow_adapters):
             return getattr(self.original, name)(*args, **kwargs)
 
@@ -239,6 +244,7 @@ class CompiledTransformer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
         """Move and cast what calls fall back to; engines stay where and what they are."""
+        self._caller()
         if self.falls_back and self.original is not None:
             self.original._apply(fn, recurse)
         return self
@@ -325,7 +331,15 @@ class CompiledTransformer(nn.Module):
         return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
 
     def _generation(self) -> Generation:
-        return self._generations.current(self._pipeline, self._budget, self._new_steps, self._processors)
+        pipeline = self._pipeline if self._generations.active() else self._caller()
+        return self._generations.current(pipeline, self._budget, self._new_steps, self._processors)
+
+    def _caller(self) -> Any:
+        """The pipeline that calls, accelerated if it was not; the one that this was made for, where none is known."""
+        if (found := calling_pipeline(self)) is None:
+            return self._pipeline
+        CompiledTransformer.adopt(found)
+        return found
 
     def _new_steps(self) -> StepTracker:
         return StepTracker(self._compiled.num_steps, self._compiled.variants[0].names(Kind.TIMESTEP))

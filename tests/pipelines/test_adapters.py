@@ -189,14 +189,14 @@ def test_a_hundred_swaps_take_no_memory_and_no_compilation(
             assert error(found, compiled_anew[name]) <= EXACT
             assert error(found, base) >= DIFFERENT
         if swap == 1:
-            places = {each: tensor.data_ptr() for each, tensor in overlay._made.items()}
+            places = {each: tensor.data_ptr() for each, tensor in overlay.weights.items()}
             before = live_tensors()
     assert live_tensors() == before
-    assert {each: tensor.data_ptr() for each, tensor in overlay._made.items()} == places
+    assert {each: tensor.data_ptr() for each, tensor in overlay.weights.items()} == places
     assert set(places) <= set(compiled.weights)
     transformer.unload_lora()
     assert torch.equal(generate(transformer), base)
-    assert overlay._made == {}
+    assert overlay.weights == {}
     assert compiled.variants[0].engines["recompute"] is engines
 
 
