@@ -16,6 +16,9 @@ ATTENTION_KWARGS = ("joint_attention_kwargs", "attention_kwargs", "cross_attenti
 STRENGTH = "scale"
 """What the strength is called there."""
 
+CHUNK = 1 << 20
+"""Elements of a weight in half precision that are computed at a time."""
+
 
 def adapted_layers(module: nn.Module) -> dict[str, Any]:
     """The layers that `peft` has put around others, by the names of these others in the plain module.
@@ -63,15 +66,14 @@ def merge(layer: Any, strength: float, base: Mapping[str, Tensor], out: Mapping[
         base: the parameters without adapters, those of `changed_weights`.
         out: written to; of the same names, shapes and types.
     """
+    if _is_a_product(layer):
+        _add_products(layer, strength, base["weight"], out["weight"])
+        return
     if _is_a_sum(layer):
-        result = out["weight"]
-        total = base["weight"].to(result.device)
-        exact = torch.promote_types(total.dtype, torch.float32)
-        room = result if result.dtype == exact else None
+        total = base["weight"].to(out["weight"].device, _exact(base["weight"].dtype))
         for name in active_adapters(layer):
-            change = layer.get_delta_weight(name).to(total.device, exact)
-            total = torch.add(total.to(exact), change, alpha=strength, out=room)
-        result.copy_(total)
+            total = total + strength * layer.get_delta_weight(name).to(total.device, total.dtype)
+        out["weight"].copy_(total)
         return
     merged = copy.deepcopy(layer)
     for name, tensor in base.items():
@@ -83,6 +85,34 @@ def merge(layer: Any, strength: float, base: Mapping[str, Tensor], out: Mapping[
     merged.merge()
     for name, tensor in out.items():
         tensor.copy_(getattr(merged.base_layer, name))
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a type are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _add_products(layer: Any, strength: float, base: Tensor, out: Tensor) -> None:
+    """The weight and the product of two factors for each adapter: `get_delta_weight` without memory of its own.
+
+    Memory that is new for each layer would take longer than all of the arithmetic.
+    """
+    names, dtype = active_adapters(layer), _exact(base.dtype)
+    up = torch.cat([layer.lora_B[name].weight.to(out.device, dtype) * layer.scaling[name] for name in names], 1)
+    down = torch.cat([layer.lora_A[name].weight.to(out.device, dtype) for name in names])
+    rows = len(out) if out.dtype == dtype else max(1, CHUNK // out.shape[1])
+    for at in range(0, len(out), rows):
+        here, place = base[at : at + rows].to(out.device, dtype), out[at : at + rows]
+        total = torch.addmm(here, up[at : at + rows], down, alpha=strength, out=place if out.dtype == dtype else None)
+        if out.dtype != dtype:
+            place.copy_(total)
+
+
+def _is_a_product(layer: Any) -> bool:
+    """Whether it is a sum, and each change is a product of two factors."""
+    from peft.tuners.lora.layer import Linear
+
+    return isinstance(layer, Linear) and not layer.fan_in_fan_out and _is_a_sum(layer)
 
 
 def _is_a_sum(layer: Any) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import html
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,8 +188,9 @@ class Engines:
         """Between steps: no engine reads weights meanwhile, as far as calls are made inside of `reading`."""
         return self.overlay.alone()
 
-    @contextlib.contextmanager
-    def reading(self, key: Hashable = None, patch: Callable[[], Patch] = Patch) -> Iterator[None]:
+    def reading(
+        self, key: Hashable = None, patch: Callable[[], Patch] = Patch
+    ) -> contextlib.AbstractContextManager[None]:
         """While engines run: they read these weights in the place of their own, which stay as they are.
 
         Calls that ask for the same weights may run at the same time, others wait for each
@@ -205,12 +206,10 @@ class Engines:
         """
 
         def lay() -> None:
-            overlay.lay(patch(), self.weights, self._engines(), self.device)
+            self.overlay.lay(patch(), self.weights, self._engines(), self.device)
             self.revision.number += 1
 
-        overlay = self.overlay
-        with overlay.reading(key, lay):
-            yield
+        return self.overlay.reading(key, lay)
 
     def _engines(self) -> list[Engine]:
         """All that read weights."""

@@ -296,17 +296,19 @@ def test_new_weights_go_below_adapters() -> None:
     assert error(generate(transformer), anew(tiny_flux(seed=1))) <= EXACT
 
 
-def test_engines_in_half_precision_are_merged_in_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_merging_is_what_peft_does_rounded_once(dtype: torch.dtype) -> None:
     original = tiny_flux()
     add(original, "a", 0)
     add(original, "b", 1)
     original.set_adapters(["a", "b"], [0.5, 0.25])
     layer = original.get_submodule("transformer_blocks.0.attn.to_q")
-    exact = layer.base_layer.weight.bfloat16().float()
-    exact = exact + layer.get_delta_weight("a") + layer.get_delta_weight("b")
-    result = {"weight": torch.empty_like(exact, dtype=torch.bfloat16)}
-    merge(layer, 1.0, {"weight": layer.base_layer.weight.bfloat16()}, result)
-    assert torch.equal(result["weight"], exact.bfloat16())
+    base = layer.base_layer.weight.detach().to(dtype)
+    exact = base.double() + 0.3 * (layer.get_delta_weight("a").double() + layer.get_delta_weight("b").double())
+    result = {"weight": torch.empty_like(base)}
+    merge(layer, 0.3, {"weight": base}, result)
+    bound = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert error(result["weight"].double(), exact) <= bound
 
 
 def test_a_strength_of_the_call_that_cannot_be_is_an_error(eager: rc.Compiled) -> None:

@@ -1,5 +1,6 @@
 """Several pipelines share engines and weights; each reads its own scheduler."""
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -115,6 +116,7 @@ def test_pipelines_with_one_transformer_have_one_set_of_adapters() -> None:
 def test_modules_with_other_adapters_may_take_turns_on_the_same_engines() -> None:
     """At the price of a change of weights a turn."""
     one, other = family("sd3").pipeline(), family("sd3").pipeline()
+    weaker = made(diffusers.StableDiffusion3Pipeline, one, scheduler=copy.deepcopy(one.scheduler))
     adapted(one)
     weak = {"joint_attention_kwargs": {"scale": 0.5}}
     expected = [
@@ -125,7 +127,7 @@ def test_modules_with_other_adapters_may_take_turns_on_the_same_engines() -> Non
     found = at_once(
         lambda: draw(one, SD3.call(0), STEPS),
         lambda: draw(other, SD3.call(0), STEPS),
-        lambda: draw(made(diffusers.StableDiffusion3Pipeline, one), SD3.call(0), STEPS, **weak),
+        lambda: draw(weaker, SD3.call(0), STEPS, **weak),
     )
     assert max(map(error, found, expected)) <= EXACT
 
@@ -147,12 +149,19 @@ def test_controlnet_shares_the_engines_and_its_kind_of_call_is_compiled_too() ->
     assert len(compiled.variants) == 2
     transformer = pipeline.transformer
     assert all(
-        compiled.weights[name] is each for name, each in transformer.named_parameters() if name in compiled.weights
+        compiled.weights[name].data_ptr() == each.data_ptr()
+        for name, each in transformer.named_parameters()
+        if name in compiled.weights
     )
     rc.accelerate(pipeline, compiled)
     rc.accelerate(control, compiled)
     theirs = made(StableDiffusion3ControlNetPipeline, reference, controlnet=net)
+
+    def controlled(one: Any) -> Tensor:
+        torch.manual_seed(0)  # the control image is encoded with noise
+        return draw(one, call, STEPS)
+
     for _ in range(2):
-        assert error(draw(control, call, STEPS), draw(theirs, call, STEPS)) <= EXACT
+        assert error(controlled(control), controlled(theirs)) <= EXACT
         assert error(draw(pipeline, SD3.call(0), STEPS), draw(reference, SD3.call(0), STEPS)) <= EXACT
-    assert error(draw(theirs, call, STEPS), draw(reference, SD3.call(0), STEPS)) >= DIFFERENT
+    assert error(controlled(theirs), draw(reference, SD3.call(0), STEPS)) >= DIFFERENT
