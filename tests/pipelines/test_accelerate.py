@@ -300,12 +300,6 @@ def test_components_that_the_pipeline_does_not_have_are_refused() -> None:
         rc.accelerate(FLUX.make(), {"unet": family("flux").parts["transformer"]})
 
 
-def test_what_engines_do_not_follow_is_refused() -> None:
-    pipeline = family("flux").pipeline()
-    with pytest.raises(ModelError, match=r"load_ip_adapter: the engines hold what was there .* rc.restore\(pipeline\)"):
-        pipeline.load_ip_adapter("some/adapter")
-
-
 @pytest.mark.parametrize(
     ("pipeline", "compiled", "message"),
     [
