@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from recache_compile.capture.compat import is_offloaded
 from recache_compile.errors import ModelError
 from recache_compile.pipelines.adapters import changing
 from recache_compile.pipelines.transformer import CompiledTransformer
@@ -93,7 +94,7 @@ def _changed(pipeline: Any, method: str, installed: Mapping[str, CompiledTransfo
 
 def _check_not_offloaded(pipeline: Any) -> None:
     """Raise `ModelError` where `diffusers` would move the components to load adapters."""
-    if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+    if any(is_offloaded(part) for part in pipeline.components.values()):
         raise ModelError(
             "load_lora_weights: the pipeline is offloaded; call remove_all_hooks(), load the adapter, and offload it"
             " again"
