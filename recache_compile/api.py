@@ -46,6 +46,7 @@ def compile(
     hoist: bool = True,
     residual: bool | None = None,
     call: Calls | None = None,
+    others: Sequence[tuple[Any, Mapping[str, Any]]] = (),
     component: str = "transformer",
     calibrate: Sequence[Mapping[str, Any]] = (),
     cuda_graphs: bool = False,
@@ -84,6 +85,8 @@ def compile(
             returns.  None: at "block" only.
         call: arguments of the pipeline call that is recorded, as `{"prompt": ...}`; several
             to compile for several sizes, batches or guidance settings.
+        others: other pipelines with the same transformer (`from_pipe`), and the arguments of a
+            call of each: they call it in kinds of their own, as ControlNet does, and share the engines.
         component: which of a pipeline's transformers is compiled ("transformer_2").
         calibrate: arguments of the pipeline calls that are looked at where the policy or the
             forecaster needs it; by default four times the first `call`, with other noise.
@@ -115,7 +118,9 @@ def compile(
     if not choice.needs_calibration:
         choice.answer()  # refused before anything takes long
     backend = get_runtime(runtime, _warn_caller, device=_device_of(model, component))
-    engines = _engines(model, example_inputs, timesteps or {}, calls, config, backend)
+    if others and not looked_at:
+        raise ModelError("others: pipelines are recorded where a pipeline is compiled without example_inputs")
+    engines = _engines(model, example_inputs, timesteps or {}, calls, others, config, backend)
     return plan_pipeline(engines, choice, model, calibrate or [calls[0]] * CALIBRATIONS)
 
 
@@ -124,6 +129,7 @@ def _engines(
     example_inputs: Calls | None,
     timesteps: Mapping[str, Tensor],
     calls: Sequence[Mapping[str, Any]],
+    others: Sequence[tuple[Any, Mapping[str, Any]]],
     config: CompileConfig,
     runtime: Runtime,
 ) -> Engines:
@@ -131,7 +137,7 @@ def _engines(
     if example_inputs is None:
         if isinstance(model, nn.Module):
             raise ModelError(f"{type(model).__name__}: a module needs example_inputs, the arguments of one call")
-        return engines_of_pipeline(model, config, calls, runtime)
+        return engines_of_pipeline(model, config, calls, runtime, others)
     module = model if isinstance(model, nn.Module) else denoiser_of(model, config.component)
     return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
 

@@ -110,18 +110,27 @@ def compile_tiny(
     return rc.compile(pipeline, call=calls, **options)
 
 
+@dataclass(frozen=True, slots=True)
+class Counting(Engine):
+    """An engine whose calls are counted."""
+
+    name: str
+    engine: Engine
+    calls: Counter[str]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        self.calls[self.name] += 1
+        return self.engine(inputs)
+
+    def use(self, weights: Mapping[str, Tensor]) -> None:
+        self.engine.use(weights)
+
+
 def counted(compiled: rc.Compiled, calls: Counter[str]) -> rc.Compiled:
     """The same compiled model with engines that count their calls."""
 
-    def counting(name: str, engine: Engine) -> Engine:
-        def call(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            calls[name] += 1
-            return engine(inputs)
-
-        return call
-
     variants = tuple(
-        replace(each, engines={name: counting(name, engine) for name, engine in each.engines.items()})
+        replace(each, engines={name: Counting(name, engine, calls) for name, engine in each.engines.items()})
         for each in compiled.variants
     )
     return replace(compiled, engines=replace(compiled.engines, variants=variants))

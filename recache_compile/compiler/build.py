@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from recache_compile.capture.adapters import adapter_scale, fused_adapters
+from recache_compile.capture.adapters import adapter_scale, fused_adapters, fused_names
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.capture.check import check_modes, check_program, check_stateless, check_untouched
 from recache_compile.capture.processors import PROCESSORS, under_processors
@@ -155,4 +155,5 @@ def describe(
         unread={name: hash_of_weight(weight) for name, weight in state.items() if name not in read},
         tied=tied,
         levels=levels,
+        fused=fused_names(module),
     )

@@ -1,8 +1,9 @@
 """The two types: engines, which know no budget, and engines with plans, which run one."""
 
+import contextlib
 import html
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recache_compile.compiler.overlay import Overlay, Patch
 from recache_compile.compiler.planner import Planner
 from recache_compile.compiler.refit import replace_weights
 from recache_compile.config import CompileConfig
@@ -22,7 +24,7 @@ from recache_compile.ir.signature import Signature
 from recache_compile.ir.value import Kind
 from recache_compile.policies.base import Calibration, Policy
 from recache_compile.runtimes._cuda_graphs import with_graphs
-from recache_compile.runtimes.base import Revision, Variant
+from recache_compile.runtimes.base import Engine, Revision, Variant
 from recache_compile.runtimes.batcher import Batcher
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Observer
@@ -43,6 +45,7 @@ class Description:
         unread: hash of those that no program reads, by name: new values of them would have no effect.
         tied: second names of weights, and the names by which programs read them.
         levels: noise level of every step that the pipeline's scheduler made, where there was one.
+        fused: names of the weights that adapters had changed when the module was compiled.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Description:
     unread: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     levels: tuple[float, ...] = ()
+    fused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -68,6 +72,7 @@ class Engines:
         requirements: library versions and hardware that the engines fit; empty: any.
         keep: kept alive with this object.
         revision: counts how often the weights were replaced.
+        overlay: what they read in the place of their own weights.
     """
 
     description: Description
@@ -78,6 +83,7 @@ class Engines:
     requirements: Mapping[str, str]
     keep: Any = None
     revision: Revision = field(default_factory=Revision)
+    overlay: Overlay = field(default_factory=Overlay)
     _graphed: list[tuple[Variant, ...]] = field(default_factory=list, init=False)
     _graphing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -171,7 +177,7 @@ class Engines:
             )
             for each in self.variants
         ]
-        return replace(self, variants=tuple(variants))
+        return replace(self, variants=tuple(variants), overlay=Overlay())
 
     def refit(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Replace the weights in place, without compiling again: a fine-tune, or an adapter that was fused.
@@ -191,8 +197,43 @@ class Engines:
                 nothing has changed then.
         """
         facts = self.description
-        replace_weights(self.weights, facts.weights, facts.unread, facts.tied, state_dict, strict)
-        self.revision.number += 1
+        with self.alone():
+            replace_weights(self.weights, facts.weights, facts.unread, facts.tied, state_dict, strict)
+            self.overlay.forget()
+            self.revision.number += 1
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Between steps: no engine reads weights meanwhile, as far as calls are made inside of `reading`."""
+        return self.overlay.alone()
+
+    def reading(
+        self, key: Hashable = None, patch: Callable[[], Patch] = Patch
+    ) -> contextlib.AbstractContextManager[None]:
+        """While engines run: they read these weights in the place of their own, which stay as they are.
+
+        Calls that ask for the same weights may run at the same time, others wait for each
+        other.  Memory that one patch has taken serves the next one.  Dispatchers that exist
+        see the change in their next step, prologue included.
+
+        Args:
+            key: tells one patch from another; None: their own weights.
+            patch: makes it, where engines read something else at the moment.
+
+        Raises:
+            ModelError: the patch does not fit the weights; nothing has changed then.
+        """
+
+        def lay() -> None:
+            self.overlay.lay(patch(), self.weights, self._engines(), self.device)
+            self.revision.number += 1
+
+        return self.overlay.reading(key, lay)
+
+    def _engines(self) -> list[Engine]:
+        """All that read weights."""
+        with self._graphing:
+            variants = (*self.variants, *(each for graphed in self._graphed for each in graphed))
+        return [engine for variant in variants for engine in variant.engines.values()]
 
     def __repr__(self) -> str:
         """One line: what they are and what they were built for."""

@@ -1,7 +1,6 @@
 """Let a `diffusers` pipeline run on compiled engines, and give it its own transformer back."""
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,14 +10,14 @@ from recache_compile.capture.compat import uncompiled
 from recache_compile.capture.processors import processors_of, under_processors
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.errors import ModelError
+from recache_compile.pipelines.lora import CHANGING, READING, adapting, compiled_transformers, view_with
 from recache_compile.pipelines.record import check_scheduler
 from recache_compile.pipelines.transformer import CompiledTransformer
 
 Fallback = Literal["eager"]
 
 FROZEN = (
-    *("load_lora_weights", "unload_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "disable_lora"),
-    *("enable_lora", "delete_adapters", "load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
+    *("load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale"),
     *("fuse_qkv_projections", "unfuse_qkv_projections"),
 )
 """Methods of pipelines that change what its transformer computes, which engines do not follow."""
@@ -119,9 +118,14 @@ def put_in(pipeline: Any, transformers: Mapping[str, CompiledTransformer]) -> No
     pipeline.__class__ = accelerated_class(_own_class(pipeline))
 
 
-def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
-    """The components of a pipeline that run on engines, by name."""
-    return {name: each for name, each in vars(pipeline).items() if isinstance(each, CompiledTransformer)}
+def _adopt(pipeline: Any) -> None:
+    """Let a pipeline that was made of an accelerated one's components be accelerated, too."""
+    kind: Any = type(pipeline)
+    if _own_class(pipeline) is kind:
+        pipeline.__class__ = accelerated_class(kind)
+
+
+CompiledTransformer.adopt = staticmethod(_adopt)
 
 
 def inner_pipelines(pipeline: Any) -> list[Any]:
@@ -207,6 +211,7 @@ def accelerated_class(base: Any) -> Any:
         return _new_accelerated, (base,), dict(vars(self))
 
     members: dict[str, Any] = {name: _refusing(name, getattr(base, name)) for name in FROZEN if hasattr(base, name)}
+    members |= {name: adapting(name, getattr(base, name)) for name in (*CHANGING, *READING) if hasattr(base, name)}
     if hasattr(base, PERTURB):
         members[PERTURB] = _perturbing(base)
     members |= {
@@ -226,7 +231,6 @@ def _perturbing(base: Any) -> Any:
 
     @functools.wraps(method)
     def perturb(self: Any, *args: Any, **kwargs: Any) -> None:
-        view = copy.copy(self)
         installed = compiled_transformers(self)
         for name, transformer in installed.items():
             if transformer.architecture is None:
@@ -234,7 +238,7 @@ def _perturbing(base: Any) -> Any:
                     f"{base.__name__}: perturbed-attention guidance looks for layers of the {name}, and there is none"
                     " here to look at; load the pipeline with it, or call without (pag_scale=0)"
                 )
-            setattr(view, name, transformer.architecture)
+        view = view_with(self, {name: each.architecture for name, each in installed.items()})
         with _PERTURBING, contextlib.ExitStack() as stack:
             for transformer in installed.values():
                 stack.enter_context(under_processors(transformer.architecture, transformer.attn_processors))

@@ -6,12 +6,17 @@ from typing import Any
 from recache_compile.compiler.build import build_engines
 from recache_compile.compiler.compiled import Engines
 from recache_compile.config import CompileConfig
+from recache_compile.errors import ModelError
 from recache_compile.pipelines.record import check_scheduler, denoiser_of, record_examples
 from recache_compile.runtimes.base import Runtime
 
 
 def engines_of_pipeline(
-    pipeline: Any, config: CompileConfig, calls: Sequence[Mapping[str, Any]], runtime: Runtime | None = None
+    pipeline: Any,
+    config: CompileConfig,
+    calls: Sequence[Mapping[str, Any]],
+    runtime: Runtime | None = None,
+    others: Sequence[tuple[Any, Mapping[str, Any]]] = (),
 ) -> Engines:
     """Record how a pipeline calls its transformer, and build engines for these calls.
 
@@ -20,13 +25,22 @@ def engines_of_pipeline(
         config: the choices; names the transformer.
         calls: arguments of the pipeline calls that are recorded, at least one.
         runtime: a backend with options of its own, instead of the one that `config` names.
+        others: other pipelines that have the same transformer, with the arguments of a call each.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
     """
     module = denoiser_of(pipeline, config.component)
-    check_scheduler(pipeline)
+    for other, _ in others:
+        if denoiser_of(other, config.component) is not module:
+            raise ModelError(
+                f"others: the {config.component} of {type(other).__name__} is not that of {type(pipeline).__name__};"
+                " make the one from the other (from_pipe)"
+            )
+    several = [*((pipeline, call) for call in calls), *others]
+    for each, _ in several:
+        check_scheduler(each)
     examples = [
-        example for call in calls for example in record_examples(pipeline, config.num_steps, call, config.component)
+        example for one, call in several for example in record_examples(one, config.num_steps, call, config.component)
     ]
     return build_engines(module, examples, config, runtime)

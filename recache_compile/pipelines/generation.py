@@ -104,7 +104,8 @@ class Generations:
         if (active := self.active()) is not None:
             return active
         own: dict[int | float, Generation] = self._own.__dict__.setdefault("by_budget", {})
-        if budget not in own:
-            own[budget] = Generation(pipeline, budget, make_steps(), in_call=False)
+        if budget not in own or own[budget].pipeline is not pipeline:
+            dispatcher = own[budget].dispatcher if budget in own else None
+            own[budget] = Generation(pipeline, budget, make_steps(), in_call=False, dispatcher=dispatcher)
         own[budget].processors = processors
         return own[budget]

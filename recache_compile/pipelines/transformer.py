@@ -3,20 +3,23 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from recache_compile.capture.adapters import ATTENTION_KWARGS, STRENGTH, strength_of
 from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text, under_processors
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import DispatchError, MismatchError
+from recache_compile.errors import DispatchError, MismatchError, ModelError
 from recache_compile.ir.plan import Plan
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
+from recache_compile.pipelines.adapters import FOLLOWED, adapters_of, changing, notice, patch_of
 from recache_compile.pipelines.branches import Branches
+from recache_compile.pipelines.callers import calling_pipeline
 from recache_compile.pipelines.generation import Generation, Generations
 from recache_compile.pipelines.skeleton import skeleton_of
 from recache_compile.pipelines.step_tracker import StepTracker, loop_length, remedy_for_length
@@ -43,6 +46,9 @@ class CompiledTransformer(nn.Module):
         dispatcher: runs all generations under its own plan, whatever the budget.
     """
 
+    adopt: ClassVar[Callable[[Any], None]] = staticmethod(lambda pipeline: None)
+    """Is given pipelines that were made of the components of an accelerated one."""
+
     _wanted: ContextVar[Mapping[int, int | float]] = ContextVar("wanted", default={})  # noqa: B039 - never changed
 
     def __init__(
@@ -64,6 +70,7 @@ class CompiledTransformer(nn.Module):
         self.falls_back = falls_back
         self.budget = budget
         self._processors: dict[str, Any] = {}  # of the generations, where they are not those at rest
+        notice(original)
 
     @property
     def compiled(self) -> Compiled:
@@ -125,14 +132,17 @@ class CompiledTransformer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """What pipelines read: entries of the configuration, and values, buffers and parts of the original.
 
-        Its methods are not given out: what they would change, engines do not follow.  Nor is
-        what is private, such as the hooks that offloading has put there.
+        Of its methods, those that change adapters are given out, and engines follow; what
+        others would change, they do not.  Nor is what is private, such as the hooks that
+        offloading has put there.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or "_original" not in self.__dict__:
                 raise
+        if name in FOLLOWED and hasattr(self.original, name):
+            return functools.partial(self._change_adapters, name)
         if name in self._compiled.description.model_config:
             return self._compiled.description.model_config[name]
         found = getattr(self.architecture, name, _MISSING)
@@ -140,6 +150,67 @@ class CompiledTransformer(nn.Module):
             what = f"no {name!r}" if found is _MISSING else f"no method {name}(), which its engines would not follow"
             raise AttributeError(f"the compiled transformer has {what}; rc.restore(pipeline) gives the original back")
         return found
+
+    def _change_adapters(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the original that changes its adapters."""
+        assert self.original is not None
+        self._caller()
+        with self._compiled.engines.alone(), changing([self.original], [], name == "fuse_lora", self.follow_adapters):
+            return getattr(self.original, name)(*args, **kwargs)
+
+    def follow_adapters(self) -> None:
+        """Let engines have now what the original's adapters make of the weights, which the next step would do.
+
+        Raises:
+            ModelError: they cannot compute that.
+        """
+        with self._reading(1.0):
+            pass
+
+    def _reading(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """While engines run: their weights are those of the original with its adapters, where it ever had some."""
+        engines, original = self._compiled.engines, self.original
+        known = adapters_of(original)
+        if original is None or known is None:
+            return engines.reading()
+        return engines.reading((known.version, strength), lambda: patch_of(original, strength, engines.description))
+
+    def _without_strength(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """Arguments of a call without the strength of adapters, where weights can tell it; and the strength.
+
+        Raises:
+            ModelError: it cannot be another one, as adapters are fused.
+        """
+        known, compiled = adapters_of(self.original), self._strengths
+        asked = [name for name in ATTENTION_KWARGS if isinstance(at := inputs.get(name), Mapping) and STRENGTH in at]
+        if not asked and (known is None or not compiled):
+            return inputs, 1.0
+        strength = strength_of(inputs)
+        if known is None and (compiled or self.original is None or self._compiled.description.fused):
+            return inputs, 1.0  # what was compiled has one strength, and such a call is of that kind or of none
+        if known is not None and known.fused and strength != 1.0:
+            raise ModelError(
+                f"adapters: a call asks for the strength {strength:g}, but they are fused; call unfuse_lora() first, or"
+                " fuse_lora(lora_scale=...)"
+            )
+        others = {
+            name: {k: v for k, v in inputs[name].items() if k != STRENGTH} or self._nothing(name) for name in asked
+        }
+        changed = {**inputs, **others}
+        for name, value in compiled.items():
+            changed[name] = {**(changed.get(name) or {}), STRENGTH: value}
+        return changed, strength if known is not None else 1.0
+
+    @functools.cached_property
+    def _strengths(self) -> dict[str, float]:
+        """The strength of adapters that calls of the compiled kinds have, by the argument that names it."""
+        found = dict(each for variant in self._compiled.variants for each in variant.constants)
+        named = {name: found.get(f"{name}.{STRENGTH}") for name in ATTENTION_KWARGS}
+        return {name: float(text) for name, text in named.items() if text is not None}
+
+    def _nothing(self, name: str) -> dict[str, Any] | None:
+        """An argument with nothing in it, as the compiled kinds of calls have it."""
+        return {} if any((name, "{}") in variant.constants for variant in self._compiled.variants) else None
 
     @property
     def architecture(self) -> nn.Module | None:
@@ -183,6 +254,7 @@ class CompiledTransformer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompiledTransformer":
         """Move and cast what calls fall back to; engines stay where and what they are."""
+        self._caller()
         if self.falls_back and self.original is not None:
             self.original._apply(fn, recurse)
         return self
@@ -245,13 +317,15 @@ class CompiledTransformer(nn.Module):
 
         Raises:
             MismatchError: the call is of a kind that was not compiled, and there is no fallback.
+            ModelError: it asks for a strength that adapters cannot have.
         """
         inputs = dict(zip(self._compiled.engines.signature.parameters, args, strict=False)) | kwargs
         generation = self._generation()
+        inputs, strength = self._without_strength(inputs)
         if generation.processors:
             inputs[PROCESSORS] = processors_text(generation.processors, self._at_rest)
         try:
-            result = self._run(generation, inputs)
+            result = self._run(generation, inputs, strength)
         except MismatchError as error:
             if not self.falls_back or self.original is None:
                 raise
@@ -267,7 +341,15 @@ class CompiledTransformer(nn.Module):
         return Transformer2DModelOutput(sample=result[0] if isinstance(result, tuple) else result)
 
     def _generation(self) -> Generation:
-        return self._generations.current(self._pipeline, self._budget, self._new_steps, self._processors)
+        pipeline = self._pipeline if self._generations.active() else self._caller()
+        return self._generations.current(pipeline, self._budget, self._new_steps, self._processors)
+
+    def _caller(self) -> Any:
+        """The pipeline that calls, accelerated if it was not; the one that this was made for, where none is known."""
+        if (found := calling_pipeline(self)) is None:
+            return self._pipeline
+        CompiledTransformer.adopt(found)
+        return found
 
     def _new_steps(self) -> StepTracker:
         return StepTracker(self._compiled.variants[0].names(Kind.TIMESTEP))
@@ -285,7 +367,7 @@ class CompiledTransformer(nn.Module):
         generation.branches = Branches()
         return dispatcher
 
-    def _run(self, generation: Generation, inputs: Mapping[str, Any]) -> Any:
+    def _run(self, generation: Generation, inputs: Mapping[str, Any], strength: float) -> Any:
         leaves = named_leaves(inputs)
         step, begins = generation.steps.advance(generation.pipeline.scheduler, leaves, generation.in_call)
         dispatcher = generation.dispatcher
@@ -296,4 +378,5 @@ class CompiledTransformer(nn.Module):
             this = self._compiled.variants[0]
             changing = {*this.names(Kind.LATENTS), *this.names(Kind.TIMESTEP)}
             branch = generation.branches.find(step, leaves, changing)
-        return dispatcher(step=step, branch=branch, **inputs)
+        with self._reading(strength):
+            return dispatcher(step=step, branch=branch, **inputs)

@@ -1,10 +1,15 @@
 """LoRA adapters are fused before capturing, and the module keeps them."""
 
+import copy
+from typing import Any
+
+import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
-from recache_compile.capture.adapters import fused_adapters
+from recache_compile.capture.adapters import adapted_layers, changed_weights, fused_adapters, merge
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, tiny_flux
 
 
@@ -31,6 +36,34 @@ def test_nothing_of_the_adapter_is_left_in_the_programs() -> None:
     assert set(compiled.weights) == set(plain.weights)
     for name, program in plain.variants[0].programs.items():
         assert compiled.variants[0].programs[name].num_calls == program.num_calls
+
+
+class Several(nn.Module):
+    """A layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv, self.embedding = nn.Linear(6, 4), nn.Conv2d(3, 4, 2), nn.Embedding(5, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_layers_of_every_kind_are_merged_as_peft_does(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    names = ["linear", "conv", "embedding"]
+    module = inject_adapter_in_model(
+        LoraConfig(r=2, init_lora_weights=False, target_modules=names, **options), Several()
+    )
+    layers = adapted_layers(module)
+    assert list(layers) == names
+    for layer in layers.values():
+        expected = copy.deepcopy(layer)
+        expected.merge()
+        before = {name: each.detach().clone() for name, each in layer.base_layer.named_parameters()}
+        after = {name: torch.empty_like(before[name]) for name in changed_weights(layer)}
+        merge(layer, 1.0, {name: before[name] for name in after}, after)
+        torch.testing.assert_close(after["weight"], expected.base_layer.weight)
+        assert not torch.allclose(after["weight"], before["weight"])
+        assert all(torch.equal(each, before[name]) for name, each in layer.base_layer.named_parameters())
 
 
 def test_the_module_keeps_its_adapter() -> None:

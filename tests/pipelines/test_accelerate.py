@@ -300,16 +300,6 @@ def test_components_that_the_pipeline_does_not_have_are_refused() -> None:
         rc.accelerate(FLUX.make(), {"unet": family("flux").parts["transformer"]})
 
 
-def test_adapters_are_not_ignored() -> None:
-    weights = {"transformer.x_embedder.lora_A.weight": torch.zeros(2, 16)}
-    weights |= {"transformer.x_embedder.lora_B.weight": torch.zeros(24, 2)}
-    pipeline = family("flux").pipeline()
-    with pytest.raises(
-        ModelError, match=r"load_lora_weights: the engines hold what was there .* rc.restore\(pipeline\)"
-    ):
-        pipeline.load_lora_weights(weights)
-
-
 @pytest.mark.parametrize(
     ("pipeline", "compiled", "message"),
     [
