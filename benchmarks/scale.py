@@ -101,7 +101,12 @@ def timed_stages() -> Iterator[dict[str, float]]:
 
         return call
 
-    stages = {"capture": "capture_examples", "cache points": "annotate", "split": "specialise", "count": "count_macs"}
+    stages = {
+        "capture": "capture_examples",
+        "cache points": "annotate",
+        "split": "split_program",
+        "count": "count_macs",
+    }
     with contextlib.ExitStack() as stack:
         for stage, function in stages.items():
             replaced = timed(getattr(build, function), lambda *_, stage=stage: stage)

@@ -80,6 +80,23 @@ class Inductor(Runtime):
         """The same of this machine, whose processor may know more instructions."""
         return _facts(device) | (_needing(instruction_sets()) if device.type == "cpu" else {})
 
+    def lowering_facts(self, device: torch.device) -> Mapping[str, str]:
+        """The same, with the compiler, its settings and the threads that kernels are divided among."""
+        from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+        settings = {
+            "inductor": torch._inductor.config.save_config_portable(),
+            "precision": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "onednn": torch.backends.mkldnn.enabled,
+        }
+        return {
+            **self.build_requirements(device),
+            "compiler": get_compiler_version_info(get_cpp_compiler()),
+            "threads": str(torch.get_num_threads()),
+            "settings": repr(sorted(settings.items())),
+        }
+
     def require(self, building: bool) -> None:
         """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
         if not building:

@@ -18,8 +18,9 @@ from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
+from recache_compile.compiler.program_cache import split_program
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
-from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
+from recache_compile.compiler.split import annotate, cache_points, describe_sites
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
 from recache_compile.ir.cost import count_macs
@@ -81,7 +82,7 @@ def build_variant(
 ) -> Variant:
     """The programs and engines of one kind of call."""
     timesteps = check_timesteps(example, captured.program, config.num_steps)
-    programs = specialise(annotated, config)
+    programs = split_program(captured.program, annotated, config, example.device)
     return Variant(
         inputs=captured.program.inputs,
         constants=captured.constants,

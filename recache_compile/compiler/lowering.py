@@ -1,15 +1,16 @@
 """Programs become engines: files in one folder, weights shared by all of them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from recache_compile.compiler.program_cache import engine_key, keep_engine, read_engine
 from recache_compile.ir.program import Program
-from recache_compile.runtimes.base import Engine, Runtime, lower
+from recache_compile.runtimes.base import Engine, Runtime
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +35,26 @@ class Lowering:
         """The engines of the next variant's programs, by name; they share the weights of those before."""
         for program in programs.values():
             self.weights = {**program.weights, **self.weights}
-        engines = {name: self._engine(program, device) for name, program in programs.items()}
+        places = {name: self._files(program) for name, program in programs.items()}
+        for name, program in programs.items():
+            lower(program, self.runtime, device, places[name])
         self.variants += 1
-        return engines
+        return {
+            name: self.runtime.load(program, places[name], self.weights, device) for name, program in programs.items()
+        }
 
-    def _engine(self, program: Program, device: torch.device) -> Engine:
-        log.info("lowering %s to %s", program.name, self.runtime.name)
-        return lower(program, self.runtime, self.weights, device, self.folder, self.variants)
+    def _files(self, program: Program) -> list[Path]:
+        return [self.folder / file for file in self.runtime.files(self.variants, program.name)]
+
+
+def lower(program: Program, runtime: Runtime, device: torch.device, files: Sequence[Path]) -> None:
+    """Write a program's engine, or copy one that was made before."""
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    key = engine_key(program, runtime, device)
+    if read_engine(key, files):
+        log.info("%s from the cache", program.name)
+        return
+    log.info("lowering %s to %s", program.name, runtime.name)
+    runtime.lower(program, device, files)
+    keep_engine(key, files)

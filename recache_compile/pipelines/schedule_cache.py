@@ -1,14 +1,12 @@
-"""Engines and schedules that `accelerate` has made before, on the user's disk.
+"""Schedules that the default policy has found for `accelerate` before, on the user's disk.
 
-engines/KEY/            an artifact with engines for one model, its calls, choices and versions
-schedules/KEY-K.json    recompute steps of budget K, as the default policy has found them
+schedules/KEY-K.json    recompute steps of budget K, for one model, its calls, choices and versions
 """
 
 import hashlib
 import inspect
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recache_compile.artifact.store import load
 from recache_compile.capture.adapters import adapter_scale, fused_adapters
 from recache_compile.capture.roles import usual_role
-from recache_compile.compiler.build import build_engines
-from recache_compile.compiler.compiled import Compiled, Engines
+from recache_compile.compiler.compiled import Compiled
 from recache_compile.compiler.examples import Example
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError, ScheduleError
@@ -29,21 +25,18 @@ from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes.base import Runtime
-from recache_compile.support.files import cache_folder, writing
-from recache_compile.support.machine import versions
+from recache_compile.support.files import private_folder, writing
+from recache_compile.support.machine import compiling_facts
 
 log = logging.getLogger(__name__)
 
-COMPILERS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "CXX", "CC")
-"""Variables of the environment that change what compilers make begin with these."""
-
 
 def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime) -> str:
-    """What engines are for, as one hash: weights and all.
+    """What a schedule was found for, as one hash: weights and all.
 
     Args:
         module: the model.
-        examples: calls that engines are built for; values of timesteps count, and of what else
+        examples: calls that engines were built for; values of timesteps count, and of what else
             a model may decide by (whole numbers and truth values).
         config: the choices.
         runtime: the backend.
@@ -60,8 +53,7 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         "runtime": repr(runtime),
         "device": str(examples[0].device),
         "requirements": dict(runtime.build_requirements(examples[0].device)),
-        "versions": versions(),
-        "compilers": {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)},
+        "compiling": compiling_facts(),
         "roles": [example.roles for example in examples],
         "processors": [example.attention for example in examples],
     }
@@ -70,7 +62,7 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         _add(digest, example.timesteps.items(), values=True)
         for inputs in (example.inputs, *example.others):
             _add(digest, named_leaves(inputs).items())
-    for code in (*_own_sources(), *_sources_of(module)):
+    for code in _sources_of(module):
         digest.update(code.read_bytes())
     with fused_adapters(
         module, adapter_scale(call for example in examples for call in (example.inputs, *example.others))
@@ -78,13 +70,6 @@ def key_of(module: nn.Module, examples: Sequence[Example], config: CompileConfig
         _add(digest, module.state_dict().items(), values=True)
         _add(digest, module.named_buffers(), values=True)
     return digest.hexdigest()[:32]
-
-
-def _own_sources() -> list[Path]:
-    """The files of this package, which may be one that is worked on."""
-    root = Path(__file__).parents[1]
-    places = os.walk(root, followlinks=True)  # in a checkout, three of its folders are links
-    return sorted(Path(place, name) for place, _, names in places for name in names if name.endswith(".py"))
 
 
 def _sources_of(module: nn.Module) -> list[Path]:
@@ -107,59 +92,12 @@ def _add(digest: Any, leaves: Iterable[tuple[str, Any]], values: bool = False) -
             digest.update(dense.view(torch.uint8).numpy().tobytes())
 
 
-def cached_engines(
-    key: str, module: nn.Module, examples: Sequence[Example], config: CompileConfig, runtime: Runtime
-) -> Engines:
-    """Engines from the disk, or built and kept there; several processes may do so at the same time.
-
-    Raises:
-        RecacheError: they cannot be built.
-    """
-    folder = cache_folder() / "engines" / key
-    if folder.exists():
-        try:
-            _check_owner(cache_folder())
-            found = load(folder, device=str(examples[0].device)).engines
-            if all(_takes(found, example) for example in examples):
-                log.info("engines from %s", folder)
-                return found
-            log.info("engines are built anew: other values have become constants of them")
-        except ArtifactError as error:
-            log.info("engines are built anew: %s", error)
-    engines = build_engines(module, examples, config, runtime)
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-        engines.uncached().save(folder)
-    except (OSError, ArtifactError) as error:
-        log.info("engines are not kept: %s", error)
-    return engines
-
-
-def _takes(engines: Engines, example: Example) -> bool:
-    """Whether inputs that engines have taken in as constants have these values in every call."""
-    calls = [named_leaves(inputs) for inputs in (example.inputs, *example.others)]
-    return all(
-        any(
-            all(name in call and torch.equal(call[name], value) for name, value in variant.fixed.items())
-            for variant in engines.variants
-        )
-        for call in calls
-    )
-
-
-def _check_owner(folder: Path) -> None:
-    """Raise `ArtifactError` where others could have put engines into the cache, which are code."""
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ArtifactError(f"{folder}: others may write to this cache; chmod go-w {folder}, or set RECACHE_CACHE")
-
-
 def known_schedule(key: str, budget: int, num_steps: int) -> Schedule | None:
     """The schedule that was found before for these engines."""
     try:
         steps = json.loads(_schedule_file(key, budget).read_text(encoding="utf-8"))
         schedule = Schedule(tuple(steps), num_steps)
-    except (OSError, ValueError, TypeError, ScheduleError):
+    except (OSError, ValueError, TypeError, ArtifactError, ScheduleError):
         return None
     return schedule if schedule.budget == budget else None
 
@@ -176,4 +114,4 @@ def keep_schedules(key: str, compiled: Compiled) -> None:
 
 
 def _schedule_file(key: str, budget: int) -> Path:
-    return cache_folder() / "schedules" / f"{key}-{budget}.json"
+    return private_folder("schedules") / f"{key}-{budget}.json"
