@@ -69,6 +69,22 @@ class Runtime(Protocol):
         """What, beside a program, its options and versions, its files follow from; None: they are not kept on disk."""
         return None
 
+    def lowers_apart(self, device: torch.device) -> bool:
+        """Whether another process can lower for a device what is asked for in this one."""
+        return False
+
+    def settings(self) -> bytes:
+        """What was set in this process, beside the environment, and decides about what it lowers."""
+        return b""
+
+    def adopt(self, settings: bytes) -> None:
+        """Set in this process what was set in another."""
+        return
+
+    def prepare(self) -> None:
+        """Load libraries, and begin to find out about the machine, before there is something to lower."""
+        return
+
     def require(self, building: bool) -> None:
         """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
         ...

@@ -97,6 +97,28 @@ class Inductor(Runtime):
             "settings": repr(sorted(settings.items())),
         }
 
+    def lowers_apart(self, device: torch.device) -> bool:
+        """On the CPU; another process would need memory of a GPU for itself."""
+        return device.type == "cpu"
+
+    def settings(self) -> bytes:
+        """The compiler's own."""
+        return torch._inductor.config.save_config()  # type: ignore[attr-defined]
+
+    def adopt(self, settings: bytes) -> None:
+        """The compiler's own."""
+        torch._inductor.config.load_config(settings)  # type: ignore[attr-defined]
+
+    def prepare(self) -> None:
+        """Which vector instructions can be used is found out meanwhile: torch builds a library for each kind."""
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        def look() -> None:
+            with contextlib.suppress(Exception):  # lowering meets the same, and says so
+                pick_vec_isa()
+
+        threading.Thread(target=look, daemon=True).start()
+
     def require(self, building: bool) -> None:
         """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
         if not building:

@@ -1,5 +1,6 @@
 """The compiler: from a model to engines.  `build_engines` reads as the design's picture."""
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -18,9 +19,10 @@ from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
-from recache_compile.compiler.program_cache import split_program
+from recache_compile.compiler.program_cache import keep_programs, read_programs, split_key
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
-from recache_compile.compiler.split import annotate, cache_points, describe_sites
+from recache_compile.compiler.side_by_side import Helpers
+from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
 from recache_compile.ir.cost import count_macs
@@ -61,11 +63,12 @@ def build_engines(
     check_same_model([captured for _, captured in captures], annotated)
     log.info(describe_sites(annotated[0]))
     keep = tempfile.TemporaryDirectory(prefix="recache-")
-    lowering = Lowering(backend, Path(keep.name))
-    variants = tuple(
-        build_variant(example, captured, program, config, lowering)
-        for (example, captured), program in zip(captures, annotated, strict=True)
-    )
+    lowering = Lowering(backend, Path(keep.name), Helpers(backend, examples[0].device))
+    with contextlib.closing(lowering.helpers):
+        variants = tuple(
+            build_variant(example, captured, program, config, lowering)
+            for (example, captured), program in zip(captures, annotated, strict=True)
+        )
     return Engines(
         description=describe(module, state, variants[0], config, backend, lowering),
         signature=captures[0][1].signature,
@@ -82,7 +85,12 @@ def build_variant(
 ) -> Variant:
     """The programs and engines of one kind of call."""
     timesteps = check_timesteps(example, captured.program, config.num_steps)
-    programs = split_program(captured.program, annotated, config, example.device)
+    key = split_key(captured.program, annotated, config)
+    programs = read_programs(key, captured.program, example.device)
+    if programs is None:
+        lowering.helpers.start()
+        programs = specialise(annotated, config)
+        keep_programs(key, captured.program, programs)
     return Variant(
         inputs=captured.program.inputs,
         constants=captured.constants,

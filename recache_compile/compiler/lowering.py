@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.compiler.program_cache import engine_key, keep_engine, read_engine
+from recache_compile.compiler.side_by_side import Helpers, Job
 from recache_compile.ir.program import Program
 from recache_compile.runtimes.base import Engine, Runtime
 
@@ -22,12 +23,14 @@ class Lowering:
     Args:
         runtime: the backend.
         folder: of the engines' files, laid out as in an artifact.
+        helpers: lower programs side by side.
         weights: all that were met, by name.
         variants: how many were lowered.
     """
 
     runtime: Runtime
     folder: Path
+    helpers: Helpers
     weights: dict[str, Tensor] = field(default_factory=dict)
     variants: int = 0
 
@@ -35,26 +38,26 @@ class Lowering:
         """The engines of the next variant's programs, by name; they share the weights of those before."""
         for program in programs.values():
             self.weights = {**program.weights, **self.weights}
-        places = {name: self._files(program) for name, program in programs.items()}
-        for name, program in programs.items():
-            lower(program, self.runtime, device, places[name])
+        jobs = [Job(program, self._files(program)) for program in programs.values()]
+        lower(jobs, self.runtime, device, self.helpers)
         self.variants += 1
-        return {
-            name: self.runtime.load(program, places[name], self.weights, device) for name, program in programs.items()
-        }
+        return {job.program.name: self.runtime.load(job.program, job.files, self.weights, device) for job in jobs}
 
     def _files(self, program: Program) -> list[Path]:
         return [self.folder / file for file in self.runtime.files(self.variants, program.name)]
 
 
-def lower(program: Program, runtime: Runtime, device: torch.device, files: Sequence[Path]) -> None:
-    """Write a program's engine, or copy one that was made before."""
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    key = engine_key(program, runtime, device)
-    if read_engine(key, files):
-        log.info("%s from the cache", program.name)
-        return
-    log.info("lowering %s to %s", program.name, runtime.name)
-    runtime.lower(program, device, files)
-    keep_engine(key, files)
+def lower(jobs: Sequence[Job], runtime: Runtime, device: torch.device, helpers: Helpers) -> None:
+    """Write the engines of programs, or copy those that were made before."""
+    missing: dict[Job, str | None] = {}
+    for job in jobs:
+        for file in job.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        key = engine_key(job.program, runtime, device)
+        if not read_engine(key, job.files):
+            missing[job] = key
+    if missing:
+        log.info("lowering %s to %s", ", ".join(job.program.name for job in missing), runtime.name)
+    helpers.lower([*missing], lambda job: runtime.lower(job.program, device, job.files))
+    for job, key in missing.items():
+        keep_engine(key, job.files)

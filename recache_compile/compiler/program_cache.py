@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from recache_compile.compiler.split import cache_points, specialise
+from recache_compile.compiler.split import cache_points
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ArtifactError
 from recache_compile.ir.program import Program
@@ -20,36 +20,35 @@ from recache_compile.support.disk_cache import keep_entry, read_entry
 from recache_compile.support.machine import compiling_facts
 
 
-def split_program(
-    captured: Program, annotated: Program, config: CompileConfig, device: torch.device
-) -> dict[str, Program]:
-    """`specialise`, or what it has made before of the same graph with the same cache sites.
+def split_key(captured: Program, annotated: Program, config: CompileConfig) -> str | None:
+    """What the programs of a model follow from, as a hash; None where its graph has operators that JSON does not take.
 
     Args:
         captured: the program.
         annotated: the same with its cache points.
         config: the choices.
-        device: where its weights are.
     """
-    key = _split_key(captured, annotated, config)
-    parts = None if key is None else read_entry(key)
-    if parts is not None:
-        programs = [program_from_json(part.decode(), captured.weights, device) for part in parts]
-        return {program.name: program for program in programs}
-    made = specialise(annotated, config)
-    if key is not None and all(program.weights.keys() <= captured.weights.keys() for program in made.values()):
-        keep_entry(key, [program_to_json(program).encode() for program in made.values()])
-    return made
-
-
-def _split_key(captured: Program, annotated: Program, config: CompileConfig) -> str | None:
-    """What the programs follow from, as a hash; None where the graph has operators that only passes know."""
     try:
         text = program_to_json(captured)
     except ArtifactError:
         return None
     sites = [(node.name, str(node.args)) for node in cache_points(annotated)]
     return _hash({"captured": text, "sites": sites, "config": (config.num_steps, config.anchors, config.hoist)})
+
+
+def read_programs(key: str | None, captured: Program, device: torch.device) -> dict[str, Program] | None:
+    """The programs that were made of a captured one before, which read its weights; None where there are none."""
+    parts = None if key is None else read_entry(key)
+    if parts is None:
+        return None
+    programs = [program_from_json(part.decode(), captured.weights, device) for part in parts]
+    return {program.name: program for program in programs}
+
+
+def keep_programs(key: str | None, captured: Program, programs: Mapping[str, Program]) -> None:
+    """Keep what was made of a captured program, unless it reads tensors that passes have made."""
+    if key is not None and all(program.weights.keys() <= captured.weights.keys() for program in programs.values()):
+        keep_entry(key, [program_to_json(program).encode() for program in programs.values()])
 
 
 def engine_key(program: Program, runtime: Runtime, device: torch.device) -> str | None:

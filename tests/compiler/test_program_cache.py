@@ -9,7 +9,7 @@ import torch
 from typing_extensions import override
 
 import recache_compile as rc
-from recache_compile.compiler import program_cache
+from recache_compile.compiler import build
 from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_to_json
 from recache_compile.runtimes.base import Engine, Runtime
@@ -73,7 +73,7 @@ def test_the_same_model_with_other_budgets_and_another_policy_lowers_nothing(
 ) -> None:
     first = compile_flux(tiny_flux(), runtime=Written())
     assert lowered == ALL
-    monkeypatch.delattr(program_cache, "specialise")
+    monkeypatch.delattr(build, "specialise")
     second = compile_flux(tiny_flux(), runtime=Written(), budgets=(2, 5), policy="front-loaded", forecaster="hicache")
     assert lowered == ALL
     ours, theirs = (compiled.variants[0].programs for compiled in (first, second))
