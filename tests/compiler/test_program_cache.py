@@ -1,57 +1,16 @@
 """Programs and engines that were made before are found, and only those."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from typing_extensions import override
 
 import recache_compile as rc
 from recache_compile.compiler import build
-from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_to_json
-from recache_compile.runtimes.base import Engine, Runtime
-from recache_compile.runtimes.eager import Eager
+from tests.compiler.writing import LOWERED, Written
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, tiny_flux
-
-LOWERED: list[str] = []
-
-
-@dataclass(frozen=True, slots=True)
-class Written(Runtime):
-    """Writes programs down, runs them eagerly, and can be kept on disk."""
-
-    name: str = "eager"
-    capturable = False
-    facts: Mapping[str, str] = field(default_factory=dict)
-
-    @override
-    def files(self, variant: int, program: str) -> tuple[str, ...]:
-        return (f"engines/{variant}/{program}.txt", f"engines/{variant}/{program}.empty")
-
-    @override
-    def lowering_facts(self, device: torch.device) -> Mapping[str, str]:
-        return self.facts
-
-    @override
-    def require(self, building: bool) -> None:
-        return
-
-    @override
-    def lower(self, program: Program, device: torch.device, files: Sequence[Path]) -> None:
-        LOWERED.append(program.name)
-        files[0].write_text(program_to_json(program), encoding="utf-8")
-        files[1].write_bytes(b"")
-
-    @override
-    def load(
-        self, program: Program, files: Sequence[Path], weights: Mapping[str, torch.Tensor], device: torch.device
-    ) -> Engine:
-        assert files[0].read_text(encoding="utf-8") == program_to_json(program)
-        assert files[1].read_bytes() == b""
-        return Eager().load(program, (), weights, device)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +24,7 @@ def lowered() -> list[str]:
     return LOWERED
 
 
-ALL = ["prologue", "recompute", "forecast"]
+ALL = ["recompute", "prologue", "forecast"]
 
 
 def test_the_same_model_with_other_budgets_and_another_policy_lowers_nothing(
