@@ -84,8 +84,10 @@ class Inductor(Runtime):
         """The same, with the compiler, its settings and the threads that kernels are divided among."""
         from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
 
+        own = torch._inductor.config.save_config_portable()  # type: ignore[attr-defined]
+        own.pop("aot_inductor.metadata", None)  # it writes there itself
         settings = {
-            "inductor": torch._inductor.config.save_config_portable(),
+            "inductor": sorted(own.items()),
             "precision": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "onednn": torch.backends.mkldnn.enabled,

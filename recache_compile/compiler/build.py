@@ -19,7 +19,7 @@ from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
-from recache_compile.compiler.program_cache import keep_programs, read_programs, split_key
+from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
 from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
@@ -86,20 +86,20 @@ def build_variant(
     """The programs and engines of one kind of call."""
     timesteps = check_timesteps(example, captured.program, config.num_steps)
     key = split_key(captured.program, annotated, config)
-    programs = read_programs(key, captured.program, example.device)
-    if programs is None:
+    split = read_split(key, captured.program, example.device)
+    if split is None:
         lowering.helpers.start()
-        programs = specialise(annotated, config)
-        keep_programs(key, captured.program, programs)
+        split = Split(specialise(annotated, config), count_macs(captured.program, example.device))
+        keep_split(key, captured.program, split)
     return Variant(
         inputs=captured.program.inputs,
         constants=captured.constants,
         fixed=captured.fixed,
         device=example.device,
-        programs=programs,
-        engines=lowering.lower(programs, example.device),
+        programs=split.programs,
+        engines=lowering.lower(split.programs, example.device),
         timesteps=timesteps,
-        macs=count_macs(captured.program, example.device),
+        macs=split.macs,
     )
 
 

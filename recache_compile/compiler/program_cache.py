@@ -6,6 +6,7 @@ Neither holds a weight's value, so that every fine-tune of a model has the same.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,19 @@ from recache_compile.ir.serialize import program_from_json, program_to_json
 from recache_compile.runtimes.base import Runtime
 from recache_compile.support.disk_cache import keep_entry, read_entry
 from recache_compile.support.machine import compiling_facts
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a captured program becomes.
+
+    Args:
+        programs: by name.
+        macs: multiply-accumulates of one call of the captured program.
+    """
+
+    programs: Mapping[str, Program]
+    macs: int
 
 
 def split_key(captured: Program, annotated: Program, config: CompileConfig) -> str | None:
@@ -36,19 +50,21 @@ def split_key(captured: Program, annotated: Program, config: CompileConfig) -> s
     return _hash({"captured": text, "sites": sites, "config": (config.num_steps, config.anchors, config.hoist)})
 
 
-def read_programs(key: str | None, captured: Program, device: torch.device) -> dict[str, Program] | None:
-    """The programs that were made of a captured one before, which read its weights; None where there are none."""
+def read_split(key: str | None, captured: Program, device: torch.device) -> Split | None:
+    """What was made of a captured program before, reading its weights; None where there is nothing."""
     parts = None if key is None else read_entry(key)
     if parts is None:
         return None
-    programs = [program_from_json(part.decode(), captured.weights, device) for part in parts]
-    return {program.name: program for program in programs}
+    macs, *texts = (part.decode() for part in parts)
+    programs = [program_from_json(text, captured.weights, device) for text in texts]
+    return Split({program.name: program for program in programs}, int(macs))
 
 
-def keep_programs(key: str | None, captured: Program, programs: Mapping[str, Program]) -> None:
+def keep_split(key: str | None, captured: Program, split: Split) -> None:
     """Keep what was made of a captured program, unless it reads tensors that passes have made."""
-    if key is not None and all(program.weights.keys() <= captured.weights.keys() for program in programs.values()):
-        keep_entry(key, [program_to_json(program).encode() for program in programs.values()])
+    programs = split.programs.values()
+    if key is not None and all(program.weights.keys() <= captured.weights.keys() for program in programs):
+        keep_entry(key, [text.encode() for text in (str(split.macs), *map(program_to_json, programs))])
 
 
 def engine_key(program: Program, runtime: Runtime, device: torch.device) -> str | None:

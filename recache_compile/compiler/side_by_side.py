@@ -143,7 +143,7 @@ def _started(runtime: Runtime) -> "subprocess.Popen[bytes]":
     """A helper, which imports what this process can import."""
     path = os.pathsep.join(place or str(Path.cwd()) for place in sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],  # nothing from the folder that the user is in
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -90,7 +90,9 @@ def test_no_process_is_started_where_torch_has_one_thread(
 @pytest.mark.usefixtures("two_threads")
 def test_inductor_makes_the_same_code_without_the_weights(programs: dict[str, Program], tmp_path: Path) -> None:
     program, runtime = programs["forecast"], Inductor()
+    before = runtime.lowering_facts(CPU)
     runtime.lower(program, CPU, [tmp_path / "here.pt2"])
+    assert runtime.lowering_facts(CPU) == before
     process = side_by_side._started(runtime)
     assert side_by_side._ask(process, Job(program, [tmp_path / "apart.pt2"]), runtime, runtime.lowering_facts(CPU))
     process.kill()
