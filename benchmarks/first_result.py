@@ -30,6 +30,7 @@ STAGES = {
     "capturing": "capture",
     "specialising": "split",
     "building the prologue": "split",
+    "from the cache": "lower and load",
     "lowering": "lower and load",
     "choosing": "rest",
 }
@@ -78,7 +79,7 @@ def measure(model: str, started: float, runtime: str, tries: int) -> list[dict[s
     before["model"] = time.time() - started - before["start and imports"]
     found = []
     for number, (name, budgets, policy) in enumerate(TRIES[:tries]):
-        stages, used = Stages(), processor_seconds()
+        stages, used, load = Stages(), processor_seconds(), os.getloadavg()[0]
         stages.begin("rest")
         with told(stages.tell):
             compiled = rc.compile(
@@ -97,7 +98,8 @@ def measure(model: str, started: float, runtime: str, tries: int) -> list[dict[s
         stages.begin("")
         taken = (before if number == 0 else {}) | stages.taken
         compiling = sum(stages.taken.values())
-        found.append({"try": name, "stages": taken, "compile": compiling, "processor": processor_seconds() - used})
+        used = processor_seconds() - used
+        found.append({"try": name, "stages": taken, "compile": compiling, "processor": used, "load": load})
     return found
 
 

@@ -132,12 +132,12 @@ def first_part(result: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{model}, {each['try']}", *(tenths(each["stages"].get(stage)) for stage in stages),
-            f"**{tenths(each['compile'])}**", tenths(sum(each["stages"].values())), tenths(each["processor"]),
+            f"**{tenths(each['compile'])}**", tenths(sum(each["stages"].values())), tenths(each["processor"]), tenths(each["load"]),
         ]
         for model, tries in result["models"].items()
         for each in tries
     ]  # fmt: skip
-    columns = ("seconds", *stages, "compile and generate", "all", "processor, from compile on")
+    columns = ("seconds", *stages, "compile and generate", "all", "processor, from compile on", "machine's load")
     return (
         f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, runtime {result['runtime']}"
         f" ([numbers](../benchmarks/results/first-result.json)):\n\n{table(columns, rows)}"

@@ -56,6 +56,8 @@ def lower(jobs: Sequence[Job], runtime: Runtime, device: torch.device, helpers: 
         key = engine_key(job.program, runtime, device)
         if not read_engine(key, job.files):
             missing[job] = key
+    if found := [job.program.name for job in jobs if job not in missing]:
+        log.info("from the cache: %s", ", ".join(found))
     if missing:
         log.info("lowering %s to %s", ", ".join(job.program.name for job in missing), runtime.name)
     helpers.lower([*missing], lambda job: runtime.lower(job.program, device, job.files))
