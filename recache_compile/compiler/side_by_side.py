@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PROGRAMS = 3
 """Of a model: prologue, recompute, forecast."""
 
+HELPER = "recache_compile.compiler.helper"
+
 HERE = torch.device("cpu")
 """What helpers lower for."""
 
@@ -143,7 +145,7 @@ def _started(runtime: Runtime) -> "subprocess.Popen[bytes]":
     """A helper, which imports what this process can import."""
     path = os.pathsep.join(place or str(Path.cwd()) for place in sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__],  # nothing from the folder that the user is in
+        [sys.executable, "-P", "-m", HELPER],  # nothing from the folder that the user is in
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -188,7 +190,7 @@ def _follow(order: Order, runtime: Runtime) -> bool:
     return True
 
 
-def _serve() -> None:
+def serve() -> None:
     """The helper's loop, until the process that started it closes the pipe or is gone."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # compilers may print
@@ -201,9 +203,3 @@ def _serve() -> None:
             with contextlib.suppress(Exception):  # the other process meets it too, and tells
                 done = _follow(order, runtime)
             answers.write(b"1" if done else b"0")
-
-
-if __name__ == "__main__":
-    from recache_compile.compiler.side_by_side import _serve as serve  # orders name the module, not "__main__"
-
-    serve()
