@@ -33,6 +33,7 @@ from recache_compile.bench.subjects import folder_bytes, lone_calls
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.evaluation.measure import seconds
 from recache_compile.runtimes.registry import get_runtime
+from recache_compile.support.disk_cache import limited_to
 from recache_compile.support.log import told
 from recache_compile.support.machine import machine
 
@@ -125,7 +126,7 @@ def build_engines(
     for name in runtimes:
         runtime, _, graphs = name.partition("+")
         begin = time.perf_counter()
-        with told(LOG.print):
+        with told(LOG.print), limited_to(0):
             rc.rebuild(folder / "eager", runtime).save(folder / name)
         taken[name] = time.perf_counter() - begin
         engines[name] = rc.load(folder / name, cuda_graphs=bool(graphs))

@@ -31,12 +31,15 @@ from recache_compile.artifact.specs import FOLDER
 from recache_compile.bench.process import held
 from recache_compile.bench.subjects import folder_bytes, renew
 from recache_compile.bench.workload import BenchRequest, Workload, make_workload
-from recache_compile.compiler import build, lowering
+from recache_compile.compiler import build
 from recache_compile.compiler.compiled import Compiled
+from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.config import CompileConfig
 from recache_compile.evaluation.measure import seconds
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.schedule import Schedule
+from recache_compile.runtimes.registry import known_runtime
+from recache_compile.support.disk_cache import limited_to
 from recache_compile.support.log import told
 from recache_compile.support.machine import machine
 
@@ -86,8 +89,8 @@ def build_workload(name: str, width: int, runtime: str) -> tuple[Workload, Compi
 
 
 @contextlib.contextmanager
-def timed_stages() -> Iterator[dict[str, float]]:
-    """Seconds of each stage of the compiler in this block, by name; "lower NAME" for each program."""
+def timed_stages(runtime: str) -> Iterator[dict[str, float]]:
+    """Seconds of each stage of the compiler in this block, by name; "lower NAME" for each program, one after another."""
     taken: dict[str, float] = {}
 
     def timed(work: Callable[..., Any], name_of: Callable[..., str]) -> Callable[..., Any]:
@@ -101,13 +104,21 @@ def timed_stages() -> Iterator[dict[str, float]]:
 
         return call
 
-    stages = {"capture": "capture_examples", "cache points": "annotate", "split": "specialise", "count": "count_macs"}
+    stages = {
+        "capture": "capture_examples",
+        "cache points": "annotate",
+        "split": "specialise",
+        "count": "count_macs",
+    }
     with contextlib.ExitStack() as stack:
         for stage, function in stages.items():
             replaced = timed(getattr(build, function), lambda *_, stage=stage: stage)
             stack.enter_context(mock.patch.object(build, function, replaced))
-        replaced = timed(lowering.lower, lambda program, *_: f"lower {program.name}")
-        stack.enter_context(mock.patch.object(lowering, "lower", replaced))
+        backend = type(known_runtime(runtime))
+        replaced = timed(backend.lower, lambda _, program, *__: f"lower {program.name}")
+        stack.enter_context(mock.patch.object(backend, "lower", replaced))
+        stack.enter_context(mock.patch.object(Helpers, "start", lambda _: None))
+        stack.enter_context(limited_to(0))
         yield taken
 
 
@@ -131,7 +142,7 @@ def measure(name: str, width: int, runtime: str, rounds: int) -> dict[str, Any]:
     weights = sum(weight.nbytes for weight in workload.module.parameters())
     reset_peak()
     begin = time.perf_counter()
-    with told(LOG.print), timed_stages() as stages:
+    with told(LOG.print), timed_stages(runtime) as stages:
         engines = rc.build_engines(workload.module, [workload.example], config)
     stages["rest"] = time.perf_counter() - begin - sum(stages.values())
     most = peak()

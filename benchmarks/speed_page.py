@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the results of benchmarks/loop.py, dispatch.py, scale.py, `bench --json` and `evaluate`.
+"""Write docs/benchmarks.md from the results of the scripts beside this one, `bench --json` and `evaluate`.
 
 python benchmarks/speed_page.py
 """
@@ -38,6 +38,7 @@ def write_page(folder: Path, docs: Path) -> None:
         "loop-wide": wide_part(results["loop-wide"]),
         "dispatch": dispatch_part(results["dispatch"]),
         "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
+        "first-result": first_part(results["first-result"]),
         "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
     }
@@ -121,6 +122,31 @@ def scale_part(name: str, result: Mapping[str, Any]) -> str:
         f" ([numbers](../benchmarks/results/{name}.json)):\n\n"
         f"{table(header, rows)}\n\n{growth(models)}"
     )
+
+
+def first_part(result: Mapping[str, Any]) -> str:
+    """Every try of every model, stage by stage."""
+    stages = list(
+        dict.fromkeys(stage for tries in result["models"].values() for each in tries for stage in each["stages"])
+    )
+    rows = [
+        [
+            f"{model}, {each['try']}", *(tenths(each["stages"].get(stage)) for stage in stages),
+            f"**{tenths(each['compile'])}**", tenths(sum(each["stages"].values())), tenths(each["processor"]), tenths(each["load"]),
+        ]
+        for model, tries in result["models"].items()
+        for each in tries
+    ]  # fmt: skip
+    columns = ("seconds", *stages, "compile and generate", "all", "processor, from compile on", "machine's load")
+    return (
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, runtime {result['runtime']}"
+        f" ([numbers](../benchmarks/results/first-result.json)):\n\n{table(columns, rows)}"
+    )
+
+
+def tenths(value: float | None) -> str:
+    """Seconds with one digit; nothing where there are none."""
+    return "" if value is None else f"{value:.1f}"
 
 
 def growth(models: Mapping[str, Any]) -> str:

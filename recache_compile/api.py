@@ -19,9 +19,9 @@ from recache_compile.errors import ModelError
 from recache_compile.ir.forecasters import Taylor, anchors_of, check_forecaster
 from recache_compile.ir.schedule import budget_of
 from recache_compile.pipelines.accelerate import Fallback, install, originals
-from recache_compile.pipelines.engine_cache import cached_engines, keep_schedules, key_of, known_schedule
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import denoiser_of, denoisers_of, record_examples
+from recache_compile.pipelines.schedule_cache import keep_schedules, key_of, known_calibration, known_schedule
 from recache_compile.pipelines.weightless import find_weightless
 from recache_compile.runtimes.base import Runtime
 from recache_compile.runtimes.registry import get_runtime
@@ -190,8 +190,7 @@ def accelerate(
         pipeline: a `diffusers` pipeline.
         compiled: what `compile` or `load` returned for its transformer; a mapping from
             component to that where it has several ("transformer", "transformer_2").  None:
-            it is compiled now, or taken from the cache on disk where the same model was
-            compiled for the same calls and versions before.
+            it is compiled now, with what the cache on disk has of its programs and schedules.
         budget: number of recompute steps, or a share of all steps; by default the smallest compiled
             one, or 10.
         fallback: "eager" runs the original transformer, with a warning, where a call is not
@@ -215,7 +214,7 @@ def accelerate(
         backend = get_runtime("auto" if runtime is None else runtime, _warn_caller, device=place)
         with originals(pipeline):
             compiled = {
-                name: _from_cache(pipeline, name, budget_of(budget, num_steps), num_steps, _calls(call), backend)
+                name: _compiled_now(pipeline, name, budget_of(budget, num_steps), num_steps, _calls(call), backend)
                 for name in denoisers_of(pipeline)
             }
     else:
@@ -228,20 +227,22 @@ def accelerate(
     return install(pipeline, compiled, budget, fallback)
 
 
-def _from_cache(
+def _compiled_now(
     pipeline: Any, component: str, budget: int, num_steps: int, calls: Sequence[Mapping[str, Any]], runtime: Runtime
 ) -> Compiled:
-    """One transformer compiled with the usual choices, or what the disk has of that."""
+    """One transformer compiled with the usual choices; the disk may have its programs, and its schedule."""
     config = CompileConfig(num_steps=num_steps, component=component, call=_recorded(calls[0]))
     choice = choose_policy("auto", (budget,), "taylor", 1, config, type(pipeline).__name__)
     module = denoiser_of(pipeline, component)
     examples = [each for one in calls for each in record_examples(pipeline, num_steps, one, component)]
+    engines = build_engines(module, examples, config, runtime)
+    if not choice.needs_calibration:
+        return plan_pipeline(engines, choice, pipeline, ())
     key = key_of(module, examples, config, runtime)
-    engines = cached_engines(key, module, examples, config, runtime)
-    schedule = known_schedule(key, budget, num_steps)
-    if schedule is not None:
-        return engines.with_plans({budget: schedule}, Taylor(1), choice.name, choice.policy)
-    compiled = plan_pipeline(engines, choice, pipeline, [calls[0]] * CALIBRATIONS)
+    calibration, schedule = known_calibration(key, num_steps), known_schedule(key, budget, num_steps)
+    if calibration is not None and schedule is not None:
+        return engines.with_plans({budget: schedule}, Taylor(1), choice.name, choice.policy, calibration)
+    compiled = plan_pipeline(engines, choice, pipeline, [calls[0]] * CALIBRATIONS, calibration)
     if compiled.policy == choice.name:  # it was not done without
         keep_schedules(key, compiled)
     return compiled

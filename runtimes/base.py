@@ -65,6 +65,26 @@ class Runtime(Protocol):
         """What of it this machine and device are."""
         return self.build_requirements(device)
 
+    def lowering_facts(self, device: torch.device) -> Mapping[str, str] | None:
+        """What, beside a program, its options and versions, its files follow from; None: they are not kept on disk."""
+        return None
+
+    def lowers_apart(self, device: torch.device) -> bool:
+        """Whether another process can lower for a device what is asked for in this one."""
+        return False
+
+    def settings(self) -> bytes:
+        """What was set in this process, beside the environment, and decides about what it lowers."""
+        return b""
+
+    def adopt(self, settings: bytes) -> None:
+        """Set in this process what was set in another."""
+        return
+
+    def prepare(self) -> None:
+        """Load libraries, and begin to find out about the machine, before there is something to lower."""
+        return
+
     def require(self, building: bool) -> None:
         """Raise `RuntimeUnavailableError` where this machine cannot run engines, or cannot build them."""
         ...
@@ -143,22 +163,6 @@ class Variant:
     def names(self, role: Kind) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
         return tuple(value.name for value in self.inputs if value.kind is role)
-
-
-def lower(
-    program: Program,
-    runtime: Runtime,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    folder: Path,
-    variant: int,
-) -> Engine:
-    """The engine of a program of a variant; its files go to `folder`, as in an artifact."""
-    files = [folder / file for file in runtime.files(variant, program.name)]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    runtime.lower(program, device, files)
-    return runtime.load(program, files, weights, device)
 
 
 def requirement_texts(key: Mapping[str, str]) -> list[str]:

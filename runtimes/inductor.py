@@ -80,6 +80,47 @@ class Inductor(Runtime):
         """The same of this machine, whose processor may know more instructions."""
         return _facts(device) | (_needing(instruction_sets()) if device.type == "cpu" else {})
 
+    def lowering_facts(self, device: torch.device) -> Mapping[str, str]:
+        """The same, with the compiler, its settings and the threads that kernels are divided among."""
+        from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+        own = torch._inductor.config.save_config_portable()  # type: ignore[attr-defined]
+        own.pop("aot_inductor.metadata", None)  # it writes there itself
+        settings = {
+            "inductor": sorted(own.items()),
+            "precision": torch.get_float32_matmul_precision(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "onednn": torch.backends.mkldnn.enabled,
+        }
+        return {
+            **self.build_requirements(device),
+            "compiler": get_compiler_version_info(get_cpp_compiler()),
+            "threads": str(torch.get_num_threads()),
+            "settings": repr(sorted(settings.items())),
+        }
+
+    def lowers_apart(self, device: torch.device) -> bool:
+        """On the CPU; another process would need memory of a GPU for itself."""
+        return device.type == "cpu"
+
+    def settings(self) -> bytes:
+        """The compiler's own."""
+        return torch._inductor.config.save_config()  # type: ignore[attr-defined]
+
+    def adopt(self, settings: bytes) -> None:
+        """The compiler's own."""
+        torch._inductor.config.load_config(settings)  # type: ignore[attr-defined]
+
+    def prepare(self) -> None:
+        """Which vector instructions can be used is found out meanwhile: torch builds a library for each kind."""
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        def look() -> None:
+            with contextlib.suppress(Exception):  # lowering meets the same, and says so
+                pick_vec_isa()
+
+        threading.Thread(target=look, daemon=True).start()
+
     def require(self, building: bool) -> None:
         """Building needs a C++ compiler, on the CPU and for a GPU's launchers alike."""
         if not building:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "passes": "errors ir capture",
     "policies": "errors support ir",
     "runtimes": "errors support ir capture passes",
-    "compiler": "errors ir config capture passes policies runtimes",
+    "compiler": "errors support ir config capture passes policies runtimes",
     "artifact": "_version errors support ir config capture policies runtimes compiler",
     "pipelines": "errors support models ir config capture policies runtimes compiler artifact",
     "judges": "errors models",

@@ -13,10 +13,12 @@ from recache_compile.artifact.manifest import Manifest
 from recache_compile.artifact.restore import restore, with_config
 from recache_compile.artifact.store import check
 from recache_compile.compiler.compiled import Compiled
+from recache_compile.compiler.lowering import lower
+from recache_compile.compiler.side_by_side import Helpers, Job
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.ir.program import Program
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes.base import Engine, Runtime, lower
+from recache_compile.runtimes.base import Engine, Runtime
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.support.devices import usable_device
 
@@ -45,11 +47,13 @@ def rebuild(
     backend = get_runtime(_same_runtime(manifest) if runtime is None else runtime)
     wanted = manifest.device if device is None and torch.cuda.is_available() else device
     place = usable_device(wanted)
+    helpers = Helpers(backend, place)  # none are started: an artifact's programs come one after another
     keep = tempfile.TemporaryDirectory(prefix="recache-")
 
     def engine(number: int, program: Program, weights: Mapping[str, Tensor], away: set[str]) -> Engine:
-        log.info("lowering %s to %s", program.name, backend.name)
-        return lower(program, backend, weights, place, Path(keep.name), number)
+        files = [Path(keep.name) / file for file in backend.files(number, program.name)]
+        lower([Job(program, files)], backend, place, helpers)
+        return backend.load(program, files, weights, place)
 
     compiled = restore(folder, manifest, place, engine)
     graphs = compiled.engines.config.cuda_graphs

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from recache_compile.errors import ArtifactError
-from recache_compile.support.files import cache_folder, writing
+from recache_compile.support.files import private_folder, writing
 
 Verify = Literal["always", "once"]
 
@@ -94,7 +94,7 @@ class _Known:
         """What is known of a folder; nothing where the note cannot be read."""
         try:
             facts = json.loads(_note(folder).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, ArtifactError):
             facts = {}
         return cls(folder, facts if isinstance(facts, dict) else {})
 
@@ -132,4 +132,4 @@ class _Known:
 
 def _note(folder: Path) -> Path:
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return cache_folder() / "verified" / f"{name}.json"
+    return private_folder("verified") / f"{name}.json"

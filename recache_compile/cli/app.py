@@ -10,6 +10,7 @@ import click
 
 from recache_compile._version import __version__
 from recache_compile.cli.bench import bench_command
+from recache_compile.cli.cache import cache_command
 from recache_compile.cli.compile import compile_command
 from recache_compile.cli.evaluate import evaluate_command
 from recache_compile.cli.inspect import inspect_command
@@ -71,6 +72,7 @@ COMMANDS = (
     plan_command,
     train_command,
     schedules_command,
+    cache_command,
 )
 for command in COMMANDS:
     main.add_command(command)

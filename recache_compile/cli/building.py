@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recache_compile.errors import RuntimeUnavailableError
+from recache_compile.support.disk_cache import DEFAULT_SIZE, VARIABLE, bytes_of, limited_to
 
 if TYPE_CHECKING:
     from recache_compile.runtimes.base import Runtime
@@ -24,6 +25,21 @@ OPTIONS_OF = {
 """Runtimes that an option is for."""
 
 RUNTIME_HELP = "auto, inductor, onnxruntime, tensorrt, tensorrt_rtx or eager."
+
+
+def _limit_cache(ctx: click.Context, param: click.Parameter, size: str | None) -> None:
+    if size is not None:
+        ctx.with_resource(limited_to(bytes_of(size)))
+
+
+cache_size_option = click.option(
+    "--cache-size",
+    callback=_limit_cache,
+    expose_value=False,
+    help="Most that lowered programs may take in the cache on disk, such as 20GB; 0 keeps and reads none."
+    f"  [default: {VARIABLE}, else {DEFAULT_SIZE}]",
+)
+"""Holds while the command runs."""
 
 
 def tensorrt_options(command: Callable[..., Any]) -> Callable[..., Any]:

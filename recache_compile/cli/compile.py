@@ -8,7 +8,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from recache_compile.cli.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
+from recache_compile.cli.building import RUNTIME_HELP, cache_size_option, chosen_runtime, tensorrt_options
 from recache_compile.cli.console import DTYPES, PAGE, SEED, notice, say, showing_stages
 from recache_compile.cli.parameters import Budgets, JsonObject, Numbers, Size, check_call
 
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 @click.option("--cuda-graphs", is_flag=True, help="Replay CUDA graphs instead of calling engines.")
 @click.option("--batching", is_flag=True, help="Also build an engine for several requests at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@cache_size_option
 @tensorrt_options
 def compile_command(
     model: str,

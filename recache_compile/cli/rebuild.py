@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from recache_compile.cli.building import RUNTIME_HELP, chosen_runtime, tensorrt_options
+from recache_compile.cli.building import RUNTIME_HELP, cache_size_option, chosen_runtime, tensorrt_options
 from recache_compile.cli.console import notice, say, showing_stages
 
 
@@ -14,6 +14,7 @@ from recache_compile.cli.console import notice, say, showing_stages
 @click.option("--runtime", help=f"{RUNTIME_HELP}  [default: the artifact's]")
 @click.option("--device", help="cpu, cuda or cuda:1.  [default: the artifact's where it is here, else cpu]")
 @click.option("--output", type=click.Path(path_type=Path), help="Artifact folder.  [default: ARTIFACT itself]")
+@cache_size_option
 @tensorrt_options
 def rebuild_command(
     artifact: Path, runtime: str | None, device: str | None, output: Path | None, **building: Any

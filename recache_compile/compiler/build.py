@@ -1,5 +1,6 @@
 """The compiler: from a model to engines.  `build_engines` reads as the design's picture."""
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -18,7 +19,9 @@ from recache_compile.capture.roles import usual_role
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
+from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
+from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
@@ -60,11 +63,12 @@ def build_engines(
     check_same_model([captured for _, captured in captures], annotated)
     log.info(describe_sites(annotated[0]))
     keep = tempfile.TemporaryDirectory(prefix="recache-")
-    lowering = Lowering(backend, Path(keep.name))
-    variants = tuple(
-        build_variant(example, captured, program, config, lowering)
-        for (example, captured), program in zip(captures, annotated, strict=True)
-    )
+    lowering = Lowering(backend, Path(keep.name), Helpers(backend, examples[0].device))
+    with contextlib.closing(lowering.helpers):
+        variants = tuple(
+            build_variant(example, captured, program, config, lowering)
+            for (example, captured), program in zip(captures, annotated, strict=True)
+        )
     return Engines(
         description=describe(module, state, variants[0], config, backend, lowering, examples[0].levels),
         signature=captures[0][1].signature,
@@ -81,16 +85,21 @@ def build_variant(
 ) -> Variant:
     """The programs and engines of one kind of call."""
     timesteps = check_timesteps(example, captured.program, config.num_steps)
-    programs = specialise(annotated, config)
+    key = split_key(captured.program, annotated, config)
+    split = read_split(key, captured.program, example.device)
+    if split is None:
+        lowering.helpers.start()
+        split = Split(specialise(annotated, config), count_macs(captured.program, example.device))
+        keep_split(key, captured.program, split)
     return Variant(
         inputs=captured.program.inputs,
         constants=captured.constants,
         fixed=captured.fixed,
         device=example.device,
-        programs=programs,
-        engines=lowering.lower(programs, example.device),
+        programs=split.programs,
+        engines=lowering.lower(split.programs, example.device),
         timesteps=timesteps,
-        macs=count_macs(captured.program, example.device),
+        macs=split.macs,
     )
 
 

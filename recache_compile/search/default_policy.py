@@ -150,7 +150,11 @@ def policy_name(policy: AnyPolicy) -> str:
 
 
 def plan_pipeline(
-    engines: Engines, choice: Choice, pipeline: Any = None, calls: Sequence[Mapping[str, Any]] = ()
+    engines: Engines,
+    choice: Choice,
+    pipeline: Any = None,
+    calls: Sequence[Mapping[str, Any]] = (),
+    calibration: Calibration | None = None,
 ) -> Compiled:
     """Ask a policy, after a look at the model where it needs one.
 
@@ -159,12 +163,12 @@ def plan_pipeline(
         choice: what is asked.
         pipeline: whose transformer the engines are; only needed where the choice needs a calibration.
         calls: arguments of the pipeline calls that are looked at.
+        calibration: what they have told before.
 
     Raises:
         RecacheError: the pipeline cannot be run, or the policy has no answer.
     """
-    calibration = None
-    if choice.needs_calibration:
+    if choice.needs_calibration and calibration is None:
         try:
             calibration = calibrate_pipeline(pipeline, engines.on_this_device(), calls)
         except (DispatchError, ModelError) as error:

@@ -58,3 +58,19 @@ def cache_folder() -> Path:
     """Where the package keeps what it can make again: `RECACHE_CACHE`, else a folder in the user's cache."""
     own = os.environ.get("RECACHE_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recache-compile"
+
+
+def private_folder(name: str) -> Path:
+    """A folder of the cache that only this user can write to, made where it is missing: what lies there may be code.
+
+    Raises:
+        ArtifactError: others may write to it, or it cannot be made.
+    """
+    folder = cache_folder() / name
+    for each in (folder.parent, folder):
+        with output_errors(each, "folder, with RECACHE_CACHE"):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = each.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise ArtifactError(f"{each}: others may write to this cache; chmod go-w {each}, or set RECACHE_CACHE")
+    return folder

@@ -1,5 +1,8 @@
 """Where something was measured."""
 
+import functools
+import hashlib
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -14,6 +17,9 @@ PACKAGES = (
     *("torch", "diffusers", "transformers", "onnxruntime", "tensorrt-rtx", "cache-dit"),
     *("numpy", "torchmetrics", "lpips", "open_clip_torch", "torch-fidelity", "vbench"),
 )
+
+COMPILERS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "CXX", "CC")
+"""Variables of the environment that change what compilers make begin with these."""
 
 EXTENSIONS = ("sse4", "avx", "fma", "f16c", "bmi2", "vaes", "vpclmulqdq", "gfni", "amx")
 """What the names of the instruction sets begin with that compilers and Linux call alike."""
@@ -65,3 +71,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def compiling_facts() -> dict[str, object]:
+    """What else than a model and its choices decides about what compilers make."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith(COMPILERS)}
+    return {"versions": versions(), "sources": _hash_of_sources(), "compilers": variables}
+
+
+@functools.cache
+def _hash_of_sources() -> str:
+    """Of the files of this package, which may be one that is worked on."""
+    root = Path(__file__).parents[1]
+    places = os.walk(root, followlinks=True)  # in a checkout, three of its folders are links
+    files = sorted(Path(place, name) for place, _, names in places for name in names if name.endswith(".py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
