@@ -98,9 +98,12 @@ def plan(graph: fx.Graph) -> tuple[list[Change], dict[fx.Node, Rows]]:
         rows = demands[node]
         reads = _reads(node, rows)
         assert reads is not None
-        is_smaller = any(part and (argument in kept or argument not in demands) for argument, part in reads)
+        is_part = _is_taken(node, rows)
+        is_smaller = any(
+            part and (argument in kept or not (is_part or argument in demands)) for argument, part in reads
+        )
         if is_smaller or (rows is not None and packet(node) in MATMULS):
-            changes.append(Change(node, rows, tuple(reads), _is_taken(node, rows)))
+            changes.append(Change(node, rows, tuple(reads), is_part))
             if rows is not None:
                 kept[node] = rows
     return changes, kept

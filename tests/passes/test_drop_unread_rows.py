@@ -226,6 +226,13 @@ def test_where_no_product_becomes_smaller_slices_stay() -> None:
     assert show(after) == show(before)
 
 
+def test_no_rows_at_all_are_none() -> None:
+    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return torch.cat([self.linear(hidden)[:, :0], context], 1)
+
+    assert not dropped(forward)[2]
+
+
 def test_a_batch_keeps_its_requests_apart() -> None:
     inputs = {**example(Formula(joint)), "hidden_states": torch.randn(2, PICTURE, WIDTH)}
     inputs["encoder_hidden_states"] = torch.randn(2, TEXT, WIDTH)
