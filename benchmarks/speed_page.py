@@ -36,6 +36,7 @@ def write_page(folder: Path, docs: Path) -> None:
     parts = {
         "loop": loop_part(results["loop"]),
         "loop-wide": wide_part(results["loop-wide"]),
+        "recompute": recompute_part(results["recompute"]),
         "dispatch": dispatch_part(results["dispatch"]),
         "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
         "first-result": first_part(results["first-result"]),
@@ -85,6 +86,26 @@ def wide_part(result: Mapping[str, Any]) -> str:
     return (
         f"With {weights / 1e9:.2f} GB of weights (`--width 1024 --tokens 64 --steps 4 --budget 2`,"
         f" [numbers](../benchmarks/results/loop-wide.json)) disk / weights and memory / model are: {', '.join(each)}."
+    )
+
+
+def recompute_part(result: Mapping[str, Any]) -> str:
+    """What a step is made of, as shares, and against the machine's limit."""
+    rows = [
+        [
+            f"{line['model']}, {line['dtype']}", str(line["threads"]), milliseconds(line["step"]),
+            *(f"{line[part] / line['step']:.0%}" for part in ("products", "attention", "rest")),
+            milliseconds(line["limit"]), f"{line['step'] / line['limit']:.2f}", f"{line['products_over_limit']:.2f}",
+        ]
+        for line in result["lines"]
+    ]  # fmt: skip
+    columns = (
+        "", "threads", "recompute step", "products", "attention", "rest", "limit", "step / limit", "products / their limit",
+    )  # fmt: skip
+    return (
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, {result['rounds']} rounds, with"
+        f" {result['load']:.0f} processes waiting for the machine's cores"
+        f" ([numbers](../benchmarks/results/recompute.json)):\n\n{table(columns, rows)}"
     )
 
 

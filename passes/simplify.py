@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from recache_compile.capture.compat import arguments_of
 from recache_compile.ir.meta import tensor_of
 from recache_compile.passes.base import Pass
 from recache_compile.passes.ops import aten, is_off, is_random, packet, remove_dead_code
+from recache_compile.passes.row_reads import Rows, arguments, part_of
 
 _IDENTITIES = {aten.detach, aten.alias, aten.lift_fresh_copy, aten.detach_}
 _CASTS = {aten.to, aten._to_copy, aten.contiguous, aten.type_as}
@@ -19,13 +21,16 @@ _CHECKS = {aten._assert_tensor_metadata, aten._assert_async, aten._assert_scalar
 
 @dataclass(frozen=True, slots=True)
 class Simplify(Pass):
-    """Drop identities, no-op casts and reshapes, inference-time dropout and checks; merge equal calls; no dead code."""
+    """Drop identities, no-op casts and reshapes, inference-time dropout and checks; merge equal calls; no dead code.
+
+    What is cut into parts and joined again is what it was.
+    """
 
     name: ClassVar[str] = "simplify"
 
     @override
     def rewrite(self, module: fx.GraphModule) -> bool:
-        removed = remove_identities(module.graph)
+        removed = remove_identities(module.graph) | join_parts(module.graph)
         merged = merge_equal_calls(module.graph)
         before = len(module.graph.nodes)
         remove_dead_code(module.graph)
@@ -45,6 +50,30 @@ def remove_identities(graph: fx.Graph) -> bool:
         graph.erase_node(node)
         modified = True
     return modified
+
+
+def join_parts(graph: fx.Graph) -> bool:
+    """Replace what joins all parts of a value, in order, by that value; not where it is a result itself."""
+    modified = False
+    for node in list(graph.nodes):
+        whole = _whole(node) if packet(node) is aten.cat else None
+        if whole is not None and graph.output_node() not in node.users:
+            node.replace_all_uses_with(whole)
+            graph.erase_node(node)
+            modified = True
+    return modified
+
+
+def _whole(cat: fx.Node) -> fx.Node | None:
+    """The value whose parts a call joins, all of them and in order."""
+    dim = arguments_of(cat)["dim"] % tensor_of(cat).dim()
+    source, end = None, 0
+    for piece in arguments(cat):
+        part = part_of(piece) or (piece, Rows(dim, 0, tensor_of(piece).shape[dim]))
+        if source not in (None, part[0]) or (part[1].dim, part[1].start) != (dim, end):
+            return None
+        source, end = part[0], part[1].stop
+    return source if source is not None and tensor_of(source).shape[dim] == end else None
 
 
 def merge_equal_calls(graph: fx.Graph) -> bool:

@@ -1,6 +1,7 @@
 """Ahead-of-time compilation with AOTInductor: one `.pt2` package per program, no weights inside."""
 
 import contextlib
+import copy
 import platform
 import re
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from recache_compile.capture.export import export_module, quiet
 from recache_compile.errors import RuntimeUnavailableError, check_memory
@@ -157,7 +158,8 @@ class Inductor(Runtime):
         sizes = free_sizes(program)
         if device.type == "cpu":
             program = run_passes(with_values(program, inputs), CPU_PASSES)
-        exported = export_module(program.module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
+        module = with_parameters(program)
+        exported = export_module(module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
         try:
             with quiet("torch.utils.cpp_extension"):
                 torch._inductor.aoti_compile_and_package(
@@ -177,6 +179,12 @@ class Inductor(Runtime):
     ) -> Engine:
         """Load a package and hand it pointers to the weights."""
         return InductorEngine(files[0], weights, device)
+
+
+def with_parameters(program: Program) -> fx.GraphModule:
+    """A program's module with its weights as parameters, where they lie: of buffers the compiler keeps a copy."""
+    weights = {name: nn.Parameter(weight, requires_grad=False) for name, weight in program.weights.items()}
+    return fx.GraphModule(weights, copy.deepcopy(program.module.graph))
 
 
 def _facts(device: torch.device) -> dict[str, str]:

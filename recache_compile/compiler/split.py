@@ -11,6 +11,7 @@ from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import REQUESTS, Program, SitePattern, pattern_name
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
+from recache_compile.passes.drop_unread_rows import DropUnreadRows
 from recache_compile.passes.find_cache_sites import find_cache_sites
 from recache_compile.passes.hoist import Hoist
 from recache_compile.passes.insert_cache_points import InsertCachePoints
@@ -71,8 +72,8 @@ def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
     for pattern in patterns_of(config, len(cache_points(annotated))):
         name = pattern_name(pattern)
         log.info("specialising %s", name)
-        passes = (Specialise(pattern), Hoist(limit), Simplify()) if config.hoist else (Specialise(pattern), Simplify())
-        programs[name] = run_passes(annotated, passes).renamed(name)
+        passes = (*((Hoist(limit),) if config.hoist else ()), DropUnreadRows(), Simplify())
+        programs[name] = run_passes(annotated, (Specialise(pattern), *passes)).renamed(name)
     reads = {value.kind for program in programs.values() for value in program.inputs}
     if not reads & {Kind.TABLE_ROW, Kind.FIXED}:
         return mapped(programs, config)

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx
@@ -198,3 +200,46 @@ def test_equal_calls_around_a_write_are_not_merged() -> None:
     program, result = simplified(forward)
     inputs = example(Attention())
     assert torch.equal(call(result.program, inputs)["prediction_0"], call(program, inputs)["prediction_0"])
+
+
+def halves(value: Tensor) -> Tensor:
+    return torch.cat(value.chunk(2, -1), -1)
+
+
+def slices(value: Tensor) -> Tensor:
+    return torch.cat([value[:, :1], value[:, 1:]], 1)
+
+
+def single(value: Tensor) -> Tensor:
+    return torch.cat([value], 1)
+
+
+@pytest.mark.parametrize("cut", [halves, slices, single])
+def test_parts_that_are_joined_again_are_the_whole(cut: Callable[[Tensor], Tensor]) -> None:
+    program, result = simplified(lambda self, hidden, timestep, context: cut(hidden.sin()).cos())
+    assert targets(result.program) == ["aten.sin.default", "aten.cos.default"]
+    inputs = example(Attention())
+    assert torch.equal(call(result.program, inputs)["prediction_0"], call(program, inputs)["prediction_0"])
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda value: torch.cat([value[:, 1:], value[:, :1]], 1),
+        lambda value: torch.cat([value[:, :1], value[:, 2:]], 1),
+        lambda value: torch.cat([value[:, :1], value[:, :1], value[:, 1:]], 1),
+        lambda value: torch.cat([value[:, :1], value[:, 1:], value], 1),
+        lambda value: torch.cat([value[:, :1], value.sin()[:, 1:]], 1),
+        lambda value: torch.cat([value[..., :3], value[..., 1:]], 1),
+    ],
+    ids=["swapped", "a gap", "twice", "more", "of two", "another dimension"],
+)
+def test_other_parts_are_joined(cut: Callable[[Tensor], Tensor]) -> None:
+    _, result = simplified(lambda self, hidden, timestep, context: cut(hidden.cos()).sin())
+    assert "aten.cat.default" in targets(result.program)
+
+
+def test_a_result_that_is_joined_is_no_other_value() -> None:
+    """Whoever calls may write to it."""
+    _, result = simplified(lambda self, hidden, timestep, context: slices(hidden))
+    assert "aten.cat.default" in targets(result.program)

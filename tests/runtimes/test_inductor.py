@@ -1,14 +1,18 @@
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recache_compile as rc
+from recache_compile.capture.capture import capture
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes import inductor
-from recache_compile.runtimes.inductor import Inductor, first_complaint
+from recache_compile.runtimes.base import lower
+from recache_compile.runtimes.inductor import Inductor, first_complaint, with_parameters
 from recache_compile.runtimes.registry import get_runtime
 from tests.compiler.test_build import relative_error
 from tests.conftest import NUM_STEPS, flux_inputs, loop_inputs, timesteps
@@ -55,6 +59,43 @@ def test_every_weight_is_read_where_it_lies_however_small(saved: bool, compiled:
     other = Small()
     compiled.refit(other.state_dict())
     torch.testing.assert_close(run(step=0, sample=sample), other(sample))
+
+
+class Copies(TorchDispatchMode):
+    """Notes the bytes of every tensor that is made with memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and type(result) in (Tensor, nn.Parameter) and not result.is_meta:
+            given = {each.untyped_storage().data_ptr() for each in args if type(each) in (Tensor, nn.Parameter)}
+            if result.untyped_storage().data_ptr() not in given:
+                self.made.append(result.nbytes)
+        return result
+
+
+@torch.no_grad()
+def test_the_compiler_copies_no_weight(tmp_path: Path) -> None:
+    module = Small()
+    program = capture(module, {"sample": torch.ones(2, 16)}).program
+    with Copies() as copies:
+        engine = lower(program, Inductor(), program.weights, torch.device("cpu"), tmp_path, 0)
+    assert max(copies.made, default=0) < min(weight.nbytes for weight in module.parameters() if weight.dim() == 2)
+    torch.testing.assert_close(engine([torch.ones(2, 16)])[0], module(torch.ones(2, 16)))
+
+
+@torch.no_grad()
+def test_weights_become_parameters_where_they_lie() -> None:
+    module = Small()
+    program = capture(module, {"sample": torch.ones(2, 16)}).program
+    rewritten = with_parameters(program)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    assert not dict(rewritten.named_buffers())
+    for name, weight in rewritten.named_parameters():
+        assert weight.data_ptr() == state[name].data_ptr()
 
 
 def test_features_that_are_slices_are_read_as_they_were_written(flux: nn.Module) -> None:
