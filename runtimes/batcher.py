@@ -136,9 +136,9 @@ class Lane:
     def _take(self) -> list[Call]:
         """The calls that run now; who was waited for in vain is late."""
         together, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
-        present = {call.member for call in (*together, *self._waiting)}
-        for member in self._coming - present:
-            member.is_late = len(together) < self._max_batch
+        if len(together) < self._max_batch:
+            for member in self._coming - {call.member for call in together}:
+                member.is_late = True
         self._is_busy = True
         return together
 

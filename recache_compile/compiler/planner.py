@@ -1,6 +1,7 @@
 """Plans for any budget and any number of steps: those that were made beforehand, and others when they are asked for."""
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Planner:
     calibration: Calibration | None = None
     _schedules: dict[int, Schedule] = field(default_factory=dict, init=False)
     _made: dict[tuple[int, int, tuple[float, ...]], Plan] = field(default_factory=dict, init=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def num_steps(self) -> int:
@@ -66,13 +68,14 @@ class Planner:
             if steps == self.num_steps and number in self.plans:
                 return self.plans[number]
             key = (number, steps, () if steps == self.num_steps else tuple(levels))
-            if key not in self._made:
-                while len(self._made) >= KEPT:
-                    self._made.pop(next(iter(self._made)), None)
-                log.info("choosing %d of %d steps", number, steps)
-                schedule = self._schedule(number, steps, levels)
-                self._made[key] = make_plan(schedule, self._forecaster(steps, levels), self.num_sites)
-            return self._made[key]
+            with self._making:
+                if key not in self._made:
+                    if len(self._made) >= KEPT:
+                        del self._made[next(iter(self._made))]
+                    log.info("choosing %d of %d steps", number, steps)
+                    schedule = self._schedule(number, steps, levels)
+                    self._made[key] = make_plan(schedule, self._forecaster(steps, levels), self.num_sites)
+                return self._made[key]
         except ScheduleError as error:
             raise DispatchError(str(error)) from error
 

@@ -1,13 +1,15 @@
-"""One compilation serves loops of any length, at any budget."""
+"""One compilation serves loops of any length, at any budget, and several requests."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 import recache_compile as rc
 from recache_compile.errors import DispatchError
+from recache_compile.passes.map_requests import map_over_requests
 from recache_compile.policies.base import Problem
 from recache_compile.policies.uniform import Uniform
 from tests.families import BUDGET, DIFFERENT, EXACT, QUICK, SAME, STEPS, TINY, Family, error, family, plain
@@ -18,6 +20,10 @@ EVERY = pytest.mark.parametrize(
 )
 OTHERS = (3, 13)
 """Lengths of loops that were not compiled."""
+
+
+SLOWER = ("cogvideox",)
+"""Others whose recompute program is mapped over requests: it writes to parts of tensors."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +137,17 @@ def test_custom_sigmas_of_another_length() -> None:
     for options in ({"sigmas": sigmas}, {}, {"sigmas": sigmas[:3]}):
         expected = plain(tiny, tiny.call(0), **options)
         assert error(draw(pipeline, tiny.call(0), STEPS, **options), expected) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan-2.1", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOWER)])
+def test_recompute_programs_serve_several_requests(name: str) -> None:
+    """Each row is what the program for one request gives."""
+    one = family(name).parts["transformer"].variants[0].programs["recompute"]
+    many = map_over_requests(one)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(4, *value.shape, generator=generator).to(value.dtype) for value in one.inputs]  # type: ignore[arg-type]
+    results = many.module(*given)
+    for row in range(4):
+        for ours, alone in zip(results, one.module(*(value[row] for value in given)), strict=True):
+            assert error(ours[row], alone) <= EXACT
+    assert many.weights.keys() == one.weights.keys()
