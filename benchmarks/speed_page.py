@@ -39,6 +39,8 @@ def write_page(folder: Path, docs: Path) -> None:
         "recompute": recompute_part(results["recompute"]),
         "dispatch": dispatch_part(results["dispatch"]),
         "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
+        "adapters": adapters_part({name: results[name] for name in ("adapters", "adapters-bfloat16")}),
+        "batching": batching_part(results["batching"]),
         "first-result": first_part(results["first-result"]),
         "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
@@ -116,6 +118,40 @@ def dispatch_part(result: Mapping[str, Any]) -> str:
     return (
         f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, T = {result['steps']}, k ="
         f" {result['budget']}, medians ([numbers](../benchmarks/results/dispatch.json)):\n\n{table(('', *kinds), rows)}"
+    )
+
+
+def adapters_part(by_name: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a change takes, by the type of the weights and what adapters are on."""
+    rows = []
+    for result in by_name.values():
+        for where, each in result["seconds"].items():
+            swap = each["swap"]["processor"]
+            rows.append([
+                result["dtype"], where, f"{each['changed'] / each['parameters']:.0%}", f"{swap:.2f} s",
+                f"{1e9 * swap / each['parameters']:.2f} s", f"{each['two at once']['processor']:.2f} s",
+                f"{each['refit']['processor']:.2f} s", f"{each['swap']['median']:.2f} s",
+            ])  # fmt: skip
+    columns = (
+        "weights", "adapters on", "of the weights", "a change", "per 1e9 parameters", "two at once", "refit",
+        "a change, wall clock",
+    )  # fmt: skip
+    first = next(iter(by_name.values()))
+    links = ", ".join(f"[{each['dtype']}](../benchmarks/results/{name}.json)" for name, each in by_name.items())
+    return f"Measured on {first['date']}, {first['machine']} ({links}):\n\n{table(columns, rows)}"
+
+
+def batching_part(result: Mapping[str, Any]) -> str:
+    """Seconds of every way, and the sizes of the calls."""
+    rows = [[name, f"{seconds:.3f} s"] for name, seconds in result["seconds"].items()]
+    calls = ", ".join(f"{count} of {size}" for size, count in result["requests_per_call"].items())
+    return (
+        f"Measured on {result['date']}, {result['machine']}, {result['threads']} threads, {result['runtime']},"
+        f" {result['requests']} requests of budget {result['budget']}, max_wait_ms {result['max_wait_ms']:g},"
+        f" {result['rounds']} rounds ([numbers](../benchmarks/results/batching.json)):\n\n"
+        f"{table(('', 'median'), rows)}\n\nSo {result['requests']} requests take 1 / {result['throughput']:.2f} of the"
+        f" time, and a lone one {result['lone_latency']:.3f} of it; recompute calls by their requests: {calls}. The"
+        f" largest difference of a pixel (0 to 1) to the request alone is {result['largest_error']:.1g}."
     )
 
 
