@@ -187,13 +187,16 @@ def test_a_truncated_artifact_is_refused(artifact: Path, tmp_path: Path) -> None
 def test_an_artifact_of_a_newer_format_is_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "new")
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
-    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 6}))
-    check_refused(run("inspect", tmp_path / "new"), "format 6, this version reads up to 5")
+    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 7}))
+    check_refused(run("inspect", tmp_path / "new"), "format 7, this version reads up to 6")
 
 
 def test_unknown_budgets_and_programs_are_refused(artifact: Path, tmp_path: Path) -> None:
     check_refused(
-        run("run", artifact, PROMPT, "--budget", 3, "--output", tmp_path / "p.png"), "budget 3 was not compiled"
+        run("run", artifact, PROMPT, "--budget", 0, "--output", tmp_path / "p.png"), "budget 0: a budget is a whole"
+    )
+    check_refused(
+        run("run", artifact, PROMPT, "--budget", "few", "--output", tmp_path / "p.png"), "budgets 'few': expected whole"
     )
     check_refused(run("inspect", artifact, "--graph", "magic"), "program 'magic' is not in the artifact")
     check_refused(run("run", artifact, PROMPT, "--output", "/proc/nothing/p.png"), "cannot be written")
