@@ -49,6 +49,11 @@ class Runtime(Protocol):
         """Whether its engines can be part of a CUDA graph."""
         ...
 
+    @property
+    def max_requests(self) -> int | None:
+        """How many requests a call of its engines for several can serve; None: any number."""
+        return None
+
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Where in an artifact the engine of a program lies, and what it was built of."""
         ...

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from recache_compile.ir.signature import Signature
 from recache_compile.runtimes.base import Engine, Revision, Variant
 from recache_compile.runtimes.dispatcher import Dispatcher
 from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
+from recache_compile.runtimes.dispatcher_tables import Timetable
 
 
 @dataclass(slots=True, eq=False)
@@ -23,20 +25,48 @@ class Member(Observer):
     """A dispatcher, as the others see it.
 
     Args:
-        lane: where its calls wait.
         recompute_steps: of its plan.
-        is_coming: whether its generation has recompute steps left.
         is_late: whether it did not come when the others waited for it; it is not waited for until it comes.
     """
 
-    lane: "Lane"
     recompute_steps: tuple[int, ...]
-    is_coming: bool = False
     is_late: bool = False
+    _last: "Lane | None" = None
+    _expected: "Lane | None" = None
+    _after: "dict[Lane, Lane]" = field(default_factory=dict)
+    _step: int = -1
+    _branches: set[Hashable] = field(default_factory=set)
+    _usual: int = 1
+
+    def come(self, lane: "Lane") -> None:
+        """A call comes to a lane: those of guidance branches with other shapes come to other lanes, in turn."""
+        if self._last is not None:
+            self._after[self._last] = lane
+        self._last, self.is_late = lane, False
 
     @override
     def after_step(self, record: StepRecord) -> None:
-        self.lane.expect(self, any(step > record.step for step in self.recompute_steps))
+        if record.slot is None or self._last is None:
+            return
+        if record.step != self._step:
+            self._step, self._usual, self._branches = record.step, len(self._branches), set()
+        self._branches.add((record.branch, record.kind))
+        has_more = any(step > record.step for step in self.recompute_steps)
+        is_coming = has_more or len(self._branches) < self._usual
+        self._expect(self._after.get(self._last, self._last) if is_coming else None)
+
+    def leave(self) -> None:
+        """Its generation is over, or given up."""
+        self._last, self._step = None, -1
+        self._branches.clear()
+        self._expect(None)
+
+    def _expect(self, lane: "Lane | None") -> None:
+        before, self._expected = self._expected, lane
+        if before is not None and before is not lane:
+            before.expect(self, False)
+        if lane is not None:
+            lane.expect(self, True)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,14 +119,13 @@ class Lane:
         self._one, self._many, self._max_batch, self._patience = one, many, max_batch, patience
         self._changed = threading.Condition()
         self._waiting: list[Call] = []
-        self._coming: set[Member] = set()
+        self._coming: WeakSet[Member] = WeakSet()
         self._is_busy = False
         self._free_since = 0.0
 
     def expect(self, member: Member, is_coming: bool) -> None:
-        """Whether a member has recompute steps left."""
+        """Whether the next call of a member comes here."""
         with self._changed:
-            member.is_coming = is_coming
             (self._coming.add if is_coming else self._coming.discard)(member)
             self._changed.notify_all()
 
@@ -104,7 +133,7 @@ class Lane:
         """A call of the engine, perhaps together with others."""
         call = Call(member, inputs, time.monotonic())
         with self._changed:
-            member.is_late = False
+            member.come(self)
             self._waiting.append(call)
             self._changed.notify_all()
             try:
@@ -137,8 +166,9 @@ class Lane:
         """The calls that run now; who was waited for in vain is late."""
         together, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
         if len(together) < self._max_batch:
-            for member in self._coming - {call.member for call in together}:
-                member.is_late = True
+            present = {call.member for call in together}
+            for member in self._coming:
+                member.is_late |= member not in present
         self._is_busy = True
         return together
 
@@ -172,14 +202,37 @@ class SharedEngine(Engine):
 
     @override
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self.member.lane is not self.lane:
-            self.member.lane.expect(self.member, False)
-            self.member.lane = self.lane
         return self.lane.run(self.member, inputs)
 
     @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
         self.one.use(weights)
+
+
+class SharingDispatcher(Dispatcher):
+    """A dispatcher whose recompute calls may run together with those of others.
+
+    Args:
+        member: what the others see of it.
+        plan, variants, signature, revision, observers: as of `Dispatcher`.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        plan: Plan,
+        variants: Sequence[Variant],
+        signature: Signature,
+        revision: Revision,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        super().__init__(plan, variants, signature, revision, observers=(member, *observers))
+        self._member = member
+
+    @override
+    def reset(self, start: int | None = 0, timetable: Timetable | None = None) -> None:
+        self._member.leave()
+        super().reset(start, timetable)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,7 +273,7 @@ class Batcher:
         self, plan: Plan, signature: Signature, revision: Revision, observers: Sequence[Observer] = ()
     ) -> Dispatcher:
         """A dispatcher under a plan, for one generation after another, each in one thread."""
-        member = Member(self._lanes[0], plan.schedule.recompute_steps)
+        member = Member(plan.schedule.recompute_steps)
         variants = [
             replace(
                 variant,
@@ -230,4 +283,4 @@ class Batcher:
             )
             for variant, lane in zip(self.variants, self._lanes, strict=True)
         ]  # fmt: skip
-        return Dispatcher(plan, variants, signature, revision, observers=(member, *observers))
+        return SharingDispatcher(member, plan, variants, signature, revision, observers)

@@ -47,8 +47,8 @@ class Timetable:
     def expected(self, step: int, given: Tensor) -> list[Tensor] | None:
         """What a timestep input will be at every step, if it is `given` at one of them; None: it cannot be told.
 
-        Tokens may have timesteps of their own, of which the largest is the loop's.  What a pipeline
-        makes of the scheduler's timesteps must be one thing alone: known, and beyond all doubt of rounding.
+        Tokens may have timesteps of their own: the loop's, or zero.  What a pipeline makes of the
+        scheduler's timesteps must be one thing alone: known, and beyond all doubt of rounding.
         """
         if not given.numel() or step >= len(self.timesteps):
             return None
@@ -61,6 +61,8 @@ class Timetable:
         if not fitting or any(not torch.equal(column, fitting[0]) for column in fitting[1:]):
             return None
         is_loop = given == largest
+        if not bool((is_loop | (given == 0)).all()):
+            return None
         return [torch.where(is_loop, value, given) for value in fitting[0].to(given.device)]
 
 
@@ -103,6 +105,7 @@ class Tables:
         self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}
         self._differs: Tensor | None = None
         self._timetable: Timetable | None = None
+        self._distrusted: Timetable | None = None
         self._start = start
 
     def follow(self, plan: Plan) -> None:
@@ -172,6 +175,7 @@ class Tables:
         differs, self._differs = self._differs, None
         if differs is not None and bool(differs):
             self._forget_timesteps()
+            self._distrusted = self._timetable
             self._conditioning.clear()
             raise DispatchError(
                 "the timesteps of this generation are not those it was compiled for, or its conditioning was written"
@@ -231,9 +235,12 @@ class Tables:
     def _learn(self, column: list[Tensor | None], step: int, given: Tensor) -> None:
         """Remember the timestep of a step, and those of others that follow from it."""
         column[step] = given.clone()
-        if self._timetable is None or all(each is not None for each in column):
+        known, distrusted = self._timetable, self._distrusted
+        if known is None or all(each is not None for each in column):
             return
-        for at, value in enumerate((self._timetable.expected(step + self._start, given) or [])[self._start :]):
+        if distrusted is not None and torch.equal(distrusted.timesteps, known.timesteps):
+            return  # it has told wrong ones before
+        for at, value in enumerate((known.expected(step + self._start, given) or [])[self._start :]):
             if column[at] is None:
                 column[at] = value
 

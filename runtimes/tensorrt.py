@@ -27,8 +27,8 @@ from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, Unavail
 from recache_compile.support.devices import on_device
 from recache_compile.support.files import writing
 
-MAX_ROWS = 1000
 MAX_REQUESTS = 16
+MAX_ROWS = 1000
 """Rows that a prologue can make in one call: the longest loop."""
 
 
@@ -37,6 +37,7 @@ class TensorRTBase(Runtime, abc.ABC):
 
     name: str
     capturable = True
+    max_requests = MAX_REQUESTS
     workspace: int | None
     optimization_level: int | None
     tf32: bool

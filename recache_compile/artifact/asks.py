@@ -10,7 +10,7 @@ from recache_compile.errors import ArtifactError, ScheduleError
 from recache_compile.policies.base import Calibration, Policy
 from recache_compile.policies.calibration import load_calibration, save_calibration
 from recache_compile.policies.recache import ReCache, read_policy
-from recache_compile.policies.registry import get_policy, text_of
+from recache_compile.policies.registry import POLICIES, get_policy, text_of
 
 POLICY = "policy"
 CALIBRATION = "calibration.safetensors"
@@ -33,18 +33,23 @@ class StoredPolicy(BaseModel):
 
 
 def store_policy(planner: Planner, folder: Path) -> StoredPolicy | None:
-    """Write what a planner asks, as far as it can be written: not what users have programmed, nor what they stated."""
+    """Write what a planner asks, as far as it can be written; see `can_store`."""
     policy, text = planner.policy, text_of(planner.policy)
+    if not can_store(policy):
+        return None
     if isinstance(policy, ReCache):
         policy.save(folder / POLICY)
-    elif text is None:
-        return None
     if planner.calibration is not None:
         (folder / POLICY).mkdir(exist_ok=True)
         save_calibration(planner.calibration, folder / POLICY / CALIBRATION)
     return StoredPolicy(
         kind="named" if text else "trained", text=text or "", calibrated=planner.calibration is not None
     )
+
+
+def can_store(policy: Policy | None) -> bool:
+    """Whether a policy is known by what a user writes, or by its files: not what users have programmed or stated."""
+    return isinstance(policy, ReCache) or text_of(policy) is not None
 
 
 def restore_policy(
@@ -57,8 +62,15 @@ def restore_policy(
     """
     if stored is None:
         return None, None
+    if stored.kind == "named" and stored.text.partition(":")[0] not in POLICIES:
+        raise ArtifactError(f"its policy {stored.text!r} is none; compile again")
     try:
         policy = read_policy(folder / POLICY) if stored.kind == "trained" else get_policy(stored.text, num_steps)
     except ScheduleError as error:
         raise ArtifactError(f"{error}; compile again") from error
-    return policy, load_calibration(folder / POLICY / CALIBRATION) if stored.calibrated else None
+    calibration = load_calibration(folder / POLICY / CALIBRATION) if stored.calibrated else None
+    if calibration is not None and calibration.num_steps != num_steps:
+        raise ArtifactError(
+            f"its calibration is of {calibration.num_steps} steps, its plans are of {num_steps}; compile again"
+        )
+    return policy, calibration

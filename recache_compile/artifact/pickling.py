@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recache_compile.artifact.asks import can_store
 from recache_compile.artifact.manifest import MANIFEST, read_manifest
 from recache_compile.artifact.store import load
 from recache_compile.compiler.compiled import Compiled
@@ -32,7 +33,8 @@ def reduce(compiled: Compiled) -> Reduced:
             "offload_prologue": any(weight.device != engines.device for weight in engines.weights.values()),
         }
         asked = compiled.planner
-        plans = compiled.schedules, compiled.forecaster, compiled.policy, asked.policy, asked.calibration
+        policy = asked.policy if can_store(asked.policy) else None
+        plans = compiled.schedules, compiled.forecaster, compiled.policy, policy, asked.calibration
         return _from_folder, (str(folder), read_manifest(folder).digest, how, plans, bounds)
     with tempfile.TemporaryDirectory(prefix="recache-") as place:
         made = Path(place, "artifact")

@@ -76,10 +76,10 @@ def restore(
         budget: Plan(Schedule(plan.recompute_steps, len(plan.steps)), plan.steps, forecaster)
         for budget, plan in manifest.plans.items()
     }
-    check_plans(plans, variants)
+    check_plans(plans, variants, manifest.description.config.num_steps)
     engines = Engines(manifest.description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
-    length = next(iter(plans.values())).schedule.num_steps
-    levels = manifest.description.levels if length == engines.config.num_steps else ()
+    length = manifest.description.config.num_steps
+    levels = manifest.description.levels if len(manifest.description.levels) == length else ()
     policy, calibration = restore_policy(manifest.asks, folder, length)
     planner = Planner(plans, forecaster, engines.num_sites, levels, policy, calibration)
     return Compiled(engines, planner, manifest.policy)
@@ -104,15 +104,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant]) -> None:
-    """Raise unless every plan keeps its budget and finds its programs and its history."""
+def check_plans(plans: Mapping[int, Plan], variants: Sequence[Variant], num_steps: int) -> None:
+    """Raise unless every plan keeps its budget and its length, and finds its programs and its history."""
     if not variants or not plans:
         raise ArtifactError("the manifest names no variant or no plan; compile again")
-    if len({len(plan.steps) for plan in plans.values()}) > 1:
-        raise ArtifactError("the plans are for loops of several lengths; compile again")
     for budget, plan in plans.items():
         written: set[int] = set()
-        if plan.schedule.budget != budget:
+        if plan.schedule.budget != budget or len(plan.steps) != num_steps:
             raise ArtifactError(f"the plan of budget {budget} is not one; compile again")
         for number, step in enumerate(plan.steps):
             written |= set() if step.slot is None else {step.slot}

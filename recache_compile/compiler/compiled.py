@@ -136,8 +136,10 @@ class Engines:
         plans = {budget: make_plan(each, forecaster, self.num_sites) for budget, each in schedules.items()}
         for plan in plans.values():
             self._check(plan)
-        levels = self.description.levels if lengths == {self.config.num_steps} else ()
-        return Compiled(self, Planner(plans, forecaster, self.num_sites, levels, asks, calibration), policy)
+        config = replace(self.config, num_steps=lengths.pop())
+        engines = self if config == self.config else replace(self, description=replace(self.description, config=config))
+        levels = self.description.levels if len(self.description.levels) == config.num_steps else ()
+        return Compiled(engines, Planner(plans, forecaster, self.num_sites, levels, asks, calibration), policy)
 
     def uncached(self) -> "Compiled":
         """What recomputes every step."""
@@ -338,6 +340,11 @@ class Compiled:
         Raises:
             DispatchError: it was not compiled with `batching`, or a bound makes no sense.
         """
+        most = known_runtime(self.engines.config.runtime).max_requests
+        if most is not None and max_batch > most:
+            raise DispatchError(
+                f"batcher: max_batch {max_batch}: engines of this runtime serve {most} requests at most"
+            )
         return replace(self, shared=Batcher(self.engines.called_variants(), max_batch, max_wait_ms))
 
     def cost(self, budget: float, variant: int = 0, *, num_steps: int | None = None) -> Cost:

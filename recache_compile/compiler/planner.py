@@ -26,6 +26,7 @@ class Planner:
     for it.  All others are asked for the length that they were asked for first, and their
     recompute steps go to the nearest noise levels of the other loop.  The forecaster `fitted`
     is fitted to features that are interpolated between the noise levels of its calibration.
+    A loop of the usual length has the usual schedule, whatever its noise levels.
 
     Args:
         plans: those that were made beforehand, by budget; all of one length.
@@ -64,7 +65,7 @@ class Planner:
         """
         steps = self.num_steps if num_steps is None else num_steps
         try:
-            number = budget_of(budget, steps)
+            number = self._number(budget, steps)
             if steps == self.num_steps and number in self.plans:
                 return self.plans[number]
             key = (number, steps, () if steps == self.num_steps else tuple(levels))
@@ -75,7 +76,26 @@ class Planner:
                     log.info("choosing %d of %d steps", number, steps)
                     schedule = self._schedule(number, steps, levels)
                     self._made[key] = make_plan(schedule, self._forecaster(steps, levels), self.num_sites)
-                return self._made[key]
+                self._made[key] = plan = self._made.pop(key)  # the longest unused goes first
+                return plan
+        except ScheduleError as error:
+            raise DispatchError(str(error)) from error
+
+    def check(self, budget: float) -> None:
+        """Refuse a budget early, as far as that takes no search.
+
+        Raises:
+            DispatchError: there is no such budget, or none for the usual length.
+        """
+        if self.calibration is None:
+            self.plan(budget)
+        else:
+            self._number(budget, self.num_steps)
+
+    @staticmethod
+    def _number(budget: float, num_steps: int) -> int:
+        try:
+            return budget_of(budget, num_steps)
         except ScheduleError as error:
             raise DispatchError(str(error)) from error
 

@@ -145,7 +145,8 @@ def _schedules(
         policy = get_policy(choice, setting.num_steps)
         if isinstance(policy, CALIBRATED) and calibration is None:
             calibration = _calibration(setting, folder, pipeline, compiled.engines)
-        problem = Problem(setting.num_steps, compiled.forecaster, calibration)
+        levels = compiled.description.levels
+        problem = Problem(setting.num_steps, compiled.forecaster, calibration, levels=levels)
         found[policy_name(choice)] = make_schedules(policy, budgets, problem)
     return found
 

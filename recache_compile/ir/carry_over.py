@@ -7,7 +7,7 @@ import numpy as np
 from recache_compile.ir.schedule import Schedule
 
 Levels = Sequence[float]
-"""Noise level of every step, falling; empty where it is not known."""
+"""Noise level of every step; empty where it is not known."""
 
 
 def carry_over(schedule: Schedule, budget: int, num_steps: int, levels: Levels = (), others: Levels = ()) -> Schedule:
@@ -39,12 +39,13 @@ def carry_over(schedule: Schedule, budget: int, num_steps: int, levels: Levels =
 def interpolation(num_steps: int, wanted: int, levels: Levels = (), others: Levels = ()) -> np.ndarray:
     """Weights (wanted, T) that interpolate what is known at the steps of one loop at those of another."""
     before, after = _places(num_steps, wanted, levels, others)
-    columns = np.eye(num_steps)
-    return np.stack([np.interp(-after, -before, column) for column in columns], 1)
+    order = np.argsort(before, kind="stable")
+    columns = np.eye(num_steps)[:, order]
+    return np.stack([np.interp(after, before[order], column) for column in columns], 1)
 
 
 def _places(one: int, other: int, levels: Levels, others: Levels) -> tuple[np.ndarray, np.ndarray]:
-    """Where the steps of two loops lie on one axis, falling."""
+    """Where the steps of two loops lie on one axis."""
     if len(levels) == one and len(others) == other:
         return np.asarray(levels, dtype=float), np.asarray(others, dtype=float)
     return 1 - np.arange(one) / one, 1 - np.arange(other) / other

@@ -12,7 +12,7 @@ from recache_compile.pipelines.branches import Branches
 from recache_compile.pipelines.step_tracker import StepTracker
 from recache_compile.runtimes.dispatcher import Dispatcher
 
-IDLE = 8
+IDLE = 4
 """Dispatchers that are kept for later generations; each holds tables of the prologue."""
 
 
@@ -103,9 +103,10 @@ class Generations:
         """The generation that a call belongs to: the accelerated call that runs, or this thread's own loop."""
         if (active := self.active()) is not None:
             return active
-        own: dict[int | float, Generation] = self._own.__dict__.setdefault("by_budget", {})
-        if budget not in own or own[budget].pipeline is not pipeline:
-            dispatcher = own[budget].dispatcher if budget in own else None
-            own[budget] = Generation(pipeline, budget, make_steps(), in_call=False, dispatcher=dispatcher)
-        own[budget].processors = processors
-        return own[budget]
+        own: dict[tuple[bool, int | float], Generation] = self._own.__dict__.setdefault("by_budget", {})
+        key = isinstance(budget, float), budget  # 1 is a step, 1.0 are all
+        if key not in own or own[key].pipeline is not pipeline:
+            dispatcher = own[key].dispatcher if key in own else None
+            own[key] = Generation(pipeline, budget, make_steps(), in_call=False, dispatcher=dispatcher)
+        own[key].processors = processors
+        return own[key]

@@ -89,7 +89,7 @@ class CompiledTransformer(nn.Module):
 
     @budget.setter
     def budget(self, budget: float) -> None:
-        self._budget = self._known(budget)
+        self._budget = self._checked(budget)
 
     def _known(self, budget: float) -> int | float:
         """A budget that there is a plan for."""
@@ -104,9 +104,9 @@ class CompiledTransformer(nn.Module):
         return self._compiled.planner.plan(self._budget if budget is None else budget, steps, levels)
 
     def knows(self, budget: float) -> bool:
-        """Whether there is a plan for a budget."""
+        """Whether there is a plan for a budget in a loop of the usual length."""
         try:
-            self._known(budget)
+            self._compiled.planner.check(budget)
         except DispatchError:
             return False
         return True
@@ -283,7 +283,7 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: there is no plan for the budget.
         """
-        chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._known(budget)
+        chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._checked(budget)
         with self._generations.begin(pipeline, chosen, self._new_steps(), self._processors):
             yield
 
@@ -294,7 +294,7 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: there is no plan for the budget.
         """
-        wanted = {} if budget is None else {id(self): self._known(budget)}
+        wanted = {} if budget is None else {id(self): self._checked(budget)}
         token = self._wanted.set({**self._wanted.get(), **wanted})
         try:
             yield

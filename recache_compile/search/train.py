@@ -250,7 +250,14 @@ def open_study(
             folder / "losses.jsonl", runner, study.batch_size, effort.training, effort.held_out, effort.alpha, count
         )
         yield (
-            Problem(study.num_steps, study_runner.forecaster(), calibration, objective, effort.seed),
+            Problem(
+                study.num_steps,
+                study_runner.forecaster(),
+                calibration,
+                objective,
+                effort.seed,
+                levels=study_runner.engines.description.levels,
+            ),
             objective,
             study_runner,
         )
@@ -290,13 +297,14 @@ def train(
             seen.append((objective.generations, each))
             progress(each)
 
-        policy = trainer.train(replace(problem, report=note), budgets)
+        policy, levels = trainer.train(replace(problem, report=note), budgets), problem.levels
         log.info("judging on samples that nothing was decided on")
         judging = judging_batches(effort.held_out)
         study_runner.prepare(judging)
         rivals = {budget: (policy.schedule(problem, budget), Uniform().schedule(problem, budget)) for budget in budgets}
         losses = {budget: _judge(objective.losses(pair, judging)) for budget, pair in rivals.items()}
-    policy = replace(policy, facts=_facts(study, effort, trainer, rivals, losses, objective.generations))
+    facts = _facts(study, effort, trainer, rivals, losses, objective.generations)
+    policy = replace(policy, facts={**facts, "levels": list(levels)})
     policy.save(out)
     if seen:
         draw_training(seen, out / "training.png")

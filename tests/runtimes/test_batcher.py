@@ -1,5 +1,6 @@
 """Generations in threads that share recompute calls: each result is the one that it gets alone."""
 
+import gc
 import threading
 import time
 from collections import Counter
@@ -101,19 +102,20 @@ def test_every_result_is_the_one_that_a_request_gets_alone(
 
 
 def test_requests_share_every_call_once_they_are_known(engines: rc.Compiled) -> None:
-    """The first call is held until the three others wait for it, which then run together; then all four do."""
+    """The first call is held until the three others wait: whoever is behind at the end, one call is of one, one of three, two are of all."""
     counted, sizes = counting(engines)
     (variant,), is_first = counted.variants, threading.Event()
     recompute = variant.engines["recompute"]
 
     def held(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         is_first.set()
-        while len(lane._waiting) < 3:
+        latest = time.monotonic() + 60
+        while len(lane._waiting) < 3 and time.monotonic() < latest:
             time.sleep(0.001)
         return recompute(inputs)
 
     variants = (replace(variant, engines={**variant.engines, "recompute": held}),)
-    batched = replace(counted, engines=replace(counted.engines, variants=variants)).batcher(max_wait_ms=3_600_000)
+    batched = replace(counted, engines=replace(counted.engines, variants=variants)).batcher(max_wait_ms=60_000)
     (lane,) = batched.shared._lanes  # type: ignore[union-attr]
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(generate, batched, Request(0, 9, 3))]
@@ -201,3 +203,43 @@ def test_bounds_that_make_no_sense_are_refused(bounds: dict[str, Any], message: 
 def test_engines_for_one_request_are_refused(eager: rc.Compiled) -> None:
     with pytest.raises(DispatchError, match=r"for one request at a time; compile with batching=True \(--batching\)"):
         eager.batcher()
+
+
+def test_abandoned_and_interrupted_generations_are_forgotten(engines: rc.Compiled) -> None:
+    batched = engines.batcher(max_wait_ms=1)
+    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    for seed in range(3):
+        generate(batched, Request(seed, 6, 6, until=3))
+    gc.collect()
+    assert len(lane._coming) == 0
+    run = batched.dispatcher(6, num_steps=6)
+    run(step=0, **loop_inputs(0, flux_inputs()))
+    assert len(lane._coming) == 1
+    run.reset()
+    assert len(lane._coming) == 0
+
+
+def test_branches_are_one_member(engines: rc.Compiled) -> None:
+    """While the second branch of the last recompute step is to come, the generation is not over."""
+    batched = engines.batcher(max_wait_ms=1)
+    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    run, coming = batched.dispatcher(2, num_steps=4), []
+    for step in range(4):
+        for branch in ("cond", "uncond"):
+            run(step=step, branch=branch, **loop_inputs(step, flux_inputs()))
+            coming.append(len(lane._coming))
+    assert coming == [1, 1, 1, 1, 1, 0, 0, 0]
+
+
+def test_branches_of_other_shapes_wait_in_other_lanes(flux: torch.nn.Module) -> None:
+    first, second = flux_inputs(), flux_inputs()
+    second["encoder_hidden_states"], second["txt_ids"] = torch.randn(1, 4, 24), torch.zeros(4, 3)
+    options = {"budgets": (2,), "num_steps": 4, "runtime": "eager", "policy": "uniform", "batching": True}
+    batched = rc.compile(flux, [first, second], **options).batcher(max_wait_ms=1)
+    one, other = batched.shared._lanes  # type: ignore[union-attr]
+    run, coming = batched.dispatcher(2), []
+    for step in range(4):
+        for branch, inputs in (("cond", first), ("uncond", second)):
+            run(step=step, branch=branch, **loop_inputs(step, inputs))
+            coming.append((len(one._coming), len(other._coming)))
+    assert coming == [(1, 0), (0, 1), (0, 1), (0, 1), (0, 1), (0, 0), (0, 0), (0, 0)]
