@@ -13,8 +13,9 @@ from torch import nn
 from recache_compile.capture.adapters import ATTENTION_KWARGS, STRENGTH, strength_of
 from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text, under_processors
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import DispatchError, MismatchError, ModelError
+from recache_compile.errors import DispatchError, MismatchError, ModelError, ScheduleError
 from recache_compile.ir.plan import Plan
+from recache_compile.ir.schedule import budget_of
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.adapters import FOLLOWED, adapters_of, changing, notice, patch_of
@@ -89,12 +90,16 @@ class CompiledTransformer(nn.Module):
 
     @budget.setter
     def budget(self, budget: float) -> None:
-        self._budget = self._checked(budget)
-
-    def _known(self, budget: float) -> int | float:
-        """A budget that there is a plan for."""
         if self._dispatcher is None:
-            self._compiled.planner.plan(budget)
+            self._compiled.planner.check(budget)
+        self._budget = budget
+
+    def _checked(self, budget: float) -> int | float:
+        """A budget of one call; whether there is a plan for it depends on its loop."""
+        try:
+            budget_of(budget, 1)
+        except ScheduleError as error:
+            raise DispatchError(str(error)) from error
         return budget
 
     def plan_for(self, scheduler: Any, budget: float | None = None) -> Plan:

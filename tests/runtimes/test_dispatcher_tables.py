@@ -39,10 +39,10 @@ class Mapped(nn.Module):
 
 
 class OneRow(Mapped):
-    """A convolution cannot be mapped over a free number of rows."""
+    """A convolution whose padding is a word cannot be mapped over a free number of rows."""
 
     def embed(self, timestep: Tensor) -> Tensor:
-        return functional.conv1d(super().embed(timestep)[:, None], self.kernel, padding=1)[:, 0]
+        return functional.conv1d(super().embed(timestep)[:, None], self.kernel, padding="same")[:, 0]
 
 
 def inputs(step: int, **changes: Any) -> dict[str, Any]:
