@@ -144,3 +144,15 @@ def test_a_missing_triton_is_named_before_anything_is_captured(monkeypatch: pyte
     told: list[str] = []
     assert get_runtime("auto", told.append, device=torch.device("cuda")).name != "inductor"
     assert "the package triton" in told[0]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "mem_efficient", "math", "cudnn"])
+def test_switches_of_attention_are_facts_of_lowering(kernel: str) -> None:
+    cpu, switch = torch.device("cpu"), getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
+    before, was = Inductor().lowering_facts(cpu), getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+    switch(not was)
+    try:
+        assert Inductor().lowering_facts(cpu) != before
+    finally:
+        switch(was)
+    assert Inductor().lowering_facts(cpu) == before
