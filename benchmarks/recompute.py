@@ -34,7 +34,6 @@ from recache_compile.ir.cost import count_macs
 from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import Program
 from recache_compile.passes.ops import aten, packet
-from recache_compile.runtimes.base import lower
 from recache_compile.runtimes.inductor import Inductor
 from recache_compile.support.machine import machine
 
@@ -101,7 +100,9 @@ def measure(model: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]
     program, kind = compiled.variants[0].programs["recompute"], getattr(torch, dtype)
     given = [torch.rand(value.shape).to(value.dtype) for value in program.inputs]  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:  # of all programs this one alone is lowered
-        engine = lower(program, Inductor(), compiled.weights, CPU, Path(folder), 0)
+        files = [Path(folder) / "recompute.pt2"]
+        Inductor().lower(program, CPU, files)
+        engine = Inductor().load(program, files, program.weights, CPU)
     square = torch.randn(SQUARE, SQUARE).to(kind)
     calls: dict[str, Call] = {
         "step": lambda: engine(given),

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from recache_compile.capture.compat import FakeTensorMode, detect_fake_mode
+from recache_compile.capture.compat import FakeTensorMode, on_values
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import number_nodes, result_of, set_result, tensor_of
 from recache_compile.ir.program import PassRecord, Program
@@ -111,7 +110,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, name: str | None = None) -> f
     """Insert an operator call at the graph's insertion point, with its value's metadata."""
     node = graph.create_node("call_function", target, args, name=name)
     fakes = fx.node.map_arg(args, tensor_of)
-    with detect_fake_mode(fakes) or torch.no_grad():
+    with on_values(fakes):
         set_result(node, target(*fakes))
     return node
 

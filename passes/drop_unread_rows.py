@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from recache_compile.capture.compat import detect_fake_mode
+from recache_compile.capture.compat import on_values
+from recache_compile.errors import PassError
 from recache_compile.ir.meta import result_of, set_result, tensor_of
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import MATMULS, aten, packet, remove_dead_code
@@ -60,7 +60,7 @@ class Change:
 
     def make(self, graph: fx.Graph, kept: dict[fx.Node, Rows]) -> None:
         """Rewrite the call; `kept` tells what other values have become."""
-        node = self.node
+        node, before = self.node, _shapes(self.node)
         if self.is_part:
             source, rows = self.reads[0]
             assert rows is not None
@@ -71,6 +71,10 @@ class Change:
         else:
             self._read_less(graph, kept)
         _trace_again(node)
+        if self.rows is not None:
+            before = [(*shape[: self.rows.dim], self.rows.count, *shape[self.rows.dim + 1 :]) for shape in before]
+        if _shapes(node) != before:
+            raise PassError(f"node {node.name} would make {_shapes(node)} instead of {before}")
 
     def _read_less(self, graph: fx.Graph, kept: dict[fx.Node, Rows]) -> None:
         node, rows = self.node, self.rows
@@ -163,8 +167,12 @@ def _only(graph: fx.Graph, node: fx.Node, rows: Rows | None, kept: dict[fx.Node,
     return call(graph, aten.slice.Tensor, node, rows.dim, start, start + rows.count)
 
 
+def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    return [tuple(value.shape) for value in pytree.tree_leaves(result_of(node))]
+
+
 def _trace_again(node: fx.Node) -> None:
     """Set the value of a call whose arguments have changed."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), result_of)
-    with detect_fake_mode(args) or torch.no_grad():
+    with on_values(args):
         set_result(node, node.target(*args, **kwargs))  # type: ignore[operator]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from recache_compile.capture.compat import detect_fake_mode
+from recache_compile.capture.compat import on_values
 from recache_compile.capture.export import export_module, flatten
 from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of, values_of
 from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
@@ -88,7 +88,7 @@ def drop_unit_dimensions(graph: fx.Graph) -> None:
         reshape.args = (reshape.args[0], [shape[at] for at in kept])
         permuted = [kept.index(at) for at in order if at in kept]
         permute.args = (reshape, permuted)
-        with detect_fake_mode(dense) or torch.no_grad():
+        with on_values(dense):
             set_result(reshape, dense.reshape([dense.shape[at] for at in kept]))
             set_result(permute, tensor_of(reshape).permute(permuted))
             for copied in copies:

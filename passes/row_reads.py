@@ -162,6 +162,16 @@ def _named_reshape(node: fx.Node, rows: Rows) -> Reads | None:
     return None if dim <= rows.dim < dim + len(sizes) else given
 
 
+def _squeeze(node: fx.Node, rows: Rows) -> Reads | None:
+    """The same; the dimension itself would go where only one of its rows is left."""
+    given = _reshape(node, rows)
+    if given is None or rows.count > 1:
+        return given
+    dims = arguments_of(node).get("dim", range(tensor_of(arguments(node)[0]).dim()))
+    gone = [_dim(node, dim) for dim in ([dims] if isinstance(dims, int) else dims)]
+    return None if any(read is not None and read.dim in gone for read in given) else given
+
+
 def _permute(node: fx.Node, rows: Rows) -> Reads:
     dims: Any = node.args[1]
     return [rows.at(_dim(node, dims[rows.dim]))]
@@ -192,8 +202,10 @@ def _stack(node: fx.Node, rows: Rows) -> Reads | None:
     return None if rows.dim == dim else [rows.at(rows.dim - (rows.dim > dim))] * len(arguments(node))
 
 
-def _cat(node: fx.Node, rows: Rows) -> Reads:
+def _cat(node: fx.Node, rows: Rows) -> Reads | None:
     pieces = arguments(node)
+    if any(tensor_of(piece).dim() != tensor_of(node).dim() for piece in pieces):
+        return None  # an empty piece may have any rank
     if rows.dim != _dim(node, arguments_of(node)["dim"]):
         return [rows] * len(pieces)
     found, offset = [], 0
@@ -214,7 +226,8 @@ RULES: dict[object, Callable[[fx.Node, Rows], Reads | None]] = {
     aten.mean: _mean,
     aten.scaled_dot_product_attention: _attention,
     aten.reshape: _reshape,
-    **dict.fromkeys((aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze), _named_reshape),
+    **dict.fromkeys((aten.flatten, aten.unflatten, aten.unsqueeze), _named_reshape),
+    aten.squeeze: _squeeze,
     aten.permute: _permute,
     aten.transpose: _transpose,
     aten.expand: _expand,

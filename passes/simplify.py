@@ -66,9 +66,11 @@ def join_parts(graph: fx.Graph) -> bool:
 
 def _whole(cat: fx.Node) -> fx.Node | None:
     """The value whose parts a call joins, all of them and in order."""
-    dim = arguments_of(cat)["dim"] % tensor_of(cat).dim()
-    source, end = None, 0
+    rank = tensor_of(cat).dim()
+    dim, source, end = arguments_of(cat)["dim"] % rank, None, 0
     for piece in arguments(cat):
+        if tensor_of(piece).dim() != rank:
+            return None  # an empty piece may have any
         part = part_of(piece) or (piece, Rows(dim, 0, tensor_of(piece).shape[dim]))
         if source not in (None, part[0]) or (part[1].dim, part[1].start) != (dim, end):
             return None

@@ -27,6 +27,9 @@ from recache_compile.support.machine import compiled_instruction_sets, instructi
 CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
 """What the compiler for CPUs does not do by itself, and what would not be right for others."""
 
+ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+"""Kernels of attention that can be switched off, on CPUs by the same switches."""
+
 
 class InductorEngine(Engine):
     """A package that was loaded.
@@ -92,6 +95,7 @@ class Inductor(Runtime):
             "precision": torch.get_float32_matmul_precision(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "onednn": torch.backends.mkldnn.enabled,
+            "attention": [getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in ATTENTION],
         }
         return {
             **self.build_requirements(device),

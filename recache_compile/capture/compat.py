@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -96,6 +97,16 @@ def uncompiled(module: Any) -> Any:
 def progress_bar_of(pipeline: Any) -> dict[str, Any]:
     """How a pipeline of diffusers shows its progress, to be set again afterwards."""
     return dict(getattr(pipeline, "_progress_bar_config", {}))
+
+
+@contextlib.contextmanager
+def on_values(values: Any) -> Iterator[None]:
+    """Call operators on values of a graph, in the mode of those among them that have no memory.
+
+    Some operators are made of others in C++, which torch 2.11 refuses where a size is free: their Python versions do.
+    """
+    with detect_fake_mode(values) or torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
 from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
-from recache_compile.compiler.side_by_side import Helpers
+from recache_compile.compiler.side_by_side import PROGRAMS, Helpers
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError
@@ -63,7 +63,7 @@ def build_engines(
     check_same_model([captured for _, captured in captures], annotated)
     log.info(describe_sites(annotated[0]))
     keep = tempfile.TemporaryDirectory(prefix="recache-")
-    lowering = Lowering(backend, Path(keep.name), Helpers(backend, examples[0].device))
+    lowering = Lowering(backend, Path(keep.name), Helpers(backend, examples[0].device, PROGRAMS + config.batching))
     with contextlib.closing(lowering.helpers):
         variants = tuple(
             build_variant(example, captured, program, config, lowering)

@@ -5,6 +5,7 @@ Neither holds a weight's value, so that every fine-tune of a model has the same.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from recache_compile.ir.serialize import program_from_json, program_to_json
 from recache_compile.runtimes.base import Runtime
 from recache_compile.support.disk_cache import keep_entry, read_entry
 from recache_compile.support.machine import compiling_facts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,13 @@ def read_split(key: str | None, captured: Program, device: torch.device) -> Spli
     parts = None if key is None else read_entry(key)
     if parts is None:
         return None
-    macs, *texts = (part.decode() for part in parts)
-    programs = [program_from_json(text, captured.weights, device) for text in texts]
-    return Split({program.name: program for program in programs}, int(macs))
+    try:
+        macs, *texts = (part.decode() for part in parts)
+        programs = [program_from_json(text, captured.weights, device) for text in texts]
+        return Split({program.name: program for program in programs}, int(macs))
+    except (ArtifactError, ValueError, IndexError, RuntimeError) as error:  # whatever else has been kept there
+        log.info("programs in the cache are not used: %s", error)
+        return None
 
 
 def keep_split(key: str | None, captured: Program, split: Split) -> None:

@@ -26,7 +26,13 @@ from recache_compile.runtimes.base import Runtime
 log = logging.getLogger(__name__)
 
 PROGRAMS = 3
-"""Of a model: prologue, recompute, forecast."""
+"""Of a model: prologue, recompute, forecast; with `batching` one more, the recompute of several requests."""
+
+LONGEST_SECONDS = 1800
+"""For one program; a helper that takes longer is taken to hang, and is ended."""
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that this package is imported from."""
 
 HELPER = "recache_compile.compiler.helper"
 
@@ -75,15 +81,17 @@ class Helpers:
     Args:
         runtime: lowers programs.
         device: to lower for.
+        programs: how many a model is expected to have.
     """
 
     runtime: Runtime
     device: torch.device
+    programs: int = PROGRAMS
     _processes: list["subprocess.Popen[bytes]"] = field(default_factory=list, init=False)
 
     def start(self) -> None:
         """Let them load their libraries, and let the runtime look at the machine, while there is no program yet."""
-        helpers = min(torch.get_num_threads(), PROGRAMS) - 1
+        helpers = min(torch.get_num_threads(), self.programs) - 1
         if self._processes or not helpers or not sys.executable or not self.runtime.lowers_apart(self.device):
             return
         with contextlib.suppress(OSError):  # there is no room for another process
@@ -126,12 +134,7 @@ class Helpers:
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                assert stream is not None
-                with contextlib.suppress(OSError):
-                    stream.close()
+            _end(process)
         self._processes.clear()
 
 
@@ -142,17 +145,35 @@ def _next(waiting: deque[Job]) -> Job | None:
 
 
 def _started(runtime: Runtime) -> "subprocess.Popen[bytes]":
-    """A helper, which imports what this process can import."""
-    path = os.pathsep.join(place or str(Path.cwd()) for place in sys.path)
+    """A helper, which imports what this process can import, but nothing from the folder that the user is in."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", HELPER],  # nothing from the folder that the user is in
+        [sys.executable, "-P", "-m", HELPER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_places())},
     )
-    _send(process, runtime)
+    try:
+        _send(process, runtime)
+    except BaseException:
+        _end(process)
+        raise
     return process
+
+
+def _places() -> list[str]:
+    """Where a helper looks for modules; in the folder that the user is in only where that is this package's own."""
+    here = Path.cwd()
+    return [place or str(here) for place in sys.path if here == ROOT or Path(place).resolve() != here]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def _send(process: "subprocess.Popen[bytes]", what: Runtime | Order) -> None:
@@ -168,14 +189,19 @@ def _order(job: Job, runtime: Runtime, facts: Mapping[str, str] | None) -> Order
 
 
 def _ask(process: "subprocess.Popen[bytes]", job: Job, runtime: Runtime, facts: Mapping[str, str] | None) -> bool:
-    """Whether a helper has lowered a program."""
+    """Whether a helper has lowered a program; one that hangs is ended."""
     assert process.stdout is not None
+    limit = threading.Timer(LONGEST_SECONDS, process.kill)
+    limit.daemon = True
+    limit.start()
     try:
         _send(process, _order(job, runtime, facts))
         answer = process.stdout.read(1)
     except Exception as error:  # noqa: BLE001  # it has died, or what this process has set cannot be sent
         log.debug("no other process can lower %s: %s", job.program.name, error)
         return False
+    finally:
+        limit.cancel()
     return answer == b"1"
 
 

@@ -1,12 +1,13 @@
 """What can be made again, kept on the user's disk: whole entries only, and the longest unused go first.
 
-programs/KEY            one entry: a line with its hash and the sizes of its parts, then the parts
+programs/KEY            one entry: a line with the hash of the rest, one with the sizes of its parts, then the parts
 schedules/KEY-K.json    recompute steps that the default policy has found, and what it has looked at
 verified/KEY.json       files of artifacts that were found whole
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -73,33 +74,48 @@ def read_entry(key: str) -> tuple[bytes, ...] | None:
         return None
     try:
         file = private_folder(PROGRAMS) / key
-        head, _, rest = file.read_bytes().partition(b"\n")
-        facts = json.loads(head)
-        if hashlib.sha256(rest).hexdigest() != facts["sha256"]:
-            raise ValueError("its hash differs")
+        parts = _parts_of(file.read_bytes())
         os.utime(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ArtifactError) as error:
+    except (OSError, ValueError, ArtifactError) as error:
         log.info("the cache is not used: %s", error)
         return None
-    ends = [sum(facts["sizes"][: number + 1]) for number in range(len(facts["sizes"]))]
-    return tuple(rest[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    return parts
 
 
 def keep_entry(key: str, parts: Sequence[bytes]) -> None:
     """Keep an entry, and remove the longest unused ones beyond the limit; a disk that refuses is done without."""
-    limit, rest = cache_limit(), b"".join(parts)
-    if len(rest) > limit:
+    limit = cache_limit()
+    if sum(map(len, parts)) > limit:
         return
-    facts = {"sha256": hashlib.sha256(rest).hexdigest(), "sizes": [len(part) for part in parts]}
+    text = b"\n".join([json.dumps([len(part) for part in parts]).encode(), b"".join(parts)])
     try:
         folder = private_folder(PROGRAMS)
         with writing(folder / key) as partial:
-            partial.write_bytes(json.dumps(facts).encode() + b"\n" + rest)
+            partial.write_bytes(_hash(text) + b"\n" + text)
         _remove_beyond(limit, folder)
     except (OSError, ArtifactError) as error:
         log.info("not kept in the cache: %s", error)
+
+
+def _parts_of(entry: bytes) -> tuple[bytes, ...]:
+    """What was kept; `ValueError` where anything of it has changed since."""
+    expected, _, text = entry.partition(b"\n")
+    if _hash(text) != expected:
+        raise ValueError("an entry's hash differs")
+    head, _, rest = text.partition(b"\n")
+    sizes = json.loads(head)
+    if not isinstance(sizes, list) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError("an entry's sizes are none")
+    if sum(sizes) != len(rest):
+        raise ValueError("an entry's parts do not fill it")
+    ends = list(itertools.accumulate(sizes))
+    return tuple(rest[start:end] for start, end in zip([0, *ends], ends, strict=False))
+
+
+def _hash(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def _remove_beyond(limit: int, folder: Path) -> None:

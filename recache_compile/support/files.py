@@ -1,9 +1,11 @@
 """Where output goes: checked before the work begins, replaced only by something whole."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,8 @@ def cache_folder() -> Path:
 def private_folder(name: str) -> Path:
     """A folder of the cache that only this user can write to, made where it is missing: what lies there may be code.
 
+    Those who can do without the cache catch the error; that others may write to it is also warned of, once.
+
     Raises:
         ArtifactError: others may write to it, or it cannot be made.
     """
@@ -72,5 +76,12 @@ def private_folder(name: str) -> Path:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = each.stat()
         if found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise ArtifactError(f"{each}: others may write to this cache; chmod go-w {each}, or set RECACHE_CACHE")
+            message = f"{each}: others may write to this cache; chmod -R go-w {folder.parent}, or set RECACHE_CACHE"
+            _warn_once(message)
+            raise ArtifactError(message)
     return folder
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"the cache is not used: {message}", stacklevel=3)

@@ -14,7 +14,7 @@ import torch
 from recache_compile._version import __version__
 
 PACKAGES = (
-    *("torch", "diffusers", "transformers", "onnxruntime", "tensorrt-rtx", "cache-dit"),
+    *("torch", "triton", "diffusers", "transformers", "onnxruntime", "tensorrt-rtx", "cache-dit"),
     *("numpy", "torchmetrics", "lpips", "open_clip_torch", "torch-fidelity", "vbench"),
 )
 

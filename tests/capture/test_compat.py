@@ -23,6 +23,7 @@ from recache_compile.capture.compat import (
     is_offloaded,
     is_operator,
     is_traced,
+    on_values,
     outside_of_the_trace,
     progress_bar_of,
     uncompiled,
@@ -87,6 +88,16 @@ def test_traced_tensors_are_told_from_real_ones() -> None:
     seen = []
     torch.vmap(lambda row: seen.append(is_traced(row)) or row)(torch.ones(2, 3))
     assert seen == [True]
+
+
+def test_operators_are_called_on_values_with_free_sizes() -> None:
+    free = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(nn.Linear(4, 5), (torch.ones(3, 2, 4),), dynamic_shapes=free, strict=False)
+    weight, _, value = (node.meta["val"] for node in program.graph.find_nodes(op="placeholder"))
+    with on_values([weight, value]):
+        made = torch.ops.aten.linear.default(value, weight)
+    assert made.shape == (*value.shape[:2], 5)
+    assert detect_fake_mode(made) is detect_fake_mode(value)
 
 
 def test_values_are_computed_in_the_middle_of_a_trace() -> None:

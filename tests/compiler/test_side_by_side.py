@@ -1,6 +1,8 @@
 """Several processes lower the programs of one model; what one cannot do is done in this process."""
 
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,47 @@ def test_what_another_process_cannot_do_is_done_in_this_one(
     runtime = Written(owner=os.getpid(), elsewhere=elsewhere)  # type: ignore[arg-type]
     assert set(lowered_by(programs, runtime, tmp_path).values()) == {os.getpid()}
     assert sorted(LOWERED) == sorted(programs)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_another_process_does_not_finish_is_done_in_this_one(
+    programs: dict[str, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "LONGEST_SECONDS", 0.2)
+    runtime = Written(owner=os.getpid(), elsewhere="hangs")
+    assert set(lowered_by(programs, runtime, tmp_path).values()) == {os.getpid()}
+
+
+def test_a_process_that_cannot_be_told_its_runtime_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[subprocess.Popen[bytes]] = []
+
+    def fail(process: "subprocess.Popen[bytes]", what: object) -> None:
+        told.append(process)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(side_by_side, "_send", fail)
+    with pytest.raises(BrokenPipeError):
+        side_by_side._started(Written())
+    assert told[0].returncode is not None
+
+
+def test_helpers_import_nothing_from_the_folder_that_the_user_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), ".", str(side_by_side.ROOT), "elsewhere"])
+    assert side_by_side._places() == [str(side_by_side.ROOT), "elsewhere"]
+
+
+def test_as_many_programs_are_expected_as_there_are(
+    programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RECACHE_CACHE", str(tmp_path))
+    asked: list[Helpers] = []
+    monkeypatch.setattr(Helpers, "start", lambda self: asked.append(self))
+    compiled = compile_flux(tiny_flux(), batching=True)
+    assert {helpers.programs for helpers in asked} == {len(compiled.variants[0].programs)}
+    assert len(programs) == side_by_side.PROGRAMS
 
 
 @pytest.mark.usefixtures("two_threads")

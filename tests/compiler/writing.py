@@ -33,7 +33,7 @@ class Written(Runtime):
     capturable = False
     facts: Mapping[str, str] = field(default_factory=dict)
     owner: int = 0
-    elsewhere: Literal["written", "dies", "fails", "differs"] = "written"
+    elsewhere: Literal["written", "dies", "hangs", "fails", "differs"] = "written"
 
     @override
     def files(self, variant: int, program: str) -> tuple[str, ...]:
@@ -59,6 +59,8 @@ class Written(Runtime):
             time.sleep(0.5)  # the others get their share
         elif self.owner and self.elsewhere == "dies":
             os._exit(3)
+        elif self.owner and self.elsewhere == "hangs":
+            time.sleep(600)
         elif self.owner and self.elsewhere == "fails":
             raise RuntimeError("not here")
         files[0].write_text(program_to_json(program), encoding="utf-8")

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recache_compile.errors import PassError
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.program import Granularity, Program
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.drop_unread_rows import DropUnreadRows
 from recache_compile.passes.ops import CACHE_POINT, packet
+from recache_compile.passes.row_reads import RULES
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from tests.conftest import flux_inputs, tiny_flux
@@ -178,6 +180,37 @@ def test_what_needs_all_rows_gets_all(stop: Through) -> None:
     before, after, modified = dropped(forward)
     assert not modified
     assert show(after) == show(before)
+
+
+SQUEEZES: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda value: value.squeeze(1)[:, 2:],
+    "batch and tokens": lambda value: value.squeeze((0, 1))[2:],
+    "everything": lambda value: value.squeeze()[2:],
+}
+
+
+@pytest.mark.parametrize("squeeze", SQUEEZES.values(), ids=SQUEEZES)
+def test_a_dimension_of_which_one_row_is_left_is_not_squeezed(squeeze: Callable[[Tensor], Tensor]) -> None:
+    assert not dropped(lambda self, hidden, timestep, context: squeeze(self.linear(hidden)))[2]
+
+
+def test_one_row_is_left_where_another_dimension_is_squeezed() -> None:
+    _, after, modified = dropped(lambda self, hidden, timestep, context: self.linear(hidden).squeeze(0)[2:])
+    assert modified
+    assert rows_of_products(after) == [1]
+
+
+def test_empty_pieces_of_another_rank_stop() -> None:
+    def forward(self: Formula, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(0), self.linear(hidden)], 1)[:, 1:]
+
+    assert not dropped(forward)[2]
+
+
+def test_a_call_that_makes_other_rows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, aten.squeeze, RULES[aten.unsqueeze])
+    with pytest.raises(PassError, match=r"drop-unread-rows.*node squeeze would make \[\(1, 4\)\] instead of"):
+        dropped(lambda self, hidden, timestep, context: self.linear(hidden).squeeze(1)[:, 2:])
 
 
 def test_two_readers_get_what_both_read() -> None:

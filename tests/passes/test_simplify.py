@@ -231,8 +231,9 @@ def test_parts_that_are_joined_again_are_the_whole(cut: Callable[[Tensor], Tenso
         lambda value: torch.cat([value[:, :1], value[:, 1:], value], 1),
         lambda value: torch.cat([value[:, :1], value.sin()[:, 1:]], 1),
         lambda value: torch.cat([value[..., :3], value[..., 1:]], 1),
+        lambda value: torch.cat([torch.zeros(0), value], 1),
     ],
-    ids=["swapped", "a gap", "twice", "more", "of two", "another dimension"],
+    ids=["swapped", "a gap", "twice", "more", "of two", "another dimension", "an empty one of another rank"],
 )
 def test_other_parts_are_joined(cut: Callable[[Tensor], Tensor]) -> None:
     _, result = simplified(lambda self, hidden, timestep, context: cut(hidden.cos()).sin())

@@ -11,7 +11,6 @@ import recache_compile as rc
 from recache_compile.capture.capture import capture
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.runtimes import inductor
-from recache_compile.runtimes.base import lower
 from recache_compile.runtimes.inductor import Inductor, first_complaint, with_parameters
 from recache_compile.runtimes.registry import get_runtime
 from tests.compiler.test_build import relative_error
@@ -81,8 +80,10 @@ class Copies(TorchDispatchMode):
 def test_the_compiler_copies_no_weight(tmp_path: Path) -> None:
     module = Small()
     program = capture(module, {"sample": torch.ones(2, 16)}).program
+    cpu, files = torch.device("cpu"), [tmp_path / "program.pt2"]
     with Copies() as copies:
-        engine = lower(program, Inductor(), program.weights, torch.device("cpu"), tmp_path, 0)
+        Inductor().lower(program, cpu, files)
+        engine = Inductor().load(program, files, program.weights, cpu)
     assert max(copies.made, default=0) < min(weight.nbytes for weight in module.parameters() if weight.dim() == 2)
     torch.testing.assert_close(engine([torch.ones(2, 16)])[0], module(torch.ones(2, 16)))
 
@@ -144,3 +145,15 @@ def test_a_missing_triton_is_named_before_anything_is_captured(monkeypatch: pyte
     told: list[str] = []
     assert get_runtime("auto", told.append, device=torch.device("cuda")).name != "inductor"
     assert "the package triton" in told[0]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "mem_efficient", "math", "cudnn"])
+def test_switches_of_attention_are_facts_of_lowering(kernel: str) -> None:
+    cpu, switch = torch.device("cpu"), getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
+    before, was = Inductor().lowering_facts(cpu), getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+    switch(not was)
+    try:
+        assert Inductor().lowering_facts(cpu) != before
+    finally:
+        switch(was)
+    assert Inductor().lowering_facts(cpu) == before

@@ -1,7 +1,9 @@
 """The cache on disk: whole entries only, bounded, never trusted where others may write."""
 
+import hashlib
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,21 @@ def test_a_damaged_entry_is_none(size: int, programs: Path) -> None:
     assert read_entry("key") is None
 
 
+def test_an_entry_with_altered_sizes_is_none(programs: Path) -> None:
+    keep_entry("key", PARTS)
+    whole = (programs / "key").read_bytes()
+    (programs / "key").write_bytes(whole.replace(b"[3, 0, 9]", b"[2, 1, 9]"))
+    assert read_entry("key") is None
+
+
+@pytest.mark.parametrize("sizes", [b"", b"3", b"{}", b'["3"]', b"[null]", b"[1.5, 1.5]", b"[-1, 4]", b"[2]", b"[4]"])
+def test_sizes_that_do_not_fit_are_none(sizes: bytes, programs: Path) -> None:
+    keep_entry("key", (b"abc",))
+    text = sizes + b"\nabc"
+    (programs / "key").write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    assert read_entry("key") is None
+
+
 @pytest.mark.parametrize("folder", [".", ".."])
 def test_what_others_may_write_to_is_neither_read_nor_written(folder: str, programs: Path) -> None:
     keep_entry("key", PARTS)
@@ -53,6 +70,16 @@ def test_what_others_may_write_to_is_neither_read_nor_written(folder: str, progr
     assert read_entry("key") is None
     keep_entry("other", PARTS)
     assert {file.name for file in programs.iterdir()} == {"key"}
+
+
+def test_a_cache_that_others_may_write_to_is_warned_of_once(programs: Path) -> None:
+    keep_entry("key", PARTS)
+    programs.parent.chmod(0o775)
+    with pytest.warns(UserWarning, match=f"cache is not used: .*chmod -R go-w {programs.parent}, or set RECACHE_CACHE"):
+        read_entry("key")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_entry("key")
 
 
 def test_what_somebody_else_owns_is_not_read(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
