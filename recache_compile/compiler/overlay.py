@@ -7,13 +7,13 @@ back to them is exact.
 """
 
 import contextlib
-import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from recache_compile.compiler.turns import Turns
 from recache_compile.errors import ModelError
 from recache_compile.runtimes.base import Engine
 
@@ -51,51 +51,32 @@ class Overlay:
     """The weights that some engines read in the place of their own, and who is reading."""
 
     def __init__(self) -> None:
-        self._key: Hashable = None
         self._made: dict[str, Tensor] = {}
         self._told: dict[str, Tensor] = {}
-        self._readers = 0
-        self._turn = threading.Condition()
+        self._all_know = True
+        self._turns = Turns()
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """What engines read in the place of their own weights, by name."""
         return dict(self._told)
 
-    @contextlib.contextmanager
-    def reading(self, key: Hashable, lay: Callable[[], None]) -> Iterator[None]:
-        """Weights stay those of this key meanwhile.
+    def reading(self, key: Hashable, lay: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """Weights stay those of this key meanwhile; see `Turns`.
 
         Args:
             key: None for the engines' own.
             lay: changes them to those of the key.
         """
-        with self._turn:
-            while self._key != key and self._readers:
-                self._turn.wait()
-            if self._key != key:
-                self._key = object()  # nobody's, should it fail
-                lay()
-                self._key = key
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._readers -= 1
-                self._turn.notify_all()
+        return self._turns.reading(key, lay)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """Nobody else reads meanwhile."""
-        with self._turn:
-            while self._readers:
-                self._turn.wait()
-            yield
+        return self._turns.alone()
 
     def forget(self) -> None:
         """The engines' own weights have changed: what was made from them is stale."""
-        self._key = self._key if self._key is None else object()
+        self._turns.forget()
 
     def lay(self, patch: Patch, own: Mapping[str, Tensor], engines: Iterable[Engine], device: torch.device) -> None:
         """Let engines read what a patch says, and their own weights beside.
@@ -130,11 +111,17 @@ class Overlay:
 
     def _tell(self, instead: dict[str, Tensor], own: Mapping[str, Tensor], engines: Iterable[Engine]) -> None:
         """Tell engines where their weights are, unless they know."""
-        if instead.keys() == self._told.keys() and all(self._told[name] is tensor for name, tensor in instead.items()):
+        told, self._told = self._told, {**instead}
+        if (
+            self._all_know
+            and instead.keys() == told.keys()
+            and all(told[name] is each for name, each in instead.items())
+        ):
             return
+        self._all_know = False  # some, should it fail
         for engine in engines:
             engine.use({**own, **instead})
-        self._told = instead
+        self._all_know = True
 
 
 _NONE = torch.empty(0)

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,8 +26,13 @@ READING = ("get_active_adapters", "get_list_adapters")
 _EXPANDING = "_maybe_expand_transformer_param_shape_or_error_"
 """Method of FLUX's pipelines that makes layers wider where those of an adapter are, and is called before any change."""
 
+_FILES = "lora_state_dict"
+"""Method of pipelines that downloads adapters, reads them, and changes nothing."""
+
 _NORMS = "_load_norm_into_transformer"
 """Method of theirs that replaces the weights of norms."""
+
+_NOTHING = object()
 
 
 def compiled_transformers(pipeline: Any) -> dict[str, CompiledTransformer]:
@@ -56,15 +62,45 @@ def adapting(name: str, method: Any) -> Any:
             return method(self, *args, **kwargs)
         if name in READING:
             return method(view_with(self, {part: each.original for part, each in installed.items()}), *args, **kwargs)
-        with _changed(self, name, installed) as view:
-            return method(view, *args, **kwargs)
+        view = _with_originals(self, name, installed)
+        before = dict(vars(view))
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> None:
+                stack.enter_context(_changed(view, name, installed))
+
+            if _reads_files(method):
+                _begin_after_files(view, begin)
+            else:
+                begin()
+            result = method(view, *args, **kwargs)
+        changed = {part: value for part, value in vars(view).items() if value is not before.get(part, _NOTHING)}
+        vars(self).update({part: value for part, value in changed.items() if part != "_internal_dict"})
+        return result
 
     return adapt
 
 
-@contextlib.contextmanager
-def _changed(pipeline: Any, method: str, installed: Mapping[str, CompiledTransformer]) -> Iterator[Any]:
-    """The pipeline with its own transformers, whose adapters are changed inside; engines follow, or nothing changes."""
+def _reads_files(method: Any) -> bool:
+    """Whether a method of pipelines reads files before it changes anything, as those of `diffusers` do."""
+    return _FILES in inspect.unwrap(method).__code__.co_names
+
+
+def _begin_after_files(view: Any, begin: Callable[[], None]) -> None:
+    """Let a change begin once a pipeline has read its files: generations go on during a download."""
+    read = getattr(view, _FILES)
+
+    def read_and_begin(*args: Any, **kwargs: Any) -> Any:
+        del vars(view)[_FILES]
+        found = read(*args, **kwargs)
+        begin()
+        return found
+
+    vars(view)[_FILES] = read_and_begin
+
+
+def _with_originals(pipeline: Any, method: str, installed: Mapping[str, CompiledTransformer]) -> Any:
+    """The pipeline with its own transformers."""
     originals: dict[str, nn.Module] = {}
     for name, each in installed.items():
         if each.original is None:
@@ -77,6 +113,13 @@ def _changed(pipeline: Any, method: str, installed: Mapping[str, CompiledTransfo
         _check_not_offloaded(pipeline)
     view = view_with(pipeline, originals)
     vars(view).update({_EXPANDING: _refuse_wider, _NORMS: _refuse_norms} if hasattr(view, _EXPANDING) else {})
+    return view
+
+
+@contextlib.contextmanager
+def _changed(view: Any, method: str, installed: Mapping[str, CompiledTransformer]) -> Iterator[None]:
+    """Inside, the adapters of a pipeline's own transformers are changed; engines follow, or nothing changes."""
+    originals = [getattr(view, name) for name in installed]
     parts = [part for name in view._lora_loadable_modules if isinstance(part := getattr(view, name, None), nn.Module)]
 
     def follow() -> None:
@@ -86,10 +129,8 @@ def _changed(pipeline: Any, method: str, installed: Mapping[str, CompiledTransfo
     with contextlib.ExitStack() as stack:
         for each in sorted(installed.values(), key=lambda each: id(each.compiled.engines)):
             stack.enter_context(each.compiled.engines.alone())
-        stack.enter_context(changing(originals.values(), parts, method == "fuse_lora", follow))
-        yield view
-    kept = {*originals, "_internal_dict", _EXPANDING, _NORMS}
-    vars(pipeline).update({name: value for name, value in vars(view).items() if name not in kept})
+        stack.enter_context(changing(originals, parts, method == "fuse_lora", follow))
+        yield
 
 
 def _check_not_offloaded(pipeline: Any) -> None:

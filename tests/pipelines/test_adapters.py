@@ -4,12 +4,14 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict
@@ -20,6 +22,7 @@ from recache_compile.capture.adapters import merge
 from recache_compile.compiler.lowering import Lowering
 from recache_compile.errors import CaptureError, MismatchError, ModelError
 from recache_compile.pipelines.adapters import adapters_of
+from recache_compile.pipelines.lora import _reads_files
 from recache_compile.pipelines.transformer import CompiledTransformer
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, timesteps, tiny_flux
 from tests.families import BUDGET, DIFFERENT, EXACT, STEPS, TINY, error, family
@@ -413,6 +416,42 @@ def test_another_size_falls_back_with_the_adapters(loras: dict[tuple[str, str], 
         load(each, loras["flux", "a"], "a")
     with pytest.warns(UserWarning, match="running the original transformer"):
         assert torch.equal(draw(pipeline, call, STEPS), draw(plain, call, STEPS))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_generations_go_on_while_an_adapter_is_read(
+    fails: bool, loras: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they change on the pipeline stays."""
+    pipeline, call = family("flux").pipeline(), TINY["flux"].call(0)
+    base, read = draw(pipeline, call, STEPS), type(pipeline).lora_state_dict
+    seen: list[Tensor] = []
+
+    def generate_and_read(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(draw, pipeline, call, STEPS).result(120))
+        pipeline.note = "kept"
+        if fails:
+            raise OSError("no network")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline), "lora_state_dict", staticmethod(generate_and_read), raising=False)
+    if fails:
+        with pytest.raises(OSError, match="no network"):
+            load(pipeline, loras["flux", "a"], "a")
+    else:
+        load(pipeline, loras["flux", "a"], "a")
+    assert torch.equal(seen[0], base)
+    assert pipeline.note == "kept"
+    assert "lora_state_dict" not in vars(pipeline)
+    assert pipeline.get_list_adapters() == ({} if fails else {"transformer": ["a"]})
+    changed = error(draw(pipeline, call, STEPS), base)
+    assert changed == 0 if fails else changed >= DIFFERENT
+
+
+def test_methods_that_read_files_are_known() -> None:
+    assert [_reads_files(getattr(FluxPipeline, name)) for name in ("load_lora_weights", "fuse_lora")] == [True, False]
+    assert not _reads_files(lambda self: self.load_lora_weights())
 
 
 def test_offloaded_pipelines_load_no_adapters(loras: dict[tuple[str, str], Path]) -> None:

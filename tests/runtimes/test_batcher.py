@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import recache_compile as rc
+from recache_compile.compiler.overlay import Change, Patch
 from recache_compile.errors import DispatchError
 from recache_compile.ir.program import REQUESTS
 from recache_compile.runtimes.base import Engine
@@ -243,3 +244,45 @@ def test_branches_of_other_shapes_wait_in_other_lanes(flux: torch.nn.Module) -> 
             run(step=step, branch=branch, **loop_inputs(step, inputs))
             coming.append((len(one._coming), len(other._coming)))
     assert coming == [(1, 0), (0, 1), (0, 1), (0, 1), (0, 1), (0, 0), (0, 0), (0, 0)]
+
+
+def test_requests_with_other_weights_take_turns_and_all_are_served(engines: rc.Compiled) -> None:
+    """Calls wait in a lane while others wait for the weights, and somebody changes them in between."""
+    shared, name = engines.engines, "proj_out.weight"
+
+    def patch(factor: float) -> Callable[[], Patch]:
+        def write(base: Any, out: Any) -> None:
+            torch.mul(base[name], factor, out=out[name])
+
+        return lambda: Patch(changes=(Change({name: None}, write),))
+
+    def draw(compiled: rc.Compiled, seed: int, factor: float) -> list[Tensor]:
+        with torch.no_grad():
+            run, results = compiled.dispatcher(4), []
+            for step in range(12):
+                with shared.reading(factor, patch(factor)):
+                    results.append(run(step=step, **loop_inputs(step, flux_inputs(seed)))[0].clone())
+            return results
+
+    jobs = [(seed, 1.0 + seed % 2) for seed in range(4)]
+    expected = [draw(engines, *job) for job in jobs]
+    batched, start = engines.batcher(max_batch=4, max_wait_ms=1), threading.Barrier(5)
+
+    def drawn(job: tuple[int, float]) -> list[Tensor]:
+        start.wait()
+        return draw(batched, *job)
+
+    def change() -> None:
+        start.wait()
+        for _ in range(5):
+            with shared.alone():
+                shared.overlay.forget()
+
+    with ThreadPoolExecutor(5) as pool:
+        changes = pool.submit(change)
+        found = [future.result(120) for future in [pool.submit(drawn, job) for job in jobs]]
+        changes.result(120)
+    with shared.reading():
+        assert shared.overlay.weights == {}
+    for one, other in zip(found, expected, strict=True):
+        assert max(map(relative_error, one, other)) <= SAME
