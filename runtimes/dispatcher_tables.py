@@ -136,7 +136,7 @@ class Tables:
         if not self._timesteps_match(step, tensors) and not stale:
             for key in [key for key in self._rows if key[0] == step]:
                 del self._rows[key]
-            steps = [each for each in steps if not self.has_rows(each)]
+            steps = [each for each in steps if each == step or not self.has_rows(each)]
         elif not stale and self.has_rows(step):
             return True
         try:
