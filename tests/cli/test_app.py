@@ -253,7 +253,7 @@ def test_a_compiler_that_fails_is_refused(tmp_path: Path) -> None:
         [*command, "--runtime", "inductor"], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode != 0
-    assert "runtime inductor: the compiler failed on prologue" in result.stderr.splitlines()[-1]
+    assert "runtime inductor: the compiler failed on " in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

@@ -211,12 +211,18 @@ def test_a_policy_of_other_budgets_is_not_replaced(own: Path) -> None:
     assert files(own) == before
 
 
-def test_the_policy_answers_for_its_number_of_steps_only(trained: Path, tmp_path: Path) -> None:
+def test_the_policy_answers_for_its_number_of_steps_and_is_carried_over_to_others(
+    trained: Path, tmp_path: Path
+) -> None:
     options = ("--budgets", "3,4", "--output", tmp_path / "schedules.png")
     facts = json.loads(run("schedules", trained, "--steps", 8, *options, "--json").stdout)
     (schedules,) = facts["policies"].values()
     assert schedules == json.loads((trained / "policy.json").read_text())["schedules"]
-    check_refused(run("schedules", trained, "--steps", 9, *options), "trained for 8 steps, not 9; train one for 9")
+    assert len(json.loads((trained / "policy.json").read_text())["levels"]) == 8
+    with pytest.warns(UserWarning, match="trained for 8 steps, its schedule is carried over to 9"):
+        facts = json.loads(run("schedules", trained, "--steps", 9, *options, "--json").stdout)
+    (carried,) = facts["policies"].values()
+    assert [len(carried[budget]) for budget in ("3", "4")] == [3, 4]
 
 
 @pytest.mark.slow
