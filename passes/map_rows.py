@@ -122,6 +122,11 @@ def _(
         in_dims = (*in_dims[:3], None if in_dims[3] is None else 0)
     tensors = [query, key, value] if mask is None else [query, key, value, mask]
     query, key, value, *rest = _rows_first(tensors, in_dims[: len(tensors)])
+    if query.dim() == key.dim() == value.dim() == 5:  # kernels take four dimensions
+        wide = [query, key, value, *(each.expand(*query.shape[:2], *each.shape[2:]) for each in rest)]
+        flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in wide]
+        result = functional.scaled_dot_product_attention(*flat, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return result.reshape(*query.shape[:2], *result.shape[1:]), 0
     return functional.scaled_dot_product_attention(
         query, key, value, rest[0] if rest else None, is_causal=causal, scale=scale, enable_gqa=grouped
     ), 0

@@ -45,6 +45,7 @@ def out_of_memory(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("where", ["capture.trace", "passes.prologue"])
 def test_a_model_that_runs_out_of_memory_is_not_called_untraceable(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECACHE_CACHE_SIZE", "0")
     monkeypatch.setattr(f"recache_compile.{where}.export_module", out_of_memory)
     with pytest.raises(RuntimeUnavailableError, match=r"^out of memory: CUDA out of memory"):
         rc.compile(tiny_flux(), flux_inputs(), budgets=(2,), num_steps=4, runtime="eager")

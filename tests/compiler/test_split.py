@@ -29,6 +29,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["copies"] += 1
         return copied(module)
 
+    monkeypatch.setenv("RECACHE_CACHE_SIZE", "0")
     monkeypatch.setattr(torch.export, "export", counting_export)
     monkeypatch.setattr(base, "copy_module", counting_copy)
     return counts

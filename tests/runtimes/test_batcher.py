@@ -286,3 +286,18 @@ def test_requests_with_other_weights_take_turns_and_all_are_served(engines: rc.C
         assert shared.overlay.weights == {}
     for one, other in zip(found, expected, strict=True):
         assert max(map(relative_error, one, other)) <= SAME
+
+
+@pytest.mark.slow
+def test_the_compiled_program_for_several_requests_gives_what_that_for_one_does(flux: torch.nn.Module) -> None:
+    (variant,) = compile_flux(flux, runtime="inductor", batching=True).variants
+    generator = torch.Generator().manual_seed(0)
+    for number in (2, 5):
+        given = [
+            torch.randn([number, *value.shape], generator=generator) for value in variant.programs["recompute"].inputs
+        ]
+        results = variant.engines[REQUESTS](given)
+        for row in range(number):
+            alone = variant.engines["recompute"]([value[row].contiguous() for value in given])
+            for ours, expected in zip(results, alone, strict=True):
+                assert relative_error(ours[row], expected) <= SAME
