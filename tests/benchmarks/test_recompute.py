@@ -1,6 +1,7 @@
 """The benchmark of a recompute step's parts runs; no time is asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from math import prod
@@ -32,7 +33,8 @@ def test_a_step_is_taken_apart(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     options = ("--models", "flux-small", "--dtypes", "float32", "--threads", "1", "--rounds", "2", "--json", str(file))
     command = [sys.executable, "benchmarks/recompute.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    wide = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     (line,) = json.loads(file.read_text())["lines"]
     assert line["step"] == pytest.approx(line["products"] + line["attention"] + line["rest"])
