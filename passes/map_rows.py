@@ -124,8 +124,10 @@ def _(
     query, key, value, *rest = _rows_first(tensors, in_dims[: len(tensors)])
     if query.dim() == key.dim() == value.dim() == 5:  # kernels take four dimensions
         wide = [query, key, value, *(each.expand(*query.shape[:2], *each.shape[2:]) for each in rest)]
-        flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in wide]
-        result = functional.scaled_dot_product_attention(*flat, is_causal=causal, scale=scale, enable_gqa=grouped)
+        q, k, v, *masks = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in wide]
+        result = functional.scaled_dot_product_attention(
+            q, k, v, masks[0] if masks else None, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
         return result.reshape(*query.shape[:2], *result.shape[1:]), 0
     return functional.scaled_dot_product_attention(
         query, key, value, rest[0] if rest else None, is_causal=causal, scale=scale, enable_gqa=grouped
