@@ -120,9 +120,9 @@ def rows_read(graph: fx.Graph) -> Demands:
         if node.op == "output":
             found.update(dict.fromkeys(node.all_input_nodes))
         elif node in found and node.op == "call_function":
-            if _reads(node, found[node]) is None:
-                found[node] = None
-            for argument, rows in _reads(node, found[node]) or ():
+            if (reads := _reads(node, found[node])) is None:
+                found[node], reads = None, _reads(node, None)
+            for argument, rows in reads or ():
                 if rows is None or rows.count:
                     found[argument] = _joined(argument, rows, found.get(argument, rows))
     return found

@@ -122,16 +122,14 @@ def _(
         in_dims = (*in_dims[:3], None if in_dims[3] is None else 0)
     tensors = [query, key, value] if mask is None else [query, key, value, mask]
     query, key, value, *rest = _rows_first(tensors, in_dims[: len(tensors)])
-    if query.dim() == key.dim() == value.dim() == 5:  # kernels take four dimensions
-        wide = [query, key, value, *(each.expand(*query.shape[:2], *each.shape[2:]) for each in rest)]
-        q, k, v, *masks = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in wide]
-        result = functional.scaled_dot_product_attention(
-            q, k, v, masks[0] if masks else None, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-        return result.reshape(*query.shape[:2], *result.shape[1:]), 0
-    return functional.scaled_dot_product_attention(
+    rows = query.shape[:2] if query.dim() == key.dim() == value.dim() == 5 else None
+    if rows is not None:  # kernels take four dimensions
+        wide = [query, key, value, *(each.expand(*rows, *each.shape[2:]) for each in rest)]
+        query, key, value, *rest = [tensor.flatten(0, 1) for tensor in wide]
+    result = functional.scaled_dot_product_attention(
         query, key, value, rest[0] if rest else None, is_causal=causal, scale=scale, enable_gqa=grouped
-    ), 0
+    )
+    return (result if rows is None else result.reshape(*rows, *result.shape[1:])), 0
 
 
 @torch.library.custom_op("recache::index_select", mutates_args=())
@@ -160,8 +158,7 @@ def _(info: Any, in_dims: Any, value: Tensor, dim: int, index: Tensor) -> tuple[
     return moved[rows, index].movedim(1, dim + 1), 0
 
 
-@torch.library.custom_op("recache::convolution", mutates_args=())
-def convolution(
+def _convolve(
     value: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,36 +171,16 @@ def convolution(
     return torch.convolution(value, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-@convolution.register_fake
-def _(
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    return torch.convolution(value, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+convolution = torch.library.custom_op("recache::convolution", _convolve, mutates_args=())
+convolution.register_fake(_convolve)
 
 
 @convolution.register_vmap
-def _(
-    info: Any,
-    in_dims: Any,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: Any, value: Tensor, weight: Tensor, bias: Tensor | None, *sizes: Any) -> tuple[Tensor, int]:
     assert in_dims[1:3] == (None, None), "the kernel is shared by the rows"
     moved = value.movedim(in_dims[0], 0)
-    flat = moved.reshape(moved.shape[0] * moved.shape[1], *moved.shape[2:])
-    result = torch.convolution(flat, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
-    return result.reshape(moved.shape[0], moved.shape[1], *result.shape[1:]), 0
+    result = _convolve(moved.flatten(0, 1), weight, bias, *sizes)
+    return result.reshape(*moved.shape[:2], *result.shape[1:]), 0
 
 
 @torch.library.custom_op("recache::slice_scatter", mutates_args=())
@@ -270,8 +247,7 @@ def use_free_row_rules(graph: fx.Graph) -> None:
 
 def _writes_all(node: fx.Node) -> bool:
     """Whether a copy has the type of what is copied."""
-    source = tensor_of(node.args[1])  # type: ignore[arg-type]
-    made = tensor_of(node)
+    source, made = tensor_of(node.args[1]), tensor_of(node)  # type: ignore[arg-type]
     return bool(source.shape == made.shape and source.dtype == made.dtype)
 
 

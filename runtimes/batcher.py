@@ -25,11 +25,11 @@ class Member(Observer):
     """A dispatcher, as the others see it.
 
     Args:
-        recompute_steps: of its plan.
+        last_step: the last recompute step of its plan.
         is_late: whether it did not come when the others waited for it; it is not waited for until it comes.
     """
 
-    recompute_steps: tuple[int, ...]
+    last_step: int
     is_late: bool = False
     _last: "Lane | None" = None
     _expected: "Lane | None" = None
@@ -51,8 +51,7 @@ class Member(Observer):
         if record.step != self._step:
             self._step, self._usual, self._branches = record.step, len(self._branches), set()
         self._branches.add((record.branch, record.kind))
-        has_more = any(step > record.step for step in self.recompute_steps)
-        is_coming = has_more or len(self._branches) < self._usual
+        is_coming = record.step < self.last_step or len(self._branches) < self._usual
         self._expect(self._after.get(self._last, self._last) if is_coming else None)
 
     def leave(self) -> None:
@@ -116,7 +115,7 @@ class Lane:
     """
 
     def __init__(self, one: Engine, many: Engine, max_batch: int, patience: float) -> None:
-        self._one, self._many, self._max_batch, self._patience = one, many, max_batch, patience
+        self.one, self._many, self._max_batch, self._patience = one, many, max_batch, patience
         self._changed = threading.Condition()
         self._waiting: list[Call] = []
         self._coming: WeakSet[Member] = WeakSet()
@@ -175,7 +174,7 @@ class Lane:
     def _execute(self, together: Sequence[Call]) -> None:
         try:
             if len(together) == 1:
-                results = self._one(together[0].inputs)
+                results = self.one(together[0].inputs)
             else:
                 columns = zip(*(call.inputs for call in together), strict=True)
                 results = self._many([torch.stack(column) for column in columns])
@@ -198,7 +197,6 @@ class SharedEngine(Engine):
 
     lane: Lane
     member: Member
-    one: Engine
 
     @override
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -206,7 +204,7 @@ class SharedEngine(Engine):
 
     @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
-        self.one.use(weights)
+        self.lane.one.use(weights)
 
 
 class SharingDispatcher(Dispatcher):
@@ -273,14 +271,9 @@ class Batcher:
         self, plan: Plan, signature: Signature, revision: Revision, observers: Sequence[Observer] = ()
     ) -> Dispatcher:
         """A dispatcher under a plan, for one generation after another, each in one thread."""
-        member = Member(plan.schedule.recompute_steps)
+        member = Member(plan.schedule.recompute_steps[-1])
         variants = [
-            replace(
-                variant,
-                engines={
-                    **variant.engines, "recompute": SharedEngine(lane, member, variant.engines["recompute"])
-                },
-            )
+            replace(variant, engines={**variant.engines, "recompute": SharedEngine(lane, member)})
             for variant, lane in zip(self.variants, self._lanes, strict=True)
-        ]  # fmt: skip
+        ]
         return SharingDispatcher(member, plan, variants, signature, revision, observers)

@@ -52,7 +52,8 @@ class Timetable:
         """
         if not given.numel() or step >= len(self.timesteps):
             return None
-        largest, exact = given.max(), given.cpu().max()
+        largest = given.max()
+        exact = largest.cpu()
         known = self.scaled(given)
         if given.is_floating_point():
             share = self.timesteps.to(given.dtype) / self.num_train_timesteps
@@ -95,11 +96,10 @@ class Tables:
         self.follow(plan)
         names = variant.names(Kind.TIMESTEP)
         self._conditioned = variant.names(Kind.CONDITIONING)
+        known = {name: each[start:] for name, each in variant.timesteps.items() if len(each) - start == len(plan.steps)}
         self._timesteps: dict[str, list[Tensor | None]] = {
-            name: list(known[start:]) if len(known := variant.timesteps.get(name, ())) - start == len(plan.steps)
-            else [None] * len(plan.steps)
-            for name in names
-        }  # fmt: skip
+            name: list(known[name]) if name in known else [None] * len(plan.steps) for name in names
+        }
         self._conditioning: dict[str, TensorSnapshot] = {}
         self._fixed: dict[tuple[str | None, str | None], Tensor] = {}
         self._rows: dict[tuple[int, str | None, str | None], Tensor] = {}

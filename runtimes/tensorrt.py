@@ -28,6 +28,8 @@ from recache_compile.support.devices import on_device
 from recache_compile.support.files import writing
 
 MAX_REQUESTS = 16
+"""Requests that a recompute call can serve."""
+
 MAX_ROWS = 1000
 """Rows that a prologue can make in one call: the longest loop."""
 

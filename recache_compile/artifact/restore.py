@@ -70,18 +70,16 @@ def restore(
                 macs=facts.macs,
             )
         )
-    stored = manifest.forecaster
+    description, stored = manifest.description, manifest.forecaster
     forecaster = get_forecaster(stored.name, stored.order, stored.gram or None)
     plans = {
         budget: Plan(Schedule(plan.recompute_steps, len(plan.steps)), plan.steps, forecaster)
         for budget, plan in manifest.plans.items()
     }
-    check_plans(plans, variants, manifest.description.config.num_steps)
-    engines = Engines(manifest.description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
-    length = manifest.description.config.num_steps
-    levels = manifest.description.levels if len(manifest.description.levels) == length else ()
-    policy, calibration = restore_policy(manifest.asks, folder, length)
-    planner = Planner(plans, forecaster, engines.num_sites, levels, policy, calibration)
+    check_plans(plans, variants, description.config.num_steps)
+    engines = Engines(description, manifest.signature, tuple(variants), weights, folder, manifest.requirements)
+    asked = restore_policy(manifest.asks, folder, description.config.num_steps)
+    planner = Planner(plans, forecaster, engines.num_sites, description.levels, *asked)
     return Compiled(engines, planner, manifest.policy)
 
 

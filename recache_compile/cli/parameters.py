@@ -41,6 +41,16 @@ class Budgets(click.ParamType):  # type: ignore[type-arg]
         return value if isinstance(value, tuple) else tuple(map(_budget, str(value).split(",")))
 
 
+BUDGETS = click.option(
+    "--budgets",
+    type=Budgets(),
+    default="5,10,15",
+    show_default=True,
+    help="Recompute steps k, or shares of all steps: 20%.",
+)
+"""Of the commands that only look at schedules."""
+
+
 class Budget(click.ParamType):  # type: ignore[type-arg]
     """One of them."""
 

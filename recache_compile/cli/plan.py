@@ -7,18 +7,12 @@ from typing import Any
 import click
 
 from recache_compile.cli.console import PAGE, showing_stages
-from recache_compile.cli.parameters import Budgets, JsonObject
+from recache_compile.cli.parameters import BUDGETS, JsonObject
 
 
 @click.command("plan")
 @click.argument("model")
-@click.option(
-    "--budgets",
-    type=Budgets(),
-    default="5,10,15",
-    show_default=True,
-    help="Recompute steps k, or shares of all steps: 20%.",
-)
+@BUDGETS
 @click.option(
     "--steps", type=click.IntRange(1), help="Denoising steps T.  [default: the usual number of a known model, else 50]"
 )

@@ -6,18 +6,12 @@ from pathlib import Path
 import click
 
 from recache_compile.cli.console import PAGE, say, showing_stages
-from recache_compile.cli.parameters import Budgets
+from recache_compile.cli.parameters import BUDGETS
 
 
 @click.command("schedules")
 @click.argument("policies", metavar="POLICY...", nargs=-1, required=True)
-@click.option(
-    "--budgets",
-    type=Budgets(),
-    default="5,10,15",
-    show_default=True,
-    help="Recompute steps k, or shares of all steps: 20%.",
-)
+@BUDGETS
 @click.option("--steps", default=50, show_default=True, help="Denoising steps T.")
 @click.option("--forecaster", default="taylor", show_default=True, help="As for compile.")
 @click.option("--order", default=1, show_default=True, help="The forecaster's order.")

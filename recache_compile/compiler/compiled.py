@@ -138,8 +138,8 @@ class Engines:
             self._check(plan)
         config = replace(self.config, num_steps=lengths.pop())
         engines = self if config == self.config else replace(self, description=replace(self.description, config=config))
-        levels = self.description.levels if len(self.description.levels) == config.num_steps else ()
-        return Compiled(engines, Planner(plans, forecaster, self.num_sites, levels, asks, calibration), policy)
+        planner = Planner(plans, forecaster, self.num_sites, self.description.levels, asks, calibration)
+        return Compiled(engines, planner, policy)
 
     def uncached(self) -> "Compiled":
         """What recomputes every step."""

@@ -50,16 +50,17 @@ class Lowering:
 def lower(jobs: Sequence[Job], runtime: Runtime, device: torch.device, helpers: Helpers) -> None:
     """Write the engines of programs, or copy those that were made before."""
     missing: dict[Job, str | None] = {}
+    facts = runtime.lowering_facts(device)
     for job in jobs:
         for file in job.files:
             file.parent.mkdir(parents=True, exist_ok=True)
-        key = engine_key(job.program, runtime, device)
+        key = engine_key(job.program, runtime, device, facts)
         if not read_engine(key, job.files):
             missing[job] = key
     if found := [job.program.name for job in jobs if job not in missing]:
         log.info("from the cache: %s", ", ".join(found))
     if missing:
         log.info("lowering %s to %s", ", ".join(job.program.name for job in missing), runtime.name)
-    helpers.lower([*missing], lambda job: runtime.lower(job.program, device, job.files))
+    helpers.lower([*missing], facts, lambda job: runtime.lower(job.program, device, job.files))
     for job, key in missing.items():
         keep_engine(key, job.files)

@@ -32,7 +32,7 @@ class Planner:
         plans: those that were made beforehand, by budget; all of one length.
         forecaster: fills the cached steps.
         num_sites: number of cache sites.
-        levels: noise level of every step of their loop, where known.
+        levels: noise level of every step of their loop, where known; those of another loop are none.
         policy: asked for other budgets; None: there are none.
         calibration: of the model, for policies that look at one.
     """
@@ -46,6 +46,10 @@ class Planner:
     _schedules: dict[int, Schedule] = field(default_factory=dict, init=False)
     _made: dict[tuple[int, int, tuple[float, ...]], Plan] = field(default_factory=dict, init=False)
     _making: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != self.num_steps:
+            object.__setattr__(self, "levels", ())
 
     @property
     def num_steps(self) -> int:
@@ -65,7 +69,7 @@ class Planner:
         """
         steps = self.num_steps if num_steps is None else num_steps
         try:
-            number = self._number(budget, steps)
+            number = budget_of(budget, steps)
             if steps == self.num_steps and number in self.plans:
                 return self.plans[number]
             key = (number, steps, () if steps == self.num_steps else tuple(levels))
@@ -90,14 +94,7 @@ class Planner:
         if self.calibration is None:
             self.plan(budget)
         else:
-            self._number(budget, self.num_steps)
-
-    @staticmethod
-    def _number(budget: float, num_steps: int) -> int:
-        try:
-            return budget_of(budget, num_steps)
-        except ScheduleError as error:
-            raise DispatchError(str(error)) from error
+            check_form(budget)
 
     def _schedule(self, budget: int, num_steps: int, levels: Levels) -> Schedule:
         if budget == num_steps:
@@ -128,3 +125,11 @@ class Planner:
         if num_steps == self.num_steps or not isinstance(self.forecaster, Fitted):
             return self.forecaster
         return self.forecaster.interpolated(interpolation(self.num_steps, num_steps, self.levels, levels))
+
+
+def check_form(budget: float) -> None:
+    """Raise `DispatchError` unless it can be a budget, in whatever loop."""
+    try:
+        budget_of(budget, 1)
+    except ScheduleError as error:
+        raise DispatchError(str(error)) from error

@@ -74,9 +74,15 @@ def keep_split(key: str | None, captured: Program, split: Split) -> None:
         keep_entry(key, [text.encode() for text in (str(split.macs), *map(program_to_json, programs))])
 
 
-def engine_key(program: Program, runtime: Runtime, device: torch.device) -> str | None:
-    """What an engine follows from, as a hash; None where its runtime has none that can be kept."""
-    facts = runtime.lowering_facts(device)
+def engine_key(program: Program, runtime: Runtime, device: torch.device, facts: Mapping[str, str] | None) -> str | None:
+    """What an engine follows from, as a hash; None where its runtime has none that can be kept.
+
+    Args:
+        program: that is lowered.
+        runtime: that lowers it.
+        device: to lower for.
+        facts: the runtime's `lowering_facts` of that device.
+    """
     if facts is None:
         return None
     own = {"program": program_to_json(program), "runtime": repr(runtime), "device": str(device), "facts": facts}

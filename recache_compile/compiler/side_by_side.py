@@ -99,18 +99,18 @@ class Helpers:
                 self._processes.append(_started(self.runtime))
         self.runtime.prepare()
 
-    def lower(self, jobs: Sequence[Job], lower_here: Callable[[Job], None]) -> None:
+    def lower(self, jobs: Sequence[Job], facts: Mapping[str, str] | None, lower_here: Callable[[Job], None]) -> None:
         """Lower all programs, the largest first, some of them here.
 
         Args:
             jobs: what is to be lowered.
+            facts: the runtime's `lowering_facts`, which must be those of the other processes.
             lower_here: does it in this process.
         """
         if len(jobs) > 1:
             self.start()
         waiting = deque(sorted(jobs, key=lambda job: -job.program.num_calls))
         left: list[Job] = []
-        facts = self.runtime.lowering_facts(self.device) if self._processes else None
 
         def serve(process: "subprocess.Popen[bytes]") -> None:
             while (job := _next(waiting)) is not None:

@@ -13,9 +13,9 @@ from torch import nn
 from recache_compile.capture.adapters import ATTENTION_KWARGS, STRENGTH, strength_of
 from recache_compile.capture.processors import PROCESSORS, processors_of, processors_text, under_processors
 from recache_compile.compiler.compiled import Compiled
-from recache_compile.errors import DispatchError, MismatchError, ModelError, ScheduleError
+from recache_compile.compiler.planner import check_form
+from recache_compile.errors import DispatchError, MismatchError, ModelError
 from recache_compile.ir.plan import Plan
-from recache_compile.ir.schedule import budget_of
 from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.adapters import FOLLOWED, adapters_of, changing, notice, patch_of
@@ -94,19 +94,12 @@ class CompiledTransformer(nn.Module):
             self._compiled.planner.check(budget)
         self._budget = budget
 
-    def _checked(self, budget: float) -> int | float:
-        """A budget of one call; whether there is a plan for it depends on its loop."""
-        try:
-            budget_of(budget, 1)
-        except ScheduleError as error:
-            raise DispatchError(str(error)) from error
-        return budget
+    def plan_for(self, scheduler: Any) -> Plan:
+        """The plan of the loop that a scheduler's timesteps are set for, under the usual budget."""
+        return self._plan(Timetable.of(scheduler, loop_length(scheduler)), self._budget)
 
-    def plan_for(self, scheduler: Any, budget: float | None = None) -> Plan:
-        """The plan of the loop that a scheduler's timesteps are set for, by default under the usual budget."""
-        steps = loop_length(scheduler)
-        levels = Timetable.of(scheduler, steps).levels
-        return self._compiled.planner.plan(self._budget if budget is None else budget, steps, levels)
+    def _plan(self, timetable: Timetable, budget: float) -> Plan:
+        return self._compiled.planner.plan(budget, len(timetable.timesteps), timetable.levels)
 
     def knows(self, budget: float) -> bool:
         """Whether there is a plan for a budget in a loop of the usual length."""
@@ -288,8 +281,10 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: there is no plan for the budget.
         """
-        chosen = self._wanted.get().get(id(self), self._budget) if budget is None else self._checked(budget)
-        with self._generations.begin(pipeline, chosen, self._new_steps(), self._processors):
+        if budget is None:
+            budget = self._wanted.get().get(id(self), self._budget)
+        check_form(budget)  # whether there is a plan for it depends on the loop
+        with self._generations.begin(pipeline, budget, self._new_steps(), self._processors):
             yield
 
     @contextlib.contextmanager
@@ -299,7 +294,9 @@ class CompiledTransformer(nn.Module):
         Raises:
             DispatchError: there is no plan for the budget.
         """
-        wanted = {} if budget is None else {id(self): self._checked(budget)}
+        if budget is not None:
+            check_form(budget)
+        wanted = {} if budget is None else {id(self): budget}
         token = self._wanted.set({**self._wanted.get(), **wanted})
         try:
             yield
@@ -362,13 +359,14 @@ class CompiledTransformer(nn.Module):
     def _begin(self, generation: Generation) -> Dispatcher:
         """What runs a generation whose first call has come: its loop has as many steps as its scheduler says."""
         scheduler, steps = generation.pipeline.scheduler, generation.steps.num_steps
+        timetable = Timetable.of(scheduler, steps)
         if (fixed := self._dispatcher) is None:
-            dispatcher = self._generations.follow(generation, self.plan_for(scheduler, generation.budget))
+            dispatcher = self._generations.follow(generation, self._plan(timetable, generation.budget))
         elif len(fixed.plan.steps) != steps:
             raise MismatchError(remedy_for_length(scheduler, len(fixed.plan.steps)))
         else:
             dispatcher = generation.dispatcher = fixed
-        dispatcher.reset(start=None, timetable=Timetable.of(scheduler, steps))
+        dispatcher.reset(start=None, timetable=timetable)
         generation.branches = Branches()
         return dispatcher
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,6 +64,11 @@ def _of_processor(fact: str) -> str:
 
 def versions() -> dict[str, str]:
     """Of what takes part."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> Mapping[str, str]:
     found = {"recache-compile": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

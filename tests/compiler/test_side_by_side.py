@@ -41,7 +41,7 @@ def lowered_by(programs: dict[str, Program], runtime: Written, folder: Path) -> 
     jobs = [Job(each, [folder / f"{name}.txt", folder / f"{name}.process"]) for name, each in programs.items()]
     helpers = Helpers(runtime, CPU)
     try:
-        helpers.lower(jobs, lambda job: runtime.lower(job.program, CPU, job.files))
+        helpers.lower(jobs, runtime.lowering_facts(CPU), lambda job: runtime.lower(job.program, CPU, job.files))
     finally:
         helpers.close()
     assert [job.files[0].read_text() for job in jobs] == [*map(program_to_json, programs.values())]
@@ -127,6 +127,7 @@ def test_no_process_is_started_where_torch_has_one_thread(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.delattr(side_by_side, "_started")
     lowered_by(programs, Written(owner=os.getpid()), tmp_path)
+    assert sorted(LOWERED) == sorted(programs)
 
 
 @pytest.mark.slow
