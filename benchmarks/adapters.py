@@ -7,8 +7,6 @@ attention's layers or on all linear ones.  Nothing is compiled: a change writes 
 median, the processor's time (all threads together) a minimum of one process.
 """
 
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 
 import click
 import torch
+from apart import conditions, write
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from rich.console import Console
@@ -25,7 +24,6 @@ from rich.table import Table
 
 import recache_compile as rc
 from recache_compile.pipelines.transformer import CompiledTransformer
-from recache_compile.support.machine import machine
 
 STEPS = 2
 TOKENS = 16
@@ -128,9 +126,7 @@ def main(width: int, rounds: int, threads: int, dtype: str, file: Path | None) -
             f"{each['refit']['processor']:.2f} s",
         )
     Console().print(table)
-    if file:
-        facts = {"date": str(datetime.date.today()), "machine": machine("cpu"), "dtype": dtype, "seconds": found}
-        file.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    write({**conditions(), "dtype": dtype, "seconds": found}, file)
 
 
 if __name__ == "__main__":

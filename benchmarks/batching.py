@@ -8,7 +8,6 @@ results are from those that each request gets alone.  Rounds are interleaved, me
 """
 
 import copy
-import datetime
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from apart import conditions, write
 from torch import Tensor
 
 import recache_compile as rc
@@ -28,7 +28,6 @@ from recache_compile.compiler.compiled import Compiled
 from recache_compile.ir.program import REQUESTS
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.runtimes.base import Engine
-from recache_compile.support.machine import machine
 
 STEPS = (50, 28, 50, 20)
 CAPTIONS = (
@@ -115,8 +114,7 @@ def measure(requests: int, budget: int, rounds: int, runtime: str, max_wait_ms: 
         "lone_latency": medians["one request alone, batcher"] / medians["one request alone"],
         "requests_per_call": shared,
         "largest_error": max(float((ours - alone).abs().max()) for ours, alone in pairs),
-        "machine": machine("cpu"),
-        "date": datetime.date.today().isoformat(),
+        **conditions(),
     }
 
 
@@ -131,10 +129,8 @@ def main(requests: int, budget: int, rounds: int, runtime: str, max_wait_ms: flo
     """Measure and print."""
     with torch.no_grad():
         result = measure(requests, budget, rounds, runtime, max_wait_ms)
-    text = json.dumps(result, indent=1)
-    if output:
-        output.write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
+    write(result, output)
+    click.echo(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ Calls of flux-small, of one and of two guidance branches, under a plan of T = 50
 the cached and of the recompute steps.  What is left out is what engines compute, nothing else.
 """
 
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import click
 import torch
+from apart import conditions, write
 from torch import Tensor
 
 import recache_compile as rc
@@ -25,7 +24,6 @@ from recache_compile.compiler.compiled import Compiled
 from recache_compile.config import CompileConfig
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.runtimes.base import Engine, Variant, new_outputs
-from recache_compile.support.machine import machine
 
 STEPS, BUDGET = 50, 10
 CONDITIONING = ("encoder_hidden_states", "pooled_projections", "guidance")
@@ -93,18 +91,10 @@ def measure(rounds: int) -> dict[str, Any]:
 def main(rounds: int, json_file: Path | None) -> None:
     """Measure; see the file's head."""
     torch.set_num_threads(1)
-    found = {
-        "machine": machine("cpu"),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "steps": STEPS,
-        "budget": BUDGET,
-        "microseconds": measure(rounds),
-    }
+    found = {**conditions(), "steps": STEPS, "budget": BUDGET, "microseconds": measure(rounds)}
     for branches, kinds in found["microseconds"].items():
         click.echo(f"{branches}: " + ", ".join(f"{kind} {value:.1f} us" for kind, value in kinds.items()))
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(found, json_file)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ torch keeps outside of any such cache, are there after the first compilation on 
 lets the first model make them.
 """
 
-import datetime
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from apart import answer_of, conditions, write
 
 STEPS = 50
 TRIES = (("first", (5, 10, 15), "uniform"), ("another policy, same process", (7, 13), "front-loaded"))
@@ -107,20 +105,13 @@ def measure(model: str, started: float, runtime: str, tries: int) -> list[dict[s
 def own_caches(model: str, headers: bool) -> Iterator[Callable[[int, str], list[dict[str, Any]]]]:
     """Processes that share caches which are empty at first."""
     with tempfile.TemporaryDirectory() as place:
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor",
-            "RECACHE_CACHE": f"{place}/recache",
-        }
+        environment = {"TORCHINDUCTOR_CACHE_DIR": f"{place}/inductor", "RECACHE_CACHE": f"{place}/recache"}
         if not headers:
             environment["TMPDIR"] = place  # torch keeps them there
 
         def run(tries: int, runtime: str) -> list[dict[str, Any]]:
             options = ["--runtime", runtime, "--in-this-process", model, str(time.time()), str(tries)]
-            done = subprocess.run(
-                [sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+            return answer_of(__file__, options, environment)  # type: ignore[no-any-return]
 
         yield run
 
@@ -143,18 +134,7 @@ def main(
         model, started, tries = in_this_process
         click.echo(json.dumps(measure(model, float(started), runtime, int(tries))))
         return
-    import torch
-
-    from recache_compile.support.machine import machine
-
-    found: dict[str, Any] = {
-        "machine": machine("cpu"),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "runtime": runtime,
-        "headers": not without_headers,
-        "models": {},
-    }
+    found: dict[str, Any] = {**conditions(), "runtime": runtime, "headers": not without_headers, "models": {}}
     for model in models.split(","):
         with own_caches(model, not without_headers) as run:
             tries = run(len(TRIES), runtime)
@@ -163,8 +143,7 @@ def main(
         for each in tries:
             stages = ", ".join(f"{stage} {taken:.1f}" for stage, taken in each["stages"].items())
             click.echo(f"{model}, {each['try']}: compiled in {each['compile']:.1f} s ({stages})", err=True)
-        if json_file:  # what is measured stays, whatever comes next
-            json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, json_file)
 
 
 if __name__ == "__main__":

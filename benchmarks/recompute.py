@@ -9,12 +9,9 @@ Every line has a process of its own.  On one thread the processor's time is coun
 machine disturbs least; on several it is the clock's.
 """
 
-import datetime
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from apart import answer_of, conditions, write
 from loop import Sizes, build_inputs, build_model, timetable
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +33,6 @@ from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import Program
 from recache_compile.passes.ops import aten, packet
 from recache_compile.runtimes.inductor import Inductor
-from recache_compile.support.machine import machine
 
 CPU = torch.device("cpu")
 STEPS, BUDGET = 4, 2
@@ -137,11 +134,8 @@ def measure(model: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]
 
 def measure_in_own_process(model: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]:
     """The same in a process with its own number of threads."""
-    line = f"{model},{dtype},{threads}"
-    command = [sys.executable, __file__, "--in-this-process", line, "--rounds", str(rounds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    options = ["--in-this-process", f"{model},{dtype},{threads}", "--rounds", str(rounds)]
+    return answer_of(__file__, options, {"OMP_NUM_THREADS": str(threads)})  # type: ignore[no-any-return]
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
@@ -179,16 +173,7 @@ def main(
                 LOG.rule(f"{model}, {dtype}, {number}")
                 lines.append(measure_in_own_process(model, dtype, number, rounds))
     show(lines)
-    if json_file:
-        found = {
-            "machine": machine("cpu"),
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-            "load": round(os.getloadavg()[0], 1),
-            "rounds": rounds,
-            "lines": lines,
-        }
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write({**conditions(), "load": round(os.getloadavg()[0], 1), "rounds": rounds, "lines": lines}, json_file)
 
 
 if __name__ == "__main__":

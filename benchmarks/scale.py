@@ -8,12 +8,8 @@ of Inductor of its own.  Memory is resident memory of that process: C++ compiler
 """
 
 import contextlib
-import datetime
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +19,7 @@ from unittest import mock
 
 import click
 import torch
+from apart import answer_of, conditions, write
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +38,6 @@ from recache_compile.ir.schedule import Schedule
 from recache_compile.runtimes.registry import known_runtime
 from recache_compile.support.disk_cache import limited_to
 from recache_compile.support.log import told
-from recache_compile.support.machine import machine
 
 STEPS, BUDGET = 4, 2
 SCHEDULE = Schedule((0, 2), STEPS)
@@ -190,10 +186,9 @@ def measure_in_own_process(name: str, width: int, runtime: str, rounds: int) -> 
     """The same in a process whose memory and cache are those of this model alone."""
     with tempfile.TemporaryDirectory() as cache:
         options = ["--width", str(width), "--runtime", runtime, "--rounds", str(rounds)]
-        command = [sys.executable, __file__, "--in-this-process", name, *options]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        return answer_of(  # type: ignore[no-any-return]
+            __file__, ["--in-this-process", name, *options], {"TORCHINDUCTOR_CACHE_DIR": cache}
+        )
 
 
 def show(models: dict[str, dict[str, Any]]) -> None:
@@ -239,20 +234,11 @@ def main(
     if in_this_process is not None:
         click.echo(json.dumps(measure(in_this_process, width, runtime, rounds)))
         return
-    found: dict[str, Any] = {
-        "machine": machine("cpu"),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "runtime": runtime,
-        "width": width,
-        "rounds": rounds,
-        "models": {},
-    }
+    found: dict[str, Any] = {**conditions(), "runtime": runtime, "width": width, "rounds": rounds, "models": {}}
     for name in check_names(models):
         LOG.rule(name)
         found["models"][name] = measure_in_own_process(name, width, runtime, rounds)
-        if json_file:  # what is measured stays, whatever comes next
-            json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, json_file)
     show(found["models"])
 
 
