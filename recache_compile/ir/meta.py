@@ -134,6 +134,11 @@ def module_paths(node: fx.Node) -> tuple[str, ...]:
     return tuple(str(path) for path, _ in node.meta.get(_MODULES, {}).values())
 
 
+def set_module_path(node: fx.Node, path: str) -> None:
+    """Name the module that made a node, of which no more is known than its path."""
+    node.meta[_MODULES] = {path: (path, "torch.nn.Module")}
+
+
 def block_of(node: fx.Node, containers: tuple[str, ...] | None = None) -> str | None:
     """Name of the outermost repeated block that made a node ("transformer_blocks.3"), else None.
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.errors import ArtifactError
-from recache_compile.ir.meta import describe_input, describe_outputs, result_of, set_type_text, type_text, value_of
+from recache_compile.ir.meta import (
+    describe_input,
+    describe_outputs,
+    module_paths,
+    result_of,
+    set_module_path,
+    set_type_text,
+    type_text,
+    value_of,
+)
 from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 
@@ -85,6 +94,8 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.dev
             kwargs = {key: _decode(item, nodes, device) for key, item in entry["kwargs"].items()}
             node = graph.create_node("call_function", _target(entry["call"]), tuple(args), kwargs, name=entry["node"])
         set_type_text(node, entry["type"])
+        if "module" in entry:
+            set_module_path(node, str(entry["module"]))
         nodes[entry["node"]] = node
     output = graph.output([_decode(result, nodes, device) for result in data["results"]])
     describe_outputs(output, map(read_value, data["outputs"]))
@@ -96,7 +107,9 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.dev
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
+    paths = module_paths(node)
     described = {"node": node.name, "type": type_of(node)}
+    described |= {"module": paths[-1]} if paths and paths[-1] else {}
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target

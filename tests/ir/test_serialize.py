@@ -7,6 +7,7 @@ import torch
 
 import recache_compile as rc
 from recache_compile.errors import ArtifactError
+from recache_compile.ir.meta import module_paths
 from recache_compile.ir.program import Program
 from recache_compile.ir.serialize import program_from_json, program_to_json
 
@@ -26,6 +27,16 @@ def test_round_trip_runs_the_same(name: str, eager: rc.Compiled) -> None:
 def test_a_program_that_was_read_is_written_as_before(name: str, eager: rc.Compiled) -> None:
     text = program_to_json(eager.variants[0].programs[name])
     assert program_to_json(program_from_json(text, dict(eager.weights), CPU)) == text
+
+
+def test_nodes_that_were_read_know_their_module(eager: rc.Compiled) -> None:
+    """The innermost one: engines of programs from the disk are named as those of the model."""
+    made = eager.variants[0].programs["recompute"]
+    again = program_from_json(program_to_json(made), dict(eager.weights), CPU)
+    calls = [[node for node in each.module.graph.nodes if node.op == "call_function"] for each in (made, again)]
+    paths = [[module_paths(node)[-1:] for node in nodes] for nodes in calls]
+    assert paths[0] == paths[1]
+    assert ("single_transformer_blocks.2.attn",) in paths[1]
 
 
 def minimal(call: str, args: list[object]) -> str:

@@ -46,7 +46,7 @@ def test_inputs_outputs_and_weights_have_the_names_of_the_model(
 def test_nodes_tell_their_module(onnxruntime_artifact: Path) -> None:
     names = [node.name for node in models(onnxruntime_artifact)["recompute"].graph.node]
     assert len(set(names)) == len(names)
-    assert "single_transformer_blocks.1.attn/Softmax_1" in names
+    assert "single_transformer_blocks.2.attn/Softmax_1" in names
 
 
 def test_weights_are_stored_once_beside_all_models(onnxruntime: rc.Compiled, onnxruntime_artifact: Path) -> None:
