@@ -121,7 +121,7 @@ class Inductor(Runtime):
         from torch._inductor.cpu_vec_isa import pick_vec_isa
 
         def look() -> None:
-            with contextlib.suppress(Exception):  # lowering meets the same, and says so
+            with quiet("torch.utils.cpp_extension"), contextlib.suppress(Exception):  # lowering says so, too
                 pick_vec_isa()
 
         threading.Thread(target=look, daemon=True).start()
