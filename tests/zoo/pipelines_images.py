@@ -39,7 +39,7 @@ from tests.zoo.images_n_to_z import (
     QWEN_IMAGE_21,
     Z_IMAGE,
 )
-from tests.zoo.pipelines import PipelineCase
+from tests.zoo.pipelines import ROUNDED, PipelineCase
 from tests.zoo.videos_k_to_z import KANDINSKY5
 
 VOCABULARY = 40
@@ -546,7 +546,6 @@ OTHER_CASES = (
         },
         lambda n: {"images": [picture(n)], "prompt": f"number {n}", "guidance_scale": 4.0},
     ),
-    # little guidance: the transformer rounds its queries and keys to bfloat16, so that small errors grow
     PipelineCase(
         "Kandinsky5T2IPipeline",
         changed(
@@ -554,6 +553,7 @@ OTHER_CASES = (
             resolutions=[(64, 64)],
         ),
         guided(kandinsky_prompt, **SIZE_64, guidance_scale=1.5),
+        exact=ROUNDED,
     ),
     PipelineCase(
         "Kandinsky5I2IPipeline",
@@ -562,6 +562,7 @@ OTHER_CASES = (
             resolutions=[(64, 64)],
         ),
         both(guided(kandinsky_prompt, **SIZE_64, guidance_scale=1.5), lambda n: {"image": picture(n, 64)}),
+        exact=ROUNDED,
     ),
 )
 
