@@ -20,10 +20,11 @@ from recache_compile.ir.meta import (
     value_of,
 )
 from recache_compile.ir.program import Binding
-from recache_compile.ir.value import Kind, Value
+from recache_compile.ir.sizes import bytes_of, is_free, number_of
+from recache_compile.ir.value import Kind
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.ops import aten, is_cheap, memory_of
+from recache_compile.passes.ops import aten, is_cheap, is_size, memory_of
 from recache_compile.passes.specialise import add_input, remove_dead_inputs
 
 ALIGNMENT = 64
@@ -38,7 +39,7 @@ class Hoist(Pass):
     (depends on the timestep: one row per step) and `fixed_*` (once per generation).  Views
     and arithmetic on one tensor stay where they are used, which keeps the number of
     crossing values small.  The layout is kept on the new inputs, for
-    `build_prologue`.
+    `build_prologue`.  A value with a free size is an input of its own, in its own shape.
 
     A row has a price: it is held once for every step.  Where all rows together would take
     more than `row_bytes` per step, the largest values stay in the step, and
@@ -60,8 +61,12 @@ class Hoist(Pass):
         crossing = affordable_boundary(graph, self.row_bytes)
         for kind, prefix in ((Kind.TABLE_ROW, "row"), (Kind.FIXED, "fixed")):
             timely = [node for node in crossing if (Binding.TIMESTEP in times[node]) == (kind is Kind.TABLE_ROW)]
-            for dtype in dict.fromkeys(tensor_of(node).dtype for node in timely):
-                members = [node for node in timely if tensor_of(node).dtype == dtype]
+            single = [node for node in timely if has_free_size(node)]
+            packed = [node for node in timely if node not in single]
+            for number, node in enumerate(single):
+                read_single(graph, node, kind, f"{prefix}_{number}")
+            for dtype in dict.fromkeys(tensor_of(node).dtype for node in packed):
+                members = [node for node in packed if tensor_of(node).dtype == dtype]
                 read_packed(graph, members, kind, f"{prefix}_{str(dtype).removeprefix('torch.')}")
         own_results(graph)
         before = len(graph.nodes)
@@ -76,9 +81,13 @@ def affordable_boundary(graph: fx.Graph, row_bytes: int | None) -> list[fx.Node]
         crossing = boundary(graph, times)
         rows = [node for node in crossing if Binding.TIMESTEP in times[node]]
         movable = [node for node in rows if node.op != "placeholder"]
-        if row_bytes is None or not movable or sum(tensor_of(node).nbytes for node in rows) <= row_bytes:
+        if row_bytes is None or not movable or sum(map(_bytes, rows)) <= row_bytes:
             return crossing
-        keep_in_step(max(movable, key=lambda node: tensor_of(node).nbytes))
+        keep_in_step(max(movable, key=_bytes))
+
+
+def _bytes(node: fx.Node) -> int:
+    return bytes_of(tensor_of(node))
 
 
 def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]:
@@ -89,7 +98,7 @@ def boundary(graph: fx.Graph, times: Mapping[fx.Node, Binding]) -> list[fx.Node]
     pending = [source for node in readers for source in node.all_input_nodes]
     while pending:
         node = pending.pop()
-        is_bound = Binding.LATENTS in times[node] or node.op == "get_attr" or _is_coefficients(node)
+        is_bound = Binding.LATENTS in times[node] or node.op == "get_attr" or _is_coefficients(node) or is_size(node)
         if node in visited or is_bound:
             continue
         visited.add(node)
@@ -105,12 +114,16 @@ def layout(nodes: Iterable[fx.Node]) -> tuple[tuple[Entry, ...], int]:
     entries, offset = [], 0
     for node in nodes:
         shape = tuple(tensor_of(node).shape)
-        origin = origin_of(node)
-        if origin is None:
-            raise PassError(f"node {node.name} is of no captured program")
-        entries.append(Entry(origin, offset, shape))
+        entries.append(Entry(_origin(node), offset, shape))
         offset += padded(prod(shape))
     return tuple(entries), offset
+
+
+def _origin(node: fx.Node) -> int:
+    origin = origin_of(node)
+    if origin is None:
+        raise PassError(f"node {node.name} is of no captured program")
+    return origin
 
 
 def padded(size: int) -> int:
@@ -121,7 +134,7 @@ def padded(size: int) -> int:
 def read_packed(graph: fx.Graph, nodes: Sequence[fx.Node], kind: Kind, name: str) -> None:
     """Replace nodes by views into one new flat input."""
     entries, size = layout(nodes)
-    packed = add_input(graph, Value(name, kind, (size,), tensor_of(nodes[0]).dtype), nodes[0])
+    packed = add_input(graph, tensor_of(nodes[0]).new_empty((size,)), name, kind)
     set_layout(packed, entries)
     start = next(node for node in graph.nodes if node.op != "placeholder")
     for node, entry in zip(nodes, entries, strict=True):
@@ -129,6 +142,19 @@ def read_packed(graph: fx.Graph, nodes: Sequence[fx.Node], kind: Kind, name: str
             part = call(graph, aten.slice.Tensor, packed, 0, entry.offset, entry.offset + prod(entry.shape))
             value = call(graph, aten.view.default, part, list(entry.shape))
         node.replace_all_uses_with(value)
+
+
+def has_free_size(node: fx.Node) -> bool:
+    """Whether a size of a value is no number."""
+    return any(map(is_free, tensor_of(node).shape))
+
+
+def read_single(graph: fx.Graph, node: fx.Node, kind: Kind, name: str) -> None:
+    """Replace a node by a new input of its shape."""
+    value = tensor_of(node)
+    given = add_input(graph, value.new_empty(value.shape), name, kind)
+    set_layout(given, [Entry(_origin(node), 0, tuple(map(number_of, value.shape)))])
+    node.replace_all_uses_with(given)
 
 
 def own_results(graph: fx.Graph) -> None:

@@ -7,6 +7,7 @@ from torch import fx
 from typing_extensions import override
 
 from recache_compile.ir.meta import tensor_of
+from recache_compile.ir.sizes import number_of
 from recache_compile.passes.base import Pass, call
 from recache_compile.passes.ops import aten, packet
 
@@ -40,7 +41,7 @@ class LayOutAttention(Pass):
 
     def _is_long(self, node: fx.Node) -> bool:
         query = tensor_of(node.args[0])
-        return query.dim() == 4 and query.shape[2] >= self.min_queries
+        return query.dim() == 4 and number_of(query.shape[2]) >= self.min_queries
 
 
 def _lay_out(graph: fx.Graph, node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 _OWN = (Kind.COEFFICIENTS, Kind.TABLE_ROW)
 """Inputs that every step has its own of."""
 
-_SHARED = (Kind.HISTORY, Kind.FIXED)
+_SHARED = (Kind.HISTORY, Kind.FIXED, Kind.SHAPE)
 """Inputs that the steps of a gap have in common."""
 
 

@@ -1,7 +1,6 @@
 """Map a program over rows: steps of a gap, or requests."""
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +8,11 @@ from torch import Tensor, fx, nn
 
 from recache_compile.capture.compat import on_values
 from recache_compile.capture.export import export_module, flatten
-from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of, values_of
-from recache_compile.ir.program import MIN_ROWS, PassRecord, Program
-from recache_compile.ir.value import Kind, Value
+from recache_compile.ir.meta import describe_input, describe_outputs, set_result, tensor_of, value_of
+from recache_compile.ir.program import PassRecord, Program
+from recache_compile.ir.value import Kind
 from recache_compile.passes.base import copy_module
-from recache_compile.passes.map_rows import use_free_row_rules, zeros
+from recache_compile.passes.map_rows import check_free, free_dimensions, use_free_row_rules, zeros
 from recache_compile.passes.ops import aten
 
 
@@ -21,7 +20,7 @@ def map_over(program: Program, own: Collection[Kind], what: str) -> Program:
     """A program for any number of rows at once; its results have one row each (`torch.vmap`).
 
     Args:
-        program: it has no free sizes.
+        program: it has no rows yet.
         own: kinds of the inputs that every row has its own of; the others are shared.
         what: the rows are, for people and for the names of constants.
 
@@ -29,9 +28,8 @@ def map_over(program: Program, own: Collection[Kind], what: str) -> Program:
         Exception: of many kinds, where an operator cannot be mapped over a free number of rows.
     """
     nodes = program.module.graph.find_nodes(op="placeholder")
-    values = [_with_rows(value) if value.kind in own else value for value in program.inputs]
-    free = torch.export.Dim(f"{what}s", min=MIN_ROWS)
-    shapes = tuple({0: free} if None in value.shape else {} for value in values)
+    values = [value.with_rows if value.kind in own else value for value in program.inputs]
+    shapes = tuple(map(free_dimensions, values))
     exported = export_module(
         _Mapped(program.module, own), zeros(values, nodes), {}, dynamic_shapes=(shapes,), decompose=True
     )
@@ -40,14 +38,15 @@ def map_over(program: Program, own: Collection[Kind], what: str) -> Program:
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
         with module.graph.inserting_before(node):
             named = module.graph.placeholder(value.name)
+        check_free(node, value)
         set_result(named, tensor_of(node))
         describe_input(named, value)
         node.replace_all_uses_with(named)
         module.graph.erase_node(node)
-    describe_outputs(module.graph.output_node(), map(_with_rows, values_of(program.module.graph.output_node())))
+    describe_outputs(module.graph.output_node(), [value.with_rows for value in program.outputs])
     drop_unit_dimensions(module.graph)
     module.recompile()
-    return Program(program.name, module, (*program.provenance, PassRecord(f"map-over-{what}s")))
+    return Program(program.name, module, (*program.provenance, PassRecord(f"map-over-{what}s")), program.ranges)
 
 
 class _Mapped(nn.Module):
@@ -60,12 +59,19 @@ class _Mapped(nn.Module):
         )
         self.step = copy_module(module)
         use_free_row_rules(self.step.graph)
+        for node in self.step.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+            node.target = _size
         self.step.recompile()
 
     def forward(self, *arguments: Tensor) -> list[Tensor]:
         """The program's inputs, to its results."""
         results: list[Tensor] = torch.vmap(self.step, in_dims=self.in_dims)(*arguments)
         return results
+
+
+def _size(value: Tensor, dim: int) -> int:
+    """What `torch.vmap` sees as the size of a value."""
+    return value.shape[dim]
 
 
 def drop_unit_dimensions(graph: fx.Graph) -> None:
@@ -93,8 +99,3 @@ def drop_unit_dimensions(graph: fx.Graph) -> None:
             set_result(permute, tensor_of(reshape).permute(permuted))
             for copied in copies:
                 set_result(copied, tensor_of(permute).contiguous())
-
-
-def _with_rows(value: Value) -> Value:
-    """The same for a free number of rows."""
-    return replace(value, shape=(None, *value.shape))

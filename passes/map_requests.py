@@ -10,7 +10,7 @@ def map_over_requests(program: Program) -> Program:
     """The recompute program for any number of requests at once.
 
     Every input becomes (R, *shape) and every result too: rows of one call may be at different
-    steps of different generations.  The weights alone are shared.
+    steps of different generations.  The weights alone are shared, and what is read for its sizes.
 
     Args:
         program: a recompute program.
@@ -19,7 +19,7 @@ def map_over_requests(program: Program) -> Program:
         PassError: one of its operators cannot be mapped over a free number of requests.
     """
     try:
-        return map_over(program, tuple(Kind), "request").renamed(REQUESTS)
+        return map_over(program, [kind for kind in Kind if kind is not Kind.SHAPE], "request").renamed(REQUESTS)
     except Exception as error:  # torch raises many kinds, depending on the operator
         check_memory(error)
         raise PassError(

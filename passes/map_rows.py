@@ -15,8 +15,10 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from recache_compile.capture.compat import arguments_of, is_operator
+from recache_compile.errors import PassError
 from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import MIN_ROWS
+from recache_compile.ir.sizes import is_free, terms_of
 from recache_compile.ir.value import Value
 from recache_compile.passes.ops import aten
 
@@ -214,6 +216,19 @@ def zeros(values: Sequence[Value], nodes: Sequence[fx.Node]) -> tuple[Tensor, ..
     )
 
 
+def free_dimensions(value: Value) -> dict[int, Any]:
+    """For `torch.export`: a number of rows must stay free; of other free sizes `check_free` tells."""
+    rows = {at: torch.export.Dim.DYNAMIC for at, size in enumerate(value.shape) if size is None}
+    return rows | {at: torch.export.Dim.AUTO for at, term in enumerate(value.free) if term}
+
+
+def check_free(node: fx.Node, value: Value) -> None:
+    """Raise `PassError` where an input of what was exported has a number in the place of a free size."""
+    for term, size in zip(value.free, tensor_of(node).shape, strict=False):
+        if term and not is_free(size):
+            raise PassError(f"{value.name}: its size {term} cannot stay free")
+
+
 def use_free_row_rules(graph: fx.Graph) -> None:
     """Let the operators whose own rule is not good enough use ours."""
     ours = torch.ops.recache
@@ -248,7 +263,7 @@ def use_free_row_rules(graph: fx.Graph) -> None:
 def _writes_all(node: fx.Node) -> bool:
     """Whether a copy has the type of what is copied."""
     source, made = tensor_of(node.args[1]), tensor_of(node)  # type: ignore[arg-type]
-    return bool(source.shape == made.shape and source.dtype == made.dtype)
+    return terms_of(source.shape) == terms_of(made.shape) and source.dtype == made.dtype
 
 
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from recache_compile.capture.compat import writes
+from recache_compile.ir.meta import result_of
 
 aten = torch.ops.aten
 
@@ -69,6 +70,8 @@ VIEWS = {
 SCALAR_MATH = {aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.to, aten._to_copy, aten.clone}
 """Arithmetic that compilers fuse into its reader, when only one operand is a tensor."""
 
+SIZES = {aten.sym_size, aten.sym_stride, aten.sym_numel}
+"""Operators that tell of a value's shape, which is known whatever it holds."""
 
 FILLS = {aten.full, aten.zeros, aten.ones, aten.scalar_tensor}
 """Operators that write one number everywhere."""
@@ -77,6 +80,11 @@ FILLS = {aten.full, aten.zeros, aten.ones, aten.scalar_tensor}
 def packet(node: fx.Node) -> object:
     """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), else the target itself."""
     return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a call makes a number of the sizes of values, and no tensor."""
+    return node.op == "call_function" and isinstance(result_of(node), (int, torch.SymInt, torch.SymBool))
 
 
 def is_cheap(node: fx.Node) -> bool:

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,30 +21,40 @@ from recache_compile.ir.meta import (
     tensor_of,
     value_of,
 )
-from recache_compile.ir.program import MIN_ROWS, Binding, PassRecord, Program
+from recache_compile.ir.program import Binding, PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 from recache_compile.passes.binding_times import binding_times
-from recache_compile.passes.hoist import padded
-from recache_compile.passes.map_rows import use_free_row_rules, zeros
+from recache_compile.passes.hoist import has_free_size, padded
+from recache_compile.passes.map_rows import check_free, free_dimensions, use_free_row_rules, zeros
+from recache_compile.passes.ops import is_size
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedInput:
-    """One packed input of a step program, as nodes of the captured graph."""
+    """One packed input of a step program, as nodes of the captured graph; one with a free size stands for itself."""
 
     table: str
     name: str
     kind: Kind
     members: tuple[fx.Node, ...]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one value in its own shape."""
+        return has_free_size(self.members[0])
+
     def value(self, rows: int | None) -> Value:
         """The prologue's result that fills it."""
+        kind = Kind.TABLE if self.kind is Kind.TABLE_ROW else Kind.FIXED
+        facts: dict[str, Any] = {"table": self.table, "source": self.name}
+        if self.is_single:
+            single = Value.like(tensor_of(self.members[0]), f"{self.table}.{self.name}", kind, **facts)
+            return single if kind is Kind.FIXED else replace(single.with_rows, shape=(rows, *single.shape))
         size = sum(padded(prod(tensor_of(node).shape)) for node in self.members)
-        kind, shape = (Kind.TABLE, (rows, size)) if self.kind is Kind.TABLE_ROW else (Kind.FIXED, (size,))
-        dtype = tensor_of(self.members[0]).dtype
-        return Value(f"{self.table}.{self.name}", kind, shape, dtype, table=self.table, source=self.name)
+        shape = (rows, size) if kind is Kind.TABLE else (size,)
+        return Value(f"{self.table}.{self.name}", kind, shape, tensor_of(self.members[0]).dtype, **facts)
 
 
 def build_prologue(annotated: Program, steps: Mapping[str, Program]) -> Program:
@@ -89,20 +100,21 @@ def _build(annotated: Program, packs: Sequence[PackedInput], rows: int | None) -
     prologue = _Prologue(annotated.module, packs, rows)
     values = [value for table in prologue.row_parts for value in _row_values(prologue.timesteps, table, rows)]
     values += [value_of(node) for node in prologue.conditioning]
-    free = {table: torch.export.Dim(f"{table}_rows", min=MIN_ROWS) for table in prologue.row_parts}
-    shapes = tuple({0: free[value.table]} if None in value.shape and value.table else {} for value in values)
+    values += [replace(value_of(node), kind=Kind.SHAPE) for node in prologue.sized]
+    shapes = tuple(map(free_dimensions, values))
     exported = export_module(
         prologue, prologue.example(values), {}, dynamic_shapes=(shapes,) if values else None, decompose=True
     )
     names = {id(weight): name for name, weight in annotated.weights.items()}
     module = flatten(exported, names, "constant_prologue")
     for node, value in zip(module.graph.find_nodes(op="placeholder"), values, strict=True):
+        check_free(node, value)
         describe_input(node, value)
         if not node.users:
             module.graph.erase_node(node)
     describe_outputs(module.graph.output_node(), (pack.value(rows) for pack in packs))
     module.recompile()
-    return Program("prologue", module, (*annotated.provenance, PassRecord("build-prologue")))
+    return Program("prologue", module, (*annotated.provenance, PassRecord("build-prologue")), annotated.ranges)
 
 
 class _Prologue(nn.Module):
@@ -114,6 +126,11 @@ class _Prologue(nn.Module):
         inputs = module.graph.find_nodes(op="placeholder")
         self.timesteps = [node for node in inputs if value_of(node).kind is Kind.TIMESTEP]
         self.conditioning = [node for node in inputs if value_of(node).kind is Kind.CONDITIONING]
+        self.sized = [
+            node
+            for node in inputs
+            if value_of(node).kind in (Kind.LATENTS, Kind.SHAPE) and any(map(is_size, node.users))
+        ]
         self.packs = packs
         self.rows: dict[str, list[fx.Node]] = {}
         for pack in packs:
@@ -123,7 +140,7 @@ class _Prologue(nn.Module):
         times = binding_times(module.graph)
         read = [node for members in self.rows.values() for node in _ancestors(members) if _is_shared(node, times)]
         self.shared = list(dict.fromkeys((*fixed, *read)))
-        self.fixed_part = _extract(module, self.conditioning, self.shared)
+        self.fixed_part = _extract(module, [*self.conditioning, *self.sized], self.shared)
         self.row_parts = nn.ModuleDict()
         for table, members in self.rows.items():
             part = _extract(module, [*self.timesteps, *self.shared], members)
@@ -134,10 +151,10 @@ class _Prologue(nn.Module):
 
     def example(self, values: Sequence[Value]) -> tuple[Tensor, ...]:
         """Zeros for the inputs."""
-        return zeros(values, [*self.timesteps * len(self.row_parts), *self.conditioning])
+        return zeros(values, [*self.timesteps * len(self.row_parts), *self.conditioning, *self.sized])
 
     def forward(self, *arguments: Tensor) -> list[Tensor]:
-        """Timesteps for each row table, then the conditioning."""
+        """Timesteps for each row table, then the conditioning, then what sizes are read of."""
         count = len(self.timesteps)
         first = count * len(self.row_parts)
         shared = self.fixed_part(*arguments[first:])
@@ -150,12 +167,17 @@ class _Prologue(nn.Module):
             else:
                 results = [result[None] for result in part(*(timestep[0] for timestep in timesteps), *shared)]
             rows[table] = dict(zip(self.rows[table], results, strict=True))
-        return [
-            torch.cat([_pad(_flat_rows(rows[pack.table][node])) for node in pack.members], 1)
-            if pack.kind is Kind.TABLE_ROW
-            else torch.cat([_pad(fixed[node].flatten()) for node in pack.members])
-            for pack in self.packs
-        ]
+        return [_filled(pack, rows[pack.table] if pack.kind is Kind.TABLE_ROW else fixed) for pack in self.packs]
+
+
+def _filled(pack: PackedInput, values: Mapping[fx.Node, Tensor]) -> Tensor:
+    """The result for one packed input."""
+    members = [values[node] for node in pack.members]
+    if pack.is_single:
+        return members[0].clone(memory_format=torch.contiguous_format)
+    if pack.kind is Kind.TABLE_ROW:
+        return torch.cat([_pad(_flat_rows(member)) for member in members], 1)
+    return torch.cat([_pad(member.flatten()) for member in members])
 
 
 def _packed_inputs(annotated: Program, table: str, step: Program) -> list[PackedInput]:
@@ -180,7 +202,7 @@ def _row_values(timesteps: Sequence[fx.Node], table: str, rows: int | None) -> l
     """The timesteps of one table's rows."""
     facts = [value_of(node) for node in timesteps]
     return [
-        Value(f"{fact.name}@{table}", Kind.TIMESTEP, (rows, *fact.shape), fact.dtype, table=table, source=fact.name)
+        replace(fact.with_rows, name=f"{fact.name}@{table}", shape=(rows, *fact.shape), table=table, source=fact.name)
         for fact in facts
     ]
 
@@ -208,7 +230,8 @@ def _ancestors(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 def _is_shared(node: fx.Node, times: Mapping[fx.Node, Binding]) -> bool:
     """Whether a timestep-dependent value reads this node, which itself is the same for all rows."""
-    if node.op == "get_attr" or Binding.TIMESTEP in times[node] or not isinstance(result_of(node), Tensor):
+    is_value = isinstance(result_of(node), Tensor) or is_size(node)
+    if node.op == "get_attr" or Binding.TIMESTEP in times[node] or not is_value:
         return False
     return any(Binding.TIMESTEP in times[user] for user in node.users)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from recache_compile.ir.meta import result_of, tensor_of
+from recache_compile.ir.sizes import term_of, terms_of
 from recache_compile.passes.ops import aten, packet
 
 _SAME_VALUE = {
@@ -28,12 +29,12 @@ class StreamSlice(NamedTuple):
 
     Args:
         dim: the dimension.
-        start: the first element.
+        start: the first element, as a term.
         within: the followed value is a part of the node's; otherwise it is the other way round.
     """
 
     dim: int
-    start: int
+    start: Any
     within: bool = True
 
 
@@ -63,7 +64,7 @@ def residual_base(node: fx.Node, inside: Callable[[fx.Node], bool]) -> fx.Node |
         is_slice = any(after is not None and after.within and not inside(source) for source, after in before)
         if inside(this) and not is_slice:
             pending.extend(reversed(before))
-        elif window is None and value.shape == target.shape and value.is_floating_point():
+        elif window is None and terms_of(value.shape) == terms_of(target.shape) and value.is_floating_point():
             return this
     return None
 
@@ -76,11 +77,11 @@ def _before(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, St
     if kind in _SAME_VALUE:
         return [(node.all_input_nodes[0], window)]
     if kind is aten.add and "alpha" not in node.kwargs:
-        shape = tensor_of(node).shape
-        return [(source, window) for source in node.all_input_nodes if tensor_of(source).shape == shape]
+        shape = terms_of(tensor_of(node).shape)
+        return [(source, window) for source in node.all_input_nodes if terms_of(tensor_of(source).shape) == shape]
     if kind is aten.slice:
         source, dim, start, *_ = (*node.args, 0, 0)
-        return _of_larger(source, dim, start, window)
+        return _of_larger(source, dim, term_of(result_of(start)) if isinstance(start, fx.Node) else start, window)
     if kind is aten.cat:
         return _of_parts(node, window)
     if node.target is operator.getitem and packet(node.all_input_nodes[0]) in _SPLITS:
@@ -94,7 +95,7 @@ def _of_larger(
     """A slice of `source`: the value is a part of it, or was its part to begin with."""
     shape = tensor_of(source).shape
     dim, start = dim % len(shape), start or 0
-    start = start + shape[dim] if start < 0 else start
+    start = start + term_of(shape[dim]) if isinstance(start, int) and start < 0 else start
     if window is None:
         return [(source, StreamSlice(dim, start))]
     return [(source, None)] if window == StreamSlice(dim, start, within=False) else []
@@ -111,7 +112,7 @@ def _of_parts(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, 
             found.append((member, StreamSlice(dim, offset, within=False)))
         elif window == StreamSlice(dim, offset):
             return [(member, None)]
-        offset += tensor_of(member).shape[dim]
+        offset += term_of(tensor_of(member).shape[dim])
     return found
 
 
@@ -120,5 +121,5 @@ def _of_split(node: fx.Node, window: StreamSlice | None) -> list[tuple[fx.Node, 
     split, index = node.all_input_nodes[0], int(node.args[1])  # type: ignore[arg-type]
     source = split.all_input_nodes[0]
     dim: Any = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
-    sizes = [part.shape[dim] for part in result_of(split)]
+    sizes = [term_of(part.shape[dim]) for part in result_of(split)]
     return _of_larger(source, dim, sum(sizes[:index]), window)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from recache_compile.capture.compat import arguments_of
 from recache_compile.ir.meta import tensor_of
+from recache_compile.ir.sizes import is_free, term_of, terms_of
 from recache_compile.passes.base import Pass
 from recache_compile.passes.ops import aten, is_off, is_random, packet, remove_dead_code
 from recache_compile.passes.row_reads import Rows, arguments, part_of
@@ -71,11 +72,13 @@ def _whole(cat: fx.Node) -> fx.Node | None:
     for piece in arguments(cat):
         if tensor_of(piece).dim() != rank:
             return None  # an empty piece may have any
+        if is_free(tensor_of(piece).shape[dim]):
+            return None
         part = part_of(piece) or (piece, Rows(dim, 0, tensor_of(piece).shape[dim]))
         if source not in (None, part[0]) or (part[1].dim, part[1].start) != (dim, end):
             return None
         source, end = part[0], part[1].stop
-    return source if source is not None and tensor_of(source).shape[dim] == end else None
+    return source if source is not None and term_of(tensor_of(source).shape[dim]) == end else None
 
 
 def merge_equal_calls(graph: fx.Graph) -> bool:
@@ -106,12 +109,12 @@ def _returns_its_argument(node: fx.Node) -> bool:
         return False
     before, after = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[union-attr]
     if packet(node) in _RESHAPES:
-        return bool(before.shape == after.shape and before.dtype == after.dtype)
+        return terms_of(before.shape) == terms_of(after.shape) and before.dtype == after.dtype
     return _layout(before) == _layout(after) and node.kwargs.get("copy") is not True
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.device, value.shape, value.stride()
+    return value.dtype, value.device, terms_of(value.shape), terms_of(value.stride())
 
 
 def _hashable(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """Partially evaluate an annotated program with respect to one site pattern."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from typing_extensions import override
 
 from recache_compile.errors import PassError
@@ -39,9 +39,8 @@ class Specialise(Pass):
         if len(points) != len(self.pattern):
             raise PassError(f"the pattern has {len(self.pattern)} entries, the graph {len(points)} cache sites")
         if any(self.pattern):
-            coefficients = add_input(
-                graph, Value("coefficients", Kind.COEFFICIENTS, (max(self.pattern),), torch.float32), points[0]
-            )
+            weights = tensor_of(points[0]).new_empty((max(self.pattern),), dtype=torch.float32)
+            coefficients = add_input(graph, weights, "coefficients", Kind.COEFFICIENTS)
         for point in points:
             site = site_of(point)
             if self.pattern[site]:
@@ -78,7 +77,7 @@ def store(graph: fx.Graph, point: fx.Node) -> None:
         given = {memory_of(result) for result in output.all_input_nodes} | set(graph.find_nodes(op="placeholder"))
         if memory_of(feature) in given:  # the caller may write there: the history keeps its own copy
             feature = call(graph, aten.clone.default, feature)
-    value = Value(f"feature_{site}", Kind.FEATURE, *_type(feature), site=site)
+    value = Value.like(tensor_of(feature), f"feature_{site}", Kind.FEATURE, site=site)
     output.args = ([*output.args[0], feature],)  # type: ignore[misc]
     describe_outputs(output, (*values_of(output), value))
 
@@ -86,10 +85,10 @@ def store(graph: fx.Graph, point: fx.Node) -> None:
 def forecast(graph: fx.Graph, point: fx.Node, coefficients: fx.Node, anchors: int) -> None:
     """Replace a cache point by the weighted sum of its history, and of its base."""
     site, base = site_of(point), base_of(point)
-    shape, dtype = _type(point)
-    total = None
+    feature, total = tensor_of(point), None
     for slot in range(anchors):
-        history = add_input(graph, Value(f"history_{site}_{slot}", Kind.HISTORY, shape, dtype, site, slot), point)
+        name, held = f"history_{site}_{slot}", feature.new_empty(feature.shape)
+        history = add_input(graph, held, name, Kind.HISTORY, site=site, slot=slot)
         with graph.inserting_before(point):
             weight = call(graph, aten.select.int, coefficients, 0, slot)
             term = call(graph, aten.mul.Tensor, widened(graph, history), weight)
@@ -98,35 +97,31 @@ def forecast(graph: fx.Graph, point: fx.Node, coefficients: fx.Node, anchors: in
     with graph.inserting_before(point):
         if base is not None:
             total = call(graph, aten.add.Tensor, widened(graph, base), total)
-        result = total if _type(total)[1] == dtype else call(graph, aten.to.dtype, total, dtype)
+        result = total if tensor_of(total).dtype == feature.dtype else call(graph, aten.to.dtype, total, feature.dtype)
     point.replace_all_uses_with(result)
 
 
 def difference(graph: fx.Graph, value: fx.Node, base: fx.Node) -> fx.Node:
     """value - base, in the value's dtype."""
-    dtype = _type(value)[1]
+    dtype = tensor_of(value).dtype
     result = call(graph, aten.sub.Tensor, widened(graph, value), widened(graph, base))
-    return result if _type(result)[1] == dtype else call(graph, aten.to.dtype, result, dtype)
+    return result if tensor_of(result).dtype == dtype else call(graph, aten.to.dtype, result, dtype)
 
 
 def widened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The node in float32 at least: half precision would lose what the weights' differences tell."""
-    dtype = _type(node)[1]
+    dtype = tensor_of(node).dtype
     wide = torch.promote_types(dtype, torch.float32)
     return node if wide == dtype else call(graph, aten.to.dtype, node, wide)
 
 
-def _type(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
-    return tuple(tensor_of(node).shape), tensor_of(node).dtype
-
-
-def add_input(graph: fx.Graph, value: Value, like: fx.Node) -> fx.Node:
-    """Append a placeholder that carries `value`; `like` lends its fake mode and device."""
+def add_input(graph: fx.Graph, traced: Tensor, name: str, kind: Kind, **facts: Any) -> fx.Node:
+    """Append a placeholder for what is like a traced tensor."""
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
-        node = graph.placeholder(value.name)
-    describe_input(node, value)
-    set_result(node, tensor_of(like).new_empty(value.shape, dtype=value.dtype))  # type: ignore[arg-type]
+        node = graph.placeholder(name)
+    describe_input(node, Value.like(traced, name, kind, **facts))
+    set_result(node, traced)
     return node
 
 

@@ -22,6 +22,7 @@ from recache_compile.pipelines.accelerate import Fallback, install, originals
 from recache_compile.pipelines.engines import engines_of_pipeline
 from recache_compile.pipelines.record import denoiser_of, denoisers_of, record_examples
 from recache_compile.pipelines.schedule_cache import keep_schedules, key_of, known_calibration, known_schedule
+from recache_compile.pipelines.varied import check_wishes
 from recache_compile.pipelines.weightless import find_weightless
 from recache_compile.runtimes.base import Runtime
 from recache_compile.runtimes.registry import get_runtime
@@ -51,6 +52,8 @@ def compile(
     calibrate: Sequence[Mapping[str, Any]] = (),
     cuda_graphs: bool = False,
     batching: bool = False,
+    free: Sequence[str] = (),
+    fixed_sizes: bool = False,
 ) -> Compiled:
     """Compile a diffusion transformer for fixed compute.
 
@@ -94,6 +97,10 @@ def compile(
             TensorRT on a GPU.
         batching: also build an engine for the recompute steps of several requests at once, which
             `Compiled.batcher` needs.
+        free: "text", "size", "batch": engines of a pipeline serve any length of prompt, any size, any number
+            of pictures.  What differs between several calls or `example_inputs` is free in any case, as far as
+            the model's code and the runtime allow it; the log tells what is not.
+        fixed_sizes: build engines for each size apart, which compiles longer and runs somewhat faster.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
@@ -111,7 +118,9 @@ def compile(
         roles=dict(roles or {}),
         cuda_graphs=cuda_graphs,
         batching=batching,
+        free_sizes=not fixed_sizes,
     )
+    check_wishes(free, config)
     is_pipeline = not isinstance(model, nn.Module)
     looked_at = type(model).__name__ if is_pipeline and example_inputs is None else None
     choice = choose_policy(policy, budgets, forecaster, order, config, looked_at)
@@ -120,7 +129,9 @@ def compile(
     backend = get_runtime(runtime, _warn_caller, device=_device_of(model, component))
     if others and not looked_at:
         raise ModelError("others: pipelines are recorded where a pipeline is compiled without example_inputs")
-    engines = _engines(model, example_inputs, timesteps or {}, calls, others, config, backend)
+    if free and not looked_at:
+        raise ModelError("free: a pipeline tells what it is; give two example_inputs that differ in what is to be free")
+    engines = _engines(model, example_inputs, timesteps or {}, calls, others, config, backend, free)
     return plan_pipeline(engines, choice, model, calibrate or [calls[0]] * CALIBRATIONS)
 
 
@@ -132,12 +143,13 @@ def _engines(
     others: Sequence[tuple[Any, Mapping[str, Any]]],
     config: CompileConfig,
     runtime: Runtime,
+    free: Sequence[str],
 ) -> Engines:
     """Engines of a module, or of a pipeline's transformer."""
     if example_inputs is None:
         if isinstance(model, nn.Module):
             raise ModelError(f"{type(model).__name__}: a module needs example_inputs, the arguments of one call")
-        return engines_of_pipeline(model, config, calls, runtime, others)
+        return engines_of_pipeline(model, config, calls, runtime, others, free)
     module = model if isinstance(model, nn.Module) else denoiser_of(model, config.component)
     return build_engines(module, given_examples(type(module).__name__, example_inputs, timesteps), config, runtime)
 

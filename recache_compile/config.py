@@ -28,6 +28,7 @@ class CompileConfig:
         roles: "latents", "timestep" or "conditioning" of inputs by name, where their names do not tell.
         cuda_graphs: replay CUDA graphs instead of calling engines.
         batching: build an engine for the recompute steps of several requests at once, too.
+        free_sizes: calls that differ in sizes share engines where the model's code allows it.
 
     Raises:
         ScheduleError: naming the choice that cannot be used.
@@ -46,6 +47,7 @@ class CompileConfig:
     roles: Mapping[str, str] = field(default_factory=dict)
     cuda_graphs: bool = False
     batching: bool = False
+    free_sizes: bool = True
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

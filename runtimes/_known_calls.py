@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import MismatchError
-from recache_compile.ir.signature import Signature, call_kind, is_flat, named_leaves
+from recache_compile.ir.signature import Signature, call_kind, is_flat, named_leaves, number_as_shape
 from recache_compile.ir.value import Value
 from recache_compile.runtimes.base import Variant
 
@@ -21,11 +21,13 @@ class LastCall:
         key: kind of the call.
         tensors: shape and type of the tensors, by name.
         others: the other arguments.
+        numbers: what stands for those of them that are free sizes.
     """
 
     key: Hashable
     tensors: Mapping[str, tuple[torch.Size, torch.dtype]]
     others: Mapping[str, Any]
+    numbers: Mapping[str, Tensor]
 
     def resembles(self, arguments: Mapping[str, Any], device: torch.device) -> bool:
         """Whether a call is of the same kind, its tensors on this device."""
@@ -57,6 +59,7 @@ class KnownCalls:
         for each in variants:
             kind = call_kind(_tensor_inputs(each), dict(each.constants))
             self._variants.setdefault(kind, []).append(each)
+        self._free = [each for each in variants if each.has_free_sizes]
         self._last: dict[str, LastCall] = {}
 
     def variants(self, key: Hashable) -> Sequence[Variant]:
@@ -75,7 +78,7 @@ class KnownCalls:
         """
         last = self._last.get(branch)
         if last is not None and last.resembles(arguments, self._device):
-            return {name: arguments[name] for name in last.tensors}, last.key
+            return {**{name: arguments[name] for name in last.tensors}, **last.numbers}, last.key
         leaves = named_leaves(arguments)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         constants = self._signature.constants(arguments, leaves)
@@ -83,19 +86,46 @@ class KnownCalls:
             if tensor.device != self._device:
                 raise MismatchError(f"input {name!r} is on {tensor.device}, the engines are on {self._device}; move it")
         key = call_kind(tensors, constants)
-        if key not in self._variants:
+        if key not in self._variants and not self._is_among_free_sizes(tensors, constants, key):
             raise MismatchError(self._no_variant(tensors, constants))
         self._last.pop(branch, None)
+        numbers = {name: number_as_shape(leaves[name], self._device) for name in self._variants[key][0].numbers}
         if is_flat(arguments):
             others = {name: value for name, value in arguments.items() if name not in tensors}
             facts = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-            self._last[branch] = LastCall(key, facts, others)
-        return tensors, key
+            self._last[branch] = LastCall(key, facts, others, numbers)
+        return tensors | numbers, key
+
+    def _is_among_free_sizes(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str], key: Hashable) -> bool:
+        """Whether a call of sizes that were not met yet is served all the same, which is then remembered."""
+        serving = [each for each, reason in self._alike(tensors, constants) if reason is None]
+        if serving:
+            self._variants[key] = serving
+        return bool(serving)
+
+    def _alike(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> list[tuple[Variant, str | None]]:
+        """Those with free sizes that a call differs from in sizes alone, and why they do not serve it."""
+        shapes: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in tensors.items()}
+        types = {name: tensor.dtype for name, tensor in tensors.items()}
+        found = []
+        for each in self._free:
+            numbers = {
+                name: (int(text),) for name, text in constants.items() if name in each.numbers and text.isdigit()
+            }
+            others = {name: text for name, text in constants.items() if name not in numbers}
+            expected = {value.name: value.dtype for value in each.inputs if value.name not in numbers}
+            if others == dict(each.constants) and expected == types:
+                found.append((each, each.unmet({**shapes, **numbers})))
+        return found
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = {**constants, **{name: _describe(leaf) for name, leaf in tensors.items()}}
+        given = {**constants, **{name: _describe(leaf, {}) for name, leaf in tensors.items()}}
         compiled = [
-            dict(each.constants) | {name: _describe(value) for name, value in _tensor_inputs(each).items()}
+            dict(each.constants)
+            | {
+                name: _describe(value, each.programs["recompute"].ranges)
+                for name, value in _tensor_inputs(each).items()
+            }
             for (each, *_) in self._variants.values()
         ]
 
@@ -107,7 +137,8 @@ class KnownCalls:
             f"{name} is {given.get(name, 'missing')}, compiled {nearest.get(name, 'without')}"
             for name in differences(nearest)
         ]
-        return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
+        reasons = [f" ({reason})" for _, reason in self._alike(tensors, constants) if reason]
+        return f"no engine for these inputs: {'; '.join(wrong)}{''.join(reasons[:1])}; compile for them too"
 
 
 def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
@@ -115,5 +146,6 @@ def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
     return {**variant.fixed, **{value.name: value for value in variant.inputs}}
 
 
-def _describe(value: Tensor | Value) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+def _describe(value: Tensor | Value, ranges: Mapping[str, tuple[int, int]]) -> str:
+    shape = value.shape_text(ranges) if isinstance(value, Value) else str(list(value.shape))
+    return f"{str(value.dtype).removeprefix('torch.')}{shape}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError
 from recache_compile.ir.program import Program
-from recache_compile.ir.value import Kind, Value
+from recache_compile.ir.sizes import terms_in
+from recache_compile.ir.value import Kind, Value, unmet
 
 EXAMPLE_ROWS = 3
 """Rows that stand for a free number of rows while a program is lowered."""
@@ -53,6 +54,11 @@ class Runtime(Protocol):
     def max_requests(self) -> int | None:
         """How many requests a call of its engines for several can serve; None: any number."""
         return None
+
+    @property
+    def sizes_are_bounded(self) -> bool:
+        """Whether engines with free sizes serve those between the examples alone."""
+        return False
 
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Where in an artifact the engine of a program lies, and what it was built of."""
@@ -146,7 +152,7 @@ class Variant:
     """The programs and engines of one set of input shapes.
 
     Args:
-        inputs: the model's tensor inputs, in call order.
+        inputs: the model's tensor inputs, in call order; numbers that are free sizes are of kind SHAPE.
         constants: its other inputs, as text.
         fixed: tensor inputs that have these values in every call.
         device: where the engines and their weights are.
@@ -154,6 +160,7 @@ class Variant:
         engines: one for every program.
         timesteps: per timestep input, its value at every step (num_steps, *shape), where known.
         macs: multiply-accumulates of one call of the original.
+        conditions: what must hold of free sizes, see `capture.free_sizes`.
     """
 
     inputs: tuple[Value, ...]
@@ -164,6 +171,21 @@ class Variant:
     engines: Mapping[str, Engine]
     timesteps: Mapping[str, Tensor]
     macs: int
+    conditions: tuple[str, ...] = ()
+
+    @property
+    def has_free_sizes(self) -> bool:
+        """Whether its engines serve calls of several sizes."""
+        return any(value.free for value in self.inputs)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The inputs that are whole numbers, which are sizes."""
+        return self.names(Kind.SHAPE)
+
+    def unmet(self, shapes: Mapping[str, Sequence[int | None]]) -> str | None:
+        """Why calls with inputs of these shapes, by name, are not among them; None: they are."""
+        return unmet(self.inputs, self.conditions, shapes)
 
     def names(self, role: Kind) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
@@ -212,22 +234,19 @@ def _numbers(text: str) -> tuple[int, ...]:
 def free_sizes(program: Program) -> list[dict[int, Any]]:
     """For `torch.export`: the dimensions of every input whose size is free."""
     free = torch.export.Dim.AUTO
-    return [{at: free for at, size in enumerate(value.shape) if size is None} for value in program.inputs]
+    return [
+        {at: free for at, size in enumerate(value.shape) if size is None or (value.free and value.free[at])}
+        for value in program.inputs
+    ]
 
 
 def new_outputs(program: Program, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Memory for the results of a call: a table has as many rows as its timesteps."""
-    rows = {
-        value.table: tensor.shape[0]
-        for value, tensor in zip(program.inputs, inputs, strict=True)
-        if None in value.shape
-    }
+    """Memory for the results of a call: a table has as many rows as its timesteps, other free sizes are the inputs'."""
+    given = list(zip(program.inputs, inputs, strict=True))
+    rows = {value.table: tensor.shape[0] for value, tensor in given if None in value.shape}
+    sizes = terms_in([(value.shape, value.free, tensor.shape) for value, tensor in given])
     return [
-        torch.empty(
-            [rows[value.table] if size is None else size for size in value.shape],
-            dtype=value.dtype,
-            device=device,
-        )
+        torch.empty(value.shape_at(sizes, rows.get(value.table, 0)), dtype=value.dtype, device=device)
         for value in program.outputs
     ]
 

@@ -112,10 +112,11 @@ class Lane:
         many: that for several.
         max_batch: most requests in a call.
         patience: in seconds.
+        own: which inputs every request has its own of.
     """
 
-    def __init__(self, one: Engine, many: Engine, max_batch: int, patience: float) -> None:
-        self.one, self._many, self._max_batch, self._patience = one, many, max_batch, patience
+    def __init__(self, one: Engine, many: Engine, max_batch: int, patience: float, own: Sequence[bool]) -> None:
+        self.one, self._many, self._max_batch, self._patience, self._own = one, many, max_batch, patience, own
         self._changed = threading.Condition()
         self._waiting: list[Call] = []
         self._coming: WeakSet[Member] = WeakSet()
@@ -176,8 +177,8 @@ class Lane:
             if len(together) == 1:
                 results = self.one(together[0].inputs)
             else:
-                columns = zip(*(call.inputs for call in together), strict=True)
-                results = self._many([torch.stack(column) for column in columns])
+                columns = zip(self._own, zip(*(call.inputs for call in together), strict=True), strict=True)
+                results = self._many([torch.stack(column) if is_own else column[0] for is_own, column in columns])
             for row, call in enumerate(together):
                 call.row, call.results = (None if len(together) == 1 else row), results
         except Exception as error:  # noqa: BLE001  # whatever the engine raises, each of them is told
@@ -191,20 +192,42 @@ class Lane:
                 self._changed.notify_all()
 
 
+class Lanes:
+    """The lanes of one variant: one for each set of sizes, where these are free.
+
+    Args:
+        variant: programs and engines.
+        max_batch, patience: as of `Lane`.
+    """
+
+    def __init__(self, variant: Variant, max_batch: int, patience: float) -> None:
+        self.one, many = variant.engines["recompute"], variant.engines[REQUESTS]
+        own = [None in value.shape for value in variant.programs[REQUESTS].inputs]
+        self._make = lambda: Lane(self.one, many, max_batch, patience, own)
+        self._making = threading.Lock()
+        self._lanes: dict[tuple[torch.Size, ...], Lane] = {}
+
+    def of(self, inputs: Sequence[Tensor]) -> Lane:
+        """Where a call waits."""
+        sizes = tuple(tensor.shape for tensor in inputs)
+        with self._making:
+            return self._lanes.get(sizes) or self._lanes.setdefault(sizes, self._make())
+
+
 @dataclass(frozen=True, slots=True)
 class SharedEngine(Engine):
     """A recompute engine that a dispatcher shares with others."""
 
-    lane: Lane
+    lanes: Lanes
     member: Member
 
     @override
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.lane.run(self.member, inputs)
+        return self.lanes.of(inputs).run(self.member, inputs)
 
     @override
     def use(self, weights: Mapping[str, Tensor]) -> None:
-        self.lane.one.use(weights)
+        self.lanes.one.use(weights)
 
 
 class SharingDispatcher(Dispatcher):
@@ -252,7 +275,7 @@ class Batcher:
     variants: Sequence[Variant]
     max_batch: int = 8
     max_wait_ms: float = 5.0
-    _lanes: list[Lane] = field(default_factory=list, init=False)
+    _lanes: list[Lanes] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if any(REQUESTS not in variant.engines for variant in self.variants):
@@ -264,8 +287,7 @@ class Batcher:
         if not 0 <= self.max_wait_ms < float("inf"):
             raise DispatchError(f"batcher: max_wait_ms {self.max_wait_ms!r}: expected 0 or more")
         for variant in self.variants:
-            engines, patience = variant.engines, self.max_wait_ms / 1000
-            self._lanes.append(Lane(engines["recompute"], engines[REQUESTS], self.max_batch, patience))
+            self._lanes.append(Lanes(variant, self.max_batch, self.max_wait_ms / 1000))
 
     def dispatcher(
         self, plan: Plan, signature: Signature, revision: Revision, observers: Sequence[Observer] = ()
@@ -273,7 +295,7 @@ class Batcher:
         """A dispatcher under a plan, for one generation after another, each in one thread."""
         member = Member(plan.schedule.recompute_steps[-1])
         variants = [
-            replace(variant, engines={**variant.engines, "recompute": SharedEngine(lane, member)})
-            for variant, lane in zip(self.variants, self._lanes, strict=True)
+            replace(variant, engines={**variant.engines, "recompute": SharedEngine(lanes, member)})
+            for variant, lanes in zip(self.variants, self._lanes, strict=True)
         ]
         return SharingDispatcher(member, plan, variants, signature, revision, observers)

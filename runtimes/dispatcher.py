@@ -21,6 +21,9 @@ from recache_compile.runtimes.dispatcher_observer import Observer, StepRecord
 from recache_compile.runtimes.dispatcher_tables import Tables, Timetable
 from recache_compile.support.devices import on_device
 
+MAX_SIZES = 4
+"""Sizes that a branch keeps tables and history for, where sizes are free."""
+
 Site = int | None
 Place = tuple[str, Hashable, int]
 """Guidance branch, kind of its calls, number of the variant among those of this kind."""
@@ -61,6 +64,11 @@ class State:
     history: dict[tuple[Site, int | None], Tensor] = field(default_factory=dict)
     ahead: dict[int, list[Tensor]] = field(default_factory=dict)
     last_step: int | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no generation is in progress."""
+        return self.last_step in (None, self.start + len(self.steps) - 1)
 
     def forget(self) -> None:
         """Forget the generation in progress."""
@@ -179,7 +187,7 @@ class Dispatcher:
         this = state.steps[at]
         name = this.program
         if name in state.gap_programs:
-            self._run_ahead(state, at)
+            self._run_ahead(state, at, tensors)
             return state.ahead.pop(at), {}
         inputs, outputs = state.values[name]
         results = state.variant.engines[name]([self._argument(state, value, at, tensors) for value in inputs])
@@ -192,7 +200,7 @@ class Dispatcher:
             stored[value.site] = state.history[value.site, this.slot] = result
         return predictions, stored
 
-    def _run_ahead(self, state: State, at: int) -> None:
+    def _run_ahead(self, state: State, at: int, tensors: Mapping[str, Tensor]) -> None:
         """Make the predictions of a cached step and of those that are made with it.
 
         Where the rows of one of them are not known yet, they are made one by one.
@@ -210,7 +218,7 @@ class Dispatcher:
                 assert state.tables is not None
                 arguments.append(torch.stack([state.tables.read(value, step) for step in padded]))
             else:
-                arguments.append(self._argument(state, value, at, {}))
+                arguments.append(self._argument(state, value, at, tensors))
         results = state.variant.engines[name](arguments)
         state.ahead = {step: [result[number] for result in results] for number, step in enumerate(steps) if step >= at}
 
@@ -254,8 +262,22 @@ class Dispatcher:
         place = branch, key, number
         state, start = self._states.get(place), self._begins(branch, step)
         if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
-            state = self._states[place] = self._new_state(place, start)
+            state = self._new_state(place, start)
+            self._make_room(place, state.variant)
+            self._states[place] = state
         return tensors, state
+
+    def _make_room(self, place: Place, variant: Variant) -> None:
+        """Forget the oldest states of other sizes whose generations are over: there may be any number of sizes."""
+        branch, key, _ = place
+        others = [
+            other
+            for other, state in self._states.items()
+            if variant.has_free_sizes and state.variant is variant and other[0] == branch and other[1] != key
+        ]
+        for other in others[: max(0, len(others) - MAX_SIZES + 1)]:
+            if self._states[other].is_idle:
+                del self._states[other]
 
     def _comes_back(self, state: State, step: int) -> bool:
         """Whether a branch was left out for some steps: it then begins anew, and recomputes, where it comes back."""

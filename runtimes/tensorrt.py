@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, Unavail
 from recache_compile.support.devices import on_device
 from recache_compile.support.files import writing
 
+Profile = Mapping[str, Sequence[Sequence[int]]]
+"""Smallest, usual and largest shape of inputs, by name."""
+
 MAX_REQUESTS = 16
 """Requests that a recompute call can serve."""
 
@@ -40,6 +44,7 @@ class TensorRTBase(Runtime, abc.ABC):
     name: str
     capturable = True
     max_requests = MAX_REQUESTS
+    sizes_are_bounded = True
     workspace: int | None
     optimization_level: int | None
     tf32: bool
@@ -68,9 +73,7 @@ class TensorRTBase(Runtime, abc.ABC):
         engine, model = files
         export_onnx(program, device, model)
         with on_device(device):
-            known = {"prologue": MAX_ROWS, REQUESTS: MAX_REQUESTS}
-            most = known.get(program.name) or steps_per_call(program)
-            engine.write_bytes(self.build(model, program.name, most))
+            engine.write_bytes(self.build(model, program.name, profile_of(program)))
 
     def link(self, files: Sequence[Path], weights: Path, prefix: str) -> None:
         """Make the weights external data of the ONNX model; the engine gets them when it is loaded."""
@@ -95,13 +98,13 @@ class TensorRTBase(Runtime, abc.ABC):
                 )
         return TensorRTEngine(program, engine, self.context_config(engine), weights, device)
 
-    def build(self, model: Path, name: str, most: int = MAX_ROWS) -> bytes:
+    def build(self, model: Path, name: str, profile: Profile = MappingProxyType({})) -> bytes:
         """The serialised engine of an ONNX model whose weights are inputs.
 
         Args:
             model: an ONNX file; data outside of it are not read.
             name: of the program, for the message.
-            most: rows or steps of one call, where their number is free.
+            profile: shapes of the inputs with free sizes.
 
         Raises:
             RuntimeUnavailableError: naming the node that the library has no counterpart for,
@@ -110,7 +113,7 @@ class TensorRTBase(Runtime, abc.ABC):
         with self.logging() as logger:
             builder = self.trt().Builder(logger)
             network = self.parse(builder, model, name, logger)
-            config = self._config(builder, network, most)
+            config = self._config(builder, profile)
             with self.timings(config):
                 plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -177,8 +180,8 @@ class TensorRTBase(Runtime, abc.ABC):
         """Around a build: keeps what was timed, where that is of use."""
         return contextlib.nullcontext()
 
-    def _config(self, builder: Any, network: Any, most: int) -> Any:
-        """The builder's settings, with the rows that a prologue makes, or the steps of a gap."""
+    def _config(self, builder: Any, shapes: Profile) -> Any:
+        """The builder's settings, with the shapes that free sizes may make."""
         trt = self.trt()
         config = builder.create_builder_config()
         (config.set_flag if self.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
@@ -187,18 +190,32 @@ class TensorRTBase(Runtime, abc.ABC):
         if self.optimization_level is not None:
             config.builder_optimization_level = self.optimization_level
         self.configure(config)
-        inputs = map(network.get_input, range(network.num_inputs))
-        free = {tensor.name: shape for tensor in inputs if -1 in (shape := tuple(tensor.shape))}
-        if free:
+        if shapes:
             profile = builder.create_optimization_profile()
-            for name, shape in free.items():
-                sizes = (
-                    [each if size == -1 else size for size in shape]
-                    for each in (MIN_ROWS, min(EXAMPLE_ROWS, most), most)
-                )
+            for name, sizes in shapes.items():
                 profile.set_shape(name, *sizes)
             config.add_optimization_profile(profile)
         return config
+
+
+def profile_of(program: Program) -> Profile:
+    """Shapes of the inputs with free sizes: as small, as usual and as large as an engine serves.
+
+    Of rows, steps and requests there are as many as one call may have, of other free sizes those of the examples.
+    """
+    known = {"prologue": MAX_ROWS, REQUESTS: MAX_REQUESTS}
+    most = known.get(program.name) or steps_per_call(program)
+    least, largest = ({symbol: bounds[at] for symbol, bounds in program.ranges.items()} for at in (0, 1))
+    rows = min(EXAMPLE_ROWS, most)
+    return {
+        value.name: [
+            value.shape_at(least, MIN_ROWS),
+            [rows if size is None else size for size in value.shape],
+            value.shape_at(largest, most),
+        ]
+        for value in program.inputs
+        if None in value.shape or value.free
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from recache_compile.ir.plan import Plan
 from recache_compile.ir.program import MIN_ROWS, REQUESTS, Program
 from recache_compile.ir.serialize import type_of
 from recache_compile.ir.value import Kind
-from recache_compile.runtimes.base import requirement_texts
+from recache_compile.runtimes.base import Variant, requirement_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,10 @@ class BudgetFacts:
 
 @dataclass(frozen=True, slots=True)
 class ArtifactFacts:
-    """All that `inspect` shows; shapes, programs and sites are those of the first variant."""
+    """All that `inspect` shows; shapes, programs and sites are those of the first kind of calls.
+
+    `calls` tells the shapes of all kinds; a size that is free is a range, which is that of the examples.
+    """
 
     description: Description
     requirements: Mapping[str, str]
@@ -76,6 +79,7 @@ class ArtifactFacts:
     hoisted_parameters: int
     capture_macs: int
     shapes: dict[str, tuple[int | None, ...]]
+    calls: tuple[dict[str, str], ...]
     programs: tuple[ProgramFacts, ...]
     sites: tuple[SiteFacts, ...]
     budgets: tuple[BudgetFacts, ...]
@@ -95,6 +99,7 @@ def facts_of(compiled: Compiled) -> ArtifactFacts:
         hoisted_parameters=prologue.num_parameters if prologue else 0,
         capture_macs=variant.macs,
         shapes={value.name: value.shape for value in variant.inputs},
+        calls=tuple(map(call_facts, compiled.variants)),
         programs=tuple(program_facts(program, variant.device) for program in variant.programs.values()),
         sites=tuple(
             SiteFacts(value.site or 0, value.shape, value.nbytes)
@@ -103,6 +108,12 @@ def facts_of(compiled: Compiled) -> ArtifactFacts:
         ),
         budgets=tuple(budget_facts(budget, plan, compiled.cost(budget)) for budget, plan in compiled.plans.items()),
     )
+
+
+def call_facts(variant: Variant) -> dict[str, str]:
+    """The shapes of one kind of call, by input, free sizes as ranges."""
+    ranges = variant.programs["recompute"].ranges
+    return {value.name: value.shape_text(ranges) for value in variant.inputs}
 
 
 def program_facts(program: Program, device: torch.device) -> ProgramFacts:
@@ -153,6 +164,9 @@ def print_facts(facts: ArtifactFacts, console: Console) -> None:
     for budget in facts.budgets:
         plan = "".join("#" if engine == "recompute" else "·" for engine in budget.engines)
         console.print(f"{budget.budget:>6}  {plan}", highlight=False, markup=False, soft_wrap=True)
+    for each in facts.calls:
+        inputs = ", ".join(f"{name} {shape}" for name, shape in each.items())
+        console.print(f"calls with {inputs}", highlight=False, markup=False, soft_wrap=True)
     for site in facts.sites:
         shape = list(site.shape)
         console.print(

@@ -15,7 +15,7 @@ from recache_compile.errors import ArtifactError
 from recache_compile.ir.plan import StepPlan
 from recache_compile.ir.signature import Signature
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -40,12 +40,13 @@ class StoredPlan(_Facts):
 
 
 class StoredVariant(_Facts):
-    """One set of input shapes."""
+    """One set of input shapes; `conditions` must hold of free sizes."""
 
     inputs: tuple[dict[str, Any], ...]
     constants: tuple[tuple[str, str], ...]
     programs: tuple[str, ...]
     macs: int
+    conditions: tuple[str, ...]
 
 
 class Manifest(_Facts):
@@ -60,7 +61,7 @@ class Manifest(_Facts):
         digest: hash of all that the manifest says.
     """
 
-    format_version: Literal[6]
+    format_version: Literal[7]
     recache_version: str
     requirements: dict[str, str]
     device: str

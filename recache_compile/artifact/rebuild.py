@@ -17,6 +17,7 @@ from recache_compile.compiler.lowering import lower
 from recache_compile.compiler.side_by_side import Helpers, Job
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.ir.program import Program
+from recache_compile.ir.sizes import within
 from recache_compile.runtimes._cuda_graphs import check_graphs
 from recache_compile.runtimes.base import Engine, Runtime
 from recache_compile.runtimes.registry import get_runtime
@@ -65,7 +66,14 @@ def rebuild(
             graphs = False
     compiled = with_config(compiled, runtime=backend.name, cuda_graphs=graphs, device=str(place))
     requirements = backend.build_requirements(place)
-    engines = replace(compiled.engines, folder=Path(keep.name), requirements=requirements, keep=keep)
+    bounds = [
+        within(each.programs["recompute"].ranges) if backend.sizes_are_bounded else () for each in compiled.variants
+    ]
+    variants = tuple(
+        replace(each, conditions=tuple(dict.fromkeys((*each.conditions, *own))))
+        for each, own in zip(compiled.variants, bounds, strict=True)
+    )
+    engines = replace(compiled.engines, variants=variants, folder=Path(keep.name), requirements=requirements, keep=keep)
     return replace(compiled, engines=engines)
 
 

@@ -68,8 +68,11 @@ def restore(
                 engines={name: engine(number, program, weights, away) for name, program in programs.items()},
                 timesteps=_under(f"timesteps/{number}/", tensors),
                 macs=facts.macs,
+                conditions=facts.conditions,
             )
         )
+        if variants[-1].unmet({value.name: value.shape for value in variants[-1].inputs}):
+            raise ArtifactError("the manifest names sizes that do not go together; compile again")
     description, stored = manifest.description, manifest.forecaster
     forecaster = get_forecaster(stored.name, stored.order, stored.gram or None)
     plans = {

@@ -150,6 +150,8 @@ def load(
         if cuda_graphs:
             check_graphs(runtime, place)
         compiled = restore(folder, manifest, place, engine, "prologue" if offload_prologue else None)
+        if cuda_graphs and any(each.has_free_sizes for each in compiled.variants):
+            raise ArtifactError("its sizes are free, and CUDA graphs replay calls of one size; load it without them")
         if read_manifest(folder).digest != manifest.digest:
             raise ArtifactError("was replaced while it was read; load it again")
         return compiled if cuda_graphs is None else with_config(compiled, cuda_graphs=cuda_graphs)
@@ -285,6 +287,7 @@ def _write(compiled: Compiled, folder: Path) -> None:
                 constants=variant.constants,
                 programs=tuple(variant.programs),
                 macs=variant.macs,
+                conditions=variant.conditions,
             )
             for variant in compiled.variants
         ),

@@ -18,6 +18,7 @@ from recache_compile.compiler.examples import Example
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.ir.schedule import Schedule
+from recache_compile.ir.value import ROLES, Kind
 from recache_compile.runtimes.registry import get_runtime
 
 WARMUPS = (1, 2, 3)
@@ -201,12 +202,15 @@ def _of_artifact(request: BenchRequest) -> Workload:
     module.load_state_dict(compiled.weights, strict=False)
     if this.fixed or any("." in value.name for value in this.inputs):
         raise ModelError(f"{request.model}: was compiled for inputs that cannot be made up; bench the model instead")
-    inputs: dict[str, Any] = {value.name: _draw(value.shape, value.dtype, device) for value in this.inputs}
+    inputs: dict[str, Any] = {
+        value.name: value.shape[0] if value.kind is Kind.SHAPE else _draw(value.shape, value.dtype, device)
+        for value in this.inputs
+    }
     for name, text in this.constants:
         if name != "return_dict":
             inputs[name] = ast.literal_eval(text)
     timetable = dict(this.timesteps) or _timetable(inputs, request.num_steps)
-    roles = {value.name: value.kind for value in this.inputs}
+    roles = {value.name: value.kind for value in this.inputs if value.kind in ROLES}
     return Workload(module.to(device, getattr(torch, facts.config.dtype)), Example(inputs, timetable, roles))
 
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.capture.compat import writes
 from recache_compile.capture.export import flatten
+from recache_compile.capture.free_sizes import FreeSizes, conditions_of, take_as_shape
 from recache_compile.capture.roles import assign_roles
 from recache_compile.capture.trace import trace_module
 from recache_compile.errors import CaptureError
-from recache_compile.ir.meta import describe_input, describe_outputs, number_nodes, result_of
+from recache_compile.ir.meta import describe_input, describe_outputs, number_nodes, result_of, tensor_of
 from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.signature import Signature, named_leaves
+from recache_compile.ir.sizes import is_free
 from recache_compile.ir.value import Kind, Value
 
 CONSTANT_PREFIX = "constant_"
@@ -35,6 +37,7 @@ class Captured:
             taken in; as text.
         fixed: the tensor inputs that it has taken in.
         containers: dotted names of the module lists, whose members are the repeated blocks.
+        conditions: what must hold of free sizes, see `capture.free_sizes`.
     """
 
     program: Program
@@ -42,6 +45,7 @@ class Captured:
     constants: tuple[tuple[str, str], ...]
     fixed: Mapping[str, Tensor]
     containers: tuple[str, ...]
+    conditions: tuple[str, ...] = ()
 
 
 def capture(
@@ -49,6 +53,7 @@ def capture(
     example_inputs: Mapping[str, Any],
     roles: Mapping[str, Kind | str] | None = None,
     label: str = "0",
+    free: FreeSizes = MappingProxyType({}),
 ) -> Captured:
     """Export a module at the shapes of its example inputs.
 
@@ -59,6 +64,8 @@ def capture(
             their names are then dotted ("kwargs.scale").  Everything else is a constant.
         roles: overrides the role of inputs by name.
         label: tells the constants of several captures of one module apart.
+        free: dimensions of inputs whose size is to stay free; where the model's code decides it, it is
+            fixed all the same.
 
     Raises:
         CaptureError: the module cannot be exported, an input is no parameter of it, a role
@@ -81,7 +88,8 @@ def capture(
             " compile calls without one (of models with a key-value cache, those that do not fill it)"
         )
     assigned = assign_roles([name for name, leaf in leaves.items() if isinstance(leaf, Tensor)], roles or {})
-    trace = trace_module(module, arguments, [name for name, role in assigned.items() if role is not Kind.CONDITIONING])
+    variable = [name for name, role in assigned.items() if role is not Kind.CONDITIONING]
+    trace = trace_module(module, arguments, variable, free)
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     try:
         graph_module = flatten(trace.exported, names, f"{CONSTANT_PREFIX}{label}", _device_of(leaves))
@@ -89,6 +97,8 @@ def capture(
     except CaptureError as error:
         raise CaptureError(f"capture of {type(module).__name__}: {error}") from None
     graph_module.recompile()
+    program = Program("capture", graph_module, (PassRecord("capture"),))
+    numbers = {value.name for value in program.inputs if value.kind is Kind.SHAPE}
     signature = Signature(
         parameters=tuple(parameters),
         defaults=tuple(
@@ -98,11 +108,14 @@ def capture(
         tensors=tensors,
     )
     return Captured(
-        program=Program("capture", graph_module, (PassRecord("capture"),)),
+        program=program,
         signature=signature,
-        constants=tuple(signature.constants(arguments, leaves).items()),
+        constants=tuple(
+            (name, text) for name, text in signature.constants(arguments, leaves).items() if name not in numbers
+        ),
         fixed={name: value.detach().clone() for name, value in trace.constants.items()},
         containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
+        conditions=conditions_of(trace.exported) if free else (),
     )
 
 
@@ -124,7 +137,10 @@ def _describe(
         raise CaptureError("the model writes to its inputs or to its own buffers when it is called")
     for node, (name, leaf) in zip(graph.find_nodes(op="placeholder"), leaves.items(), strict=True):
         if isinstance(leaf, Tensor) and name not in fixed:
-            describe_input(node, Value(name, roles[name], tuple(leaf.shape), leaf.dtype))
+            describe_input(node, Value.like(tensor_of(node), name, roles[name]))
+        elif is_free(result_of(node)):
+            taken = take_as_shape(graph, node)
+            describe_input(taken, Value.like(tensor_of(taken), name, Kind.SHAPE))
         elif node.users:
             raise CaptureError(f"the graph reads the constant {name!r} at run time")
         else:
@@ -135,7 +151,7 @@ def _describe(
     for number, result in enumerate(given):
         fake = result_of(result) if isinstance(result, fx.Node) else None
         if isinstance(fake, Tensor):
-            results.append(Value(f"prediction_{len(results)}", Kind.PREDICTION, tuple(fake.shape), fake.dtype))
+            results.append(Value.like(fake, f"prediction_{len(results)}", Kind.PREDICTION))
         elif result is not None:
             raise CaptureError(
                 f"result {number} is neither a tensor nor None, but {result!r}, which no program returns; compile calls"

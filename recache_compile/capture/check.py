@@ -11,7 +11,7 @@ from recache_compile.capture.capture import Captured
 from recache_compile.capture.compat import hooks_of, is_offloaded
 from recache_compile.capture.trace import evaluating
 from recache_compile.errors import CaptureError, check_memory
-from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.signature import named_leaves, number_as_shape
 from recache_compile.ir.value import Kind
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -93,7 +93,7 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
     """
     leaves = named_leaves(inputs)
     values = captured.program.inputs
-    given = {value.name: leaves[value.name] for value in values}
+    given = {name: tensor_like(leaves[name]) for name in (value.name for value in values)}
     if any(tensor.is_meta for tensor in given.values()) or _is_random(captured):
         return
     changed = _changed(leaves, [value.name for value in values if value.kind is Kind.LATENTS])
@@ -112,6 +112,11 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
             f"capture of {who}: the program differs from the model by {difference:.1e} where the latents are other"
             f" ones; {STATE}"
         )
+
+
+def tensor_like(leaf: Any) -> Tensor:
+    """What a program takes for an argument."""
+    return leaf if isinstance(leaf, Tensor) else number_as_shape(leaf)
 
 
 def _changed(leaves: Mapping[str, Any], latents: Collection[str]) -> dict[str, Tensor]:

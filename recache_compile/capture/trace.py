@@ -9,19 +9,23 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from recache_compile.capture.compat import TorchDispatchMode, WeakTensorKeyDictionary, base_of
 from recache_compile.capture.export import export_module
+from recache_compile.capture.free_sizes import FreeSizes, dynamic, keeping_sizes
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
 from recache_compile.errors import CaptureError, check_memory, first_line
 from recache_compile.ir.signature import dotted_name, named_leaves, open_objects
+from recache_compile.ir.sizes import is_free
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,9 @@ class Trace:
     constants: Mapping[str, Tensor]
 
 
-def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Collection[str]) -> Trace:
+def trace_module(
+    module: nn.Module, arguments: Mapping[str, Any], variable: Collection[str], free: FreeSizes = MappingProxyType({})
+) -> Trace:
     """Export a module; inputs that its code reads become constants where export needs that.
 
     The module runs once before, so that what it fills lazily (rotary tables, for example)
@@ -44,6 +50,7 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
         module: called with `arguments` as keywords.
         arguments: tensors may be nested in them; they are not changed.
         variable: names of the inputs that change from step to step, which cannot be constants.
+        free: sizes that are to stay free.  Then no input becomes a constant.
 
     Raises:
         CaptureError: it cannot be exported.
@@ -68,15 +75,18 @@ def trace_module(module: nn.Module, arguments: Mapping[str, Any], variable: Coll
                 " cannot; compile the calls that only read it"
             )
         try:
-            with ordinary_attention():
-                return Trace(_fixed_sizes(export_module(module, (), _copied(arguments))), {})
+            shapes = _replaced(arguments, lambda name, leaf: dynamic(name, leaf, free)) if free else None
+            with ordinary_attention(), keeping_sizes(module) if free else contextlib.nullcontext():
+                return Trace(_known_sizes(export_module(module, (), _copied(arguments), shapes)), {})
         except Exception as error:  # torch.export raises whatever the model's code provokes
             check_memory(error)
+            if free:
+                raise CaptureError(_explain(module, error, read & set(variable))) from error
             log.debug("%s: export with all inputs open failed", type(module).__name__, exc_info=True)
         constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
             with _bound(module, constants), ordinary_attention(), KnownValues():
-                return Trace(_fixed_sizes(export_module(module, (), _without(arguments, constants))), constants)
+                return Trace(_known_sizes(export_module(module, (), _without(arguments, constants))), constants)
         except Exception as error:
             check_memory(error)
             raise CaptureError(_explain(module, error, read & set(variable))) from error
@@ -92,8 +102,8 @@ def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:
     return message
 
 
-def _fixed_sizes(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Refuse a graph with sizes that depend on the values of inputs."""
+def _known_sizes(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Refuse a graph with sizes that depend on the values of inputs, or with numbers that are no sizes."""
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else (value,)
@@ -103,9 +113,9 @@ def _fixed_sizes(exported: torch.export.ExportedProgram) -> torch.export.Exporte
 
 
 def _is_unknown(size: Any) -> bool:
-    if isinstance(size, torch.SymInt):
-        return size.node.maybe_as_int() is None
-    return isinstance(size, (torch.SymFloat, torch.SymBool))
+    if is_free(size):
+        return bool(free_unbacked_symbols(size))
+    return isinstance(size, (torch.SymFloat, torch.SymBool)) and bool(size.node.is_symbolic())
 
 
 @contextlib.contextmanager

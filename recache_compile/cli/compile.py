@@ -10,7 +10,7 @@ from rich.table import Table
 
 from recache_compile.cli.building import RUNTIME_HELP, cache_size_option, chosen_runtime, tensorrt_options
 from recache_compile.cli.console import DTYPES, PAGE, SEED, notice, say, showing_stages
-from recache_compile.cli.parameters import Budgets, JsonObject, Numbers, Size, check_call
+from recache_compile.cli.parameters import Budgets, JsonObject, Numbers, Size, Words, check_call
 
 if TYPE_CHECKING:
     from recache_compile.evaluation.compilation import Compilation
@@ -70,6 +70,10 @@ if TYPE_CHECKING:
 )
 @click.option("--cuda-graphs", is_flag=True, help="Replay CUDA graphs instead of calling engines.")
 @click.option("--batching", is_flag=True, help="Also build an engine for several requests at once.")
+@click.option(
+    "--free", type=Words(), default="", help="What engines leave free beside what differs: text, size, batch."
+)
+@click.option("--fixed-sizes", is_flag=True, help="Engines for every size apart, which run somewhat faster.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @cache_size_option
 @tensorrt_options
@@ -95,6 +99,8 @@ def compile_command(
     hoist: bool,
     cuda_graphs: bool,
     batching: bool,
+    free: tuple[str, ...],
+    fixed_sizes: bool,
     as_json: bool,
     **building: Any,
 ) -> None:
@@ -104,6 +110,7 @@ def compile_command(
         from recache_compile.config import CompileConfig
         from recache_compile.evaluation.compilation import CompileRequest, compile_model
         from recache_compile.ir.forecasters import anchors_of, check_forecaster
+        from recache_compile.pipelines.varied import check_wishes
         from recache_compile.support.devices import usable_device
 
         check_forecaster(forecaster, order)
@@ -120,8 +127,10 @@ def compile_command(
             call=call,
             cuda_graphs=cuda_graphs,
             batching=batching,
+            free_sizes=not fixed_sizes,
         )
-        request = CompileRequest(model, config, budgets, forecaster, order, policy, sizes, batch, prompts, seed)
+        check_wishes(free, config)
+        request = CompileRequest(model, config, budgets, forecaster, order, policy, sizes, batch, prompts, seed, free)
         made = compile_model(request, folder, chosen_runtime(runtime, building, notice))
     if as_json:
         click.echo(json.dumps({"model": model, **made.facts()}))

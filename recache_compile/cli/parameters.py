@@ -73,6 +73,18 @@ def _budget(text: str) -> int | float:
         ) from None
 
 
+class Words(click.ParamType):  # type: ignore[type-arg]
+    """Words, separated by commas."""
+
+    name = "WORD,WORD,..."
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return (
+            value if isinstance(value, tuple) else tuple(word.strip() for word in str(value).split(",") if word.strip())
+        )
+
+
 def check_finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     """Callback of options that are numbers: neither infinite nor not a number."""
     if not math.isfinite(value):

@@ -2,38 +2,27 @@
 
 import contextlib
 import json
-import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from recache_compile.capture.adapters import adapter_scale, fused_adapters, fused_names
-from recache_compile.capture.capture import Captured, capture
-from recache_compile.capture.check import check_modes, check_program, check_stateless, check_untouched
-from recache_compile.capture.processors import PROCESSORS, under_processors
-from recache_compile.capture.roles import usual_role
+from recache_compile.capture.check import check_modes, check_untouched
+from recache_compile.compiler.captures import Capturing, Part
 from recache_compile.compiler.compiled import Description, Engines
 from recache_compile.compiler.examples import Example, check_timesteps, distinct
 from recache_compile.compiler.lowering import Lowering
-from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.refit import hash_of_weight, tied_weights
 from recache_compile.compiler.side_by_side import PROGRAMS, Helpers
-from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
-from recache_compile.errors import CaptureError
-from recache_compile.ir.cost import count_macs
-from recache_compile.ir.program import Program, dtype_name
-from recache_compile.ir.signature import named_leaves
+from recache_compile.ir.program import dtype_name
+from recache_compile.ir.sizes import within
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes._cuda_graphs import check_graphs
 from recache_compile.runtimes.base import Runtime, Variant
 from recache_compile.runtimes.registry import get_runtime
-
-log = logging.getLogger(__name__)
 
 
 def build_engines(
@@ -56,22 +45,16 @@ def build_engines(
         check_graphs(backend, examples[0].device)
     check_modes()
     check_untouched(module, type(module).__name__)
-    with fused_adapters(module, adapter_scale(each.inputs for each in examples)):
-        captures = capture_examples(module, distinct(examples), config)
-        state = dict(module.state_dict())
-    annotated = [annotate(captured, config) for _, captured in captures]
-    check_same_model([captured for _, captured in captures], annotated)
-    log.info(describe_sites(annotated[0]))
     keep = tempfile.TemporaryDirectory(prefix="recache-")
     lowering = Lowering(backend, Path(keep.name), Helpers(backend, examples[0].device, PROGRAMS + config.batching))
     with contextlib.closing(lowering.helpers):
-        variants = tuple(
-            build_variant(example, captured, program, config, lowering)
-            for (example, captured), program in zip(captures, annotated, strict=True)
-        )
+        with fused_adapters(module, adapter_scale(each.inputs for each in examples)):
+            parts = Capturing(module, config, lowering.helpers).parts(distinct(examples))
+            state = dict(module.state_dict())
+        variants = tuple(build_variant(part, config, lowering) for part in parts)
     return Engines(
         description=describe(module, state, variants[0], config, backend, lowering, examples[0].levels),
-        signature=captures[0][1].signature,
+        signature=parts[0].captured.signature,
         variants=variants,
         weights=lowering.weights,
         folder=Path(keep.name),
@@ -80,17 +63,13 @@ def build_engines(
     )
 
 
-def build_variant(
-    example: Example, captured: Captured, annotated: Program, config: CompileConfig, lowering: Lowering
-) -> Variant:
+def build_variant(part: Part, config: CompileConfig, lowering: Lowering) -> Variant:
     """The programs and engines of one kind of call."""
+    example, captured = part.example, part.captured
     timesteps = check_timesteps(example, captured.program, config.num_steps)
-    key = split_key(captured.program, annotated, config)
-    split = read_split(key, captured.program, example.device)
-    if split is None:
-        lowering.helpers.start()
-        split = Split(specialise(annotated, config), count_macs(captured.program, example.device))
-        keep_split(key, captured.program, split)
+    split = part.split
+    bounds = within(captured.program.ranges) if lowering.runtime.sizes_are_bounded else ()
+    fixed = {value.name for value in captured.program.inputs if not value.free}
     return Variant(
         inputs=captured.program.inputs,
         constants=captured.constants,
@@ -98,48 +77,10 @@ def build_variant(
         device=example.device,
         programs=split.programs,
         engines=lowering.lower(split.programs, example.device),
-        timesteps=timesteps,
+        timesteps={name: column for name, column in timesteps.items() if name in fixed},
         macs=split.macs,
+        conditions=(*captured.conditions, *bounds),
     )
-
-
-def capture_examples(
-    module: nn.Module, examples: Iterable[Example], config: CompileConfig
-) -> list[tuple[Example, Captured]]:
-    """Capture every example, and once more for each call with other values of inputs that became constants."""
-    captures: list[tuple[Example, Captured]] = []
-    for number, example in enumerate(examples):
-        own: list[Captured] = []
-        for inputs in (example.inputs, *example.others):
-            leaves = named_leaves(inputs)
-            if any(all(torch.equal(leaves[name], value) for name, value in each.fixed.items()) for each in own):
-                continue
-            log.info("capturing")
-            label = f"{number}_{len(own)}" if own else str(number)  # tells the constants of several apart
-            roles, who = {**example.roles, **config.roles}, type(module).__name__
-            latents = [name for name in leaves if roles.get(name, usual_role(name)) == Kind.LATENTS]
-            with under_processors(module, example.processors):
-                check_stateless(module, inputs, latents, who)
-                captured = capture(module, inputs, roles, label)
-                check_program(module, inputs, captured, who)
-            if example.attention:
-                constants = (*captured.constants, (PROCESSORS, repr(example.attention)))
-                captured = replace(captured, constants=constants)
-            own.append(captured)
-        captures += [(example, each) for each in own]
-    return captures
-
-
-def check_same_model(captures: Sequence[Captured], annotated: Sequence[Program]) -> None:
-    """Raise `CaptureError` unless all examples have one result structure and the same number of cache sites."""
-    if len({captured.signature for captured in captures}) > 1:
-        raise CaptureError(
-            "examples: the model returns another structure for one of them than for the first; compile apart"
-        )
-    first, *others = (len(cache_points(program)) for program in annotated)
-    for found in others:
-        if found != first:
-            raise CaptureError(f"examples: one has {found} cache sites, the first has {first}; compile apart")
 
 
 def describe(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recache_compile.errors import CaptureError, ModelError
 from recache_compile.ir.program import Program
-from recache_compile.ir.signature import call_kind, named_leaves
+from recache_compile.ir.signature import call_kind, is_number, named_leaves
 from recache_compile.ir.value import Kind
 
 
@@ -70,6 +70,41 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
         if first is not example:
             kinds[kind] = replace(first, others=(*first.others, example.inputs, *example.others))
     return list(kinds.values())
+
+
+def alike(examples: Iterable[Example]) -> list[list[Example]]:
+    """Those that may share engines: they differ in sizes alone, none of which is 1 in one of them, or in numbers."""
+    groups: dict[Any, list[Example]] = {}
+    for example in examples:
+        leaves = named_leaves(example.inputs)
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        ones = [(name, leaf.dtype, tuple(size == 1 for size in leaf.shape)) for name, leaf in tensors.items()]
+        constants = [
+            (name, "a number" if is_number(leaf) else repr(leaf))
+            for name, leaf in leaves.items()
+            if name not in tensors
+        ]
+        groups.setdefault((tuple(ones), tuple(constants), example.attention), []).append(example)
+    return list(groups.values())
+
+
+def free_sizes(examples: Iterable[Example]) -> dict[str, tuple[int, ...]]:
+    """Dimensions in which inputs of examples that are alike differ, by name."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for example in examples:
+        for name, leaf in named_leaves(example.inputs).items():
+            if isinstance(leaf, Tensor) or is_number(leaf):
+                shapes.setdefault(name, []).append(shape_of(leaf))
+    found = {
+        name: tuple(at for at, sizes in enumerate(zip(*each, strict=True)) if len(set(sizes)) > 1)
+        for name, each in shapes.items()
+    }
+    return {name: dimensions for name, dimensions in found.items() if dimensions}
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """Of a tensor, or of what stands for a number; see `number_as_shape`."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else (leaf,)
 
 
 def check_timesteps(example: Example, captured: Program, num_steps: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from recache_compile.capture.capture import Captured
 from recache_compile.config import CompileConfig
 from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import REQUESTS, Program, SitePattern, pattern_name
+from recache_compile.ir.sizes import bytes_of
 from recache_compile.ir.value import Kind
 from recache_compile.passes.base import run_passes
 from recache_compile.passes.drop_unread_rows import DropUnreadRows
@@ -19,6 +20,7 @@ from recache_compile.passes.map_gap import map_over_gap
 from recache_compile.passes.map_requests import map_over_requests
 from recache_compile.passes.ops import CACHE_POINT
 from recache_compile.passes.prologue import build_prologue
+from recache_compile.passes.read_sizes import ReadSizes
 from recache_compile.passes.simplify import Simplify
 from recache_compile.passes.specialise import Specialise
 from recache_compile.passes.verify_split import verify_split
@@ -47,7 +49,7 @@ def cache_points(annotated: Program) -> list[fx.Node]:
 def describe_sites(annotated: Program) -> str:
     """How many sites there are and what an anchor takes, for people."""
     points = cache_points(annotated)
-    size = sum(tensor_of(point).nbytes for point in points)
+    size = sum(bytes_of(tensor_of(point)) for point in points)
     return f"{len(points)} cache site{'s' * (len(points) > 1)}, {size / 1e6:.3g} MB per anchor"
 
 
@@ -72,7 +74,7 @@ def specialise(annotated: Program, config: CompileConfig) -> dict[str, Program]:
     for pattern in patterns_of(config, len(cache_points(annotated))):
         name = pattern_name(pattern)
         log.info("specialising %s", name)
-        passes = (*((Hoist(limit),) if config.hoist else ()), DropUnreadRows(), Simplify())
+        passes = (*((Hoist(limit),) if config.hoist else ()), DropUnreadRows(), Simplify(), ReadSizes())
         programs[name] = run_passes(annotated, (Specialise(pattern), *passes)).renamed(name)
     reads = {value.kind for program in programs.values() for value in program.inputs}
     if not reads & {Kind.TABLE_ROW, Kind.FIXED}:

@@ -41,6 +41,7 @@ class CompileRequest:
         batches: pictures per call; several in one artifact.
         prompts: captions of the pictures that are compared; none: our own.
         seed: of the first picture.
+        free: what engines leave free beside what differs; see `pipelines.varied`.
     """
 
     model: str
@@ -53,6 +54,7 @@ class CompileRequest:
     batches: tuple[int, ...] = (1,)
     prompts: tuple[str, ...] = ()
     seed: int = 0
+    free: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> list[dict[str, Any]]:
@@ -116,8 +118,8 @@ def compile_model(request: CompileRequest, folder: Path, runtime: Runtime) -> Co
     captions = request.prompts or captions_for(pipeline)
     shapes = request.shapes
     log.info("checking the prompts")
-    check_prompts(pipeline, captions, shapes[0], config)
-    compiled = _compiled(request, pipeline, captions, runtime)
+    lengths = prompts_to_build_for(pipeline, captions, shapes[0], config)
+    compiled = _compiled(request, pipeline, captions, lengths, runtime)
     log.info("writing %s", folder)
     compiled.save(folder)
     if runtime.engine_device(place) != place:
@@ -131,31 +133,32 @@ def compile_model(request: CompileRequest, folder: Path, runtime: Runtime) -> Co
     return Compilation(compiled, tuple(measured), folder, picture)
 
 
-def check_prompts(pipeline: Any, captions: Sequence[str], call: Mapping[str, Any], config: CompileConfig) -> None:
-    """Raise `ModelError` unless the engines for the first prompt fit all of them.
+def prompts_to_build_for(
+    pipeline: Any, captions: Sequence[str], call: Mapping[str, Any], config: CompileConfig
+) -> list[str]:
+    """The first prompt, and of the others those that the transformer is called differently for: engines are for all.
 
     Args:
         pipeline: calls its transformer with what it makes of a prompt.
         captions: the prompts.
         call: further arguments of the pipeline.
         config: tells the steps and the component.
+
+    Raises:
+        ModelError: they have several lengths, and sizes are fixed.
     """
-    kinds = [
-        {
-            call_kind(named_leaves(example.inputs))
-            for example in record_examples(
-                pipeline, config.num_steps, prompted(pipeline, caption, call), config.component
-            )
-        }
-        for caption in captions
-    ]
-    for caption, kind in zip(captions, kinds, strict=True):
-        if kind != kinds[0]:
-            raise ModelError(
-                f"prompt {caption!r}: the transformer is called with other shapes than for {captions[0]!r}; engines"
-                " have one length of text: choose prompts of one length, or have the pipeline pad them"
-                " (max_sequence_length)"
-            )
+    kinds: dict[Any, str] = {}
+    for caption in captions:
+        made = record_examples(pipeline, config.num_steps, prompted(pipeline, caption, call), config.component)
+        kinds.setdefault(frozenset(call_kind(named_leaves(example.inputs)) for example in made), caption)
+    chosen = list(kinds.values())
+    if len(chosen) > 1 and not config.free_sizes:
+        raise ModelError(
+            f"prompt {chosen[1]!r}: the transformer is called with other shapes than for {captions[0]!r}, and sizes are"
+            " fixed: choose prompts of one length, have the pipeline pad them (max_sequence_length), or leave"
+            " --fixed-sizes out"
+        )
+    return chosen
 
 
 def check_output(folder: Path) -> Path:
@@ -168,16 +171,21 @@ def check_output(folder: Path) -> Path:
     return picture
 
 
-def _compiled(request: CompileRequest, pipeline: Any, captions: Sequence[str], runtime: Runtime) -> Compiled:
+def _compiled(
+    request: CompileRequest, pipeline: Any, captions: Sequence[str], lengths: Sequence[str], runtime: Runtime
+) -> Compiled:
     """Engines and plans of a pipeline that is loaded."""
     shapes = request.shapes
     config = replace(request.config, call=shapes[0])
     kind = type(pipeline).__name__
     choice = choose_policy(request.policy, request.budgets, request.forecaster, request.order, config, kind)
     calls: list[Mapping[str, Any]] = [
-        prompted(pipeline, captions[0], each, number) for each in shapes for number in request.batches
+        prompted(pipeline, caption, each, number)
+        for caption in lengths
+        for each in shapes
+        for number in request.batches
     ]
-    engines = engines_of_pipeline(pipeline, config, calls, runtime)
+    engines = engines_of_pipeline(pipeline, config, calls, runtime, free=request.free)
     engines = replace(engines, description=replace(engines.description, model=absolute(request.model)))
     return plan_pipeline(
         engines, choice, pipeline, calibration_calls(pipeline, captions, shapes[0], request.batches[0])

@@ -1,6 +1,7 @@
 """Programs: FX graphs whose inputs and outputs are described by facts, not by convention."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Flag, StrEnum, auto
 from typing import Any
 
@@ -67,11 +68,13 @@ class Program:
         name: "capture", "prologue", "recompute", "forecast" ...
         module: the graph and the weights it reads, under the model's own names.
         provenance: the passes that made it, in order.
+        ranges: smallest and largest of each free size among the examples, by symbol.
     """
 
     name: str
     module: fx.GraphModule
     provenance: tuple[PassRecord, ...] = ()
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[Value, ...]:

@@ -27,6 +27,7 @@ from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 
 _OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "le", "lt", "ge", "gt")
+_OF_TORCH = ("sym_max", "sym_min")
 _TORCH_TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
@@ -39,11 +40,12 @@ def program_to_json(program: Program) -> str:
         for node in program.module.graph.find_nodes(op="placeholder")
     ]
     lines = ",\n".join("  " + json.dumps(node) for node in nodes)
-    head = {
+    head: dict[str, Any] = {
         "name": program.name,
         "provenance": [[record.name, record.options] for record in program.provenance],
         "inputs": inputs,
     }
+    head |= {"ranges": {symbol: list(bounds) for symbol, bounds in program.ranges.items()}} if program.ranges else {}
     tail = {"results": results, "outputs": [value_to_json(value) for value in program.outputs]}
     return f'{json.dumps(head)[:-1]},\n "nodes": [\n{lines}\n ],\n {json.dumps(tail)[1:]}\n'
 
@@ -103,6 +105,7 @@ def _program(data: dict[str, Any], weights: dict[str, Tensor], device: torch.dev
         data["name"],
         fx.GraphModule(used, graph),
         tuple(PassRecord(name, options) for name, options in data["provenance"]),
+        {str(symbol): (int(least), int(most)) for symbol, (least, most) in data.get("ranges", {}).items()},
     )
 
 
@@ -113,9 +116,8 @@ def _node(node: fx.Node) -> dict[str, Any]:
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target
-    call = (
-        target.name() if isinstance(target, torch._ops.OpOverload) else f"operator::{getattr(target, '__name__', '')}"
-    )
+    place = "torch" if target in (torch.sym_max, torch.sym_min) else "operator"
+    call = target.name() if isinstance(target, torch._ops.OpOverload) else f"{place}::{getattr(target, '__name__', '')}"
     _target(call)
     return {"call": call, **described, "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
 
@@ -138,6 +140,8 @@ def _target(name: str) -> Any:
     namespace, _, rest = name.partition("::")
     if namespace == "operator" and rest in _OPERATORS:
         return getattr(operator, rest)
+    if namespace == "torch" and rest in _OF_TORCH:
+        return getattr(torch, rest)
     if namespace == "aten":
         packet, _, overload = rest.partition(".")
         target = getattr(getattr(torch.ops.aten, packet), overload or "default")
@@ -188,7 +192,8 @@ def value_to_json(value: Value) -> dict[str, Any]:
     facts = {"name": value.name, "kind": value.kind.value, "shape": list(value.shape)}
     facts |= {"dtype": str(value.dtype).removeprefix("torch.")}
     optional = {"site": value.site, "slot": value.slot, "table": value.table, "source": value.source}
-    return facts | {key: fact for key, fact in optional.items() if fact is not None}
+    free = {"free": list(value.free)} if value.free else {}
+    return facts | {key: fact for key, fact in optional.items() if fact is not None} | free
 
 
 def read_value(entry: dict[str, Any]) -> Value:
@@ -197,4 +202,6 @@ def read_value(entry: dict[str, Any]) -> Value:
     if not isinstance(dtype, torch.dtype):
         raise ArtifactError(f"not a program: {entry['dtype']!r} is no dtype")
     optional = {key: entry.get(key) for key in ("site", "slot", "table", "source")}
-    return Value(entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, **optional)
+    return Value(
+        entry["name"], Kind(entry["kind"]), tuple(entry["shape"]), dtype, **optional, free=tuple(entry.get("free", ()))
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -46,6 +47,16 @@ class Signature:
         filled = {name: default for name, default in self.defaults if name not in top} | given
         filled.pop("return_dict", None)
         return filled
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a whole number, which may be a size; 0 and 1 mean other things."""
+    return isinstance(leaf, int) and not isinstance(leaf, bool) and leaf > 1
+
+
+def number_as_shape(number: int, device: torch.device | None = None) -> Tensor:
+    """A tensor (number,) of bytes, whose values do not matter: programs take numbers that are sizes so."""
+    return torch.empty(number, dtype=torch.uint8, device=device)
 
 
 def call_kind(leaves: Mapping[str, Any], constants: Mapping[str, str] | None = None) -> Hashable:

@@ -8,6 +8,7 @@ from recache_compile.compiler.compiled import Engines
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.pipelines.record import check_scheduler, denoiser_of, record_examples
+from recache_compile.pipelines.varied import varied
 from recache_compile.runtimes.base import Runtime
 
 
@@ -17,6 +18,7 @@ def engines_of_pipeline(
     calls: Sequence[Mapping[str, Any]],
     runtime: Runtime | None = None,
     others: Sequence[tuple[Any, Mapping[str, Any]]] = (),
+    free: Sequence[str] = (),
 ) -> Engines:
     """Record how a pipeline calls its transformer, and build engines for these calls.
 
@@ -26,6 +28,7 @@ def engines_of_pipeline(
         calls: arguments of the pipeline calls that are recorded, at least one.
         runtime: a backend with options of its own, instead of the one that `config` names.
         others: other pipelines that have the same transformer, with the arguments of a call each.
+        free: what engines are to leave free beside what differs between the calls; see `pipelines.varied`.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.
@@ -37,6 +40,7 @@ def engines_of_pipeline(
                 f"others: the {config.component} of {type(other).__name__} is not that of {type(pipeline).__name__};"
                 " make the one from the other (from_pipe)"
             )
+    calls = [each for call in calls for each in (varied(pipeline, call, free) if free else [call])]
     several = [*((pipeline, call) for call in calls), *others]
     for each, _ in several:
         check_scheduler(each)
