@@ -143,7 +143,7 @@ def test_an_older_format_is_refused(eager_artifact: Path, tmp_path: Path) -> Non
 def test_a_newer_format_is_refused(eager_artifact: Path, tmp_path: Path) -> None:
     folder = copy_of(eager_artifact, tmp_path)
     edit_manifest(folder, format_version=99, something_new=[1])
-    with pytest.raises(ArtifactError, match="format 99, this version reads up to 6; upgrade"):
+    with pytest.raises(ArtifactError, match="format 99, this version reads up to 7; upgrade"):
         rc.load(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import recache_compile as rc
-from recache_compile.compiler import build
+from recache_compile.compiler import captures
 from recache_compile.compiler.program_cache import read_split
 from recache_compile.ir.serialize import program_to_json
 from recache_compile.support.disk_cache import keep_entry
@@ -35,7 +35,7 @@ def test_the_same_model_with_other_budgets_and_another_policy_lowers_nothing(
 ) -> None:
     first = compile_flux(tiny_flux(), runtime=Written())
     assert lowered == ALL
-    monkeypatch.delattr(build, "specialise")
+    monkeypatch.delattr(captures, "specialise")
     second = compile_flux(tiny_flux(), runtime=Written(), budgets=(2, 5), policy="front-loaded", forecaster="hicache")
     assert lowered == ALL
     ours, theirs = (compiled.variants[0].programs for compiled in (first, second))
