@@ -31,6 +31,7 @@ import recache_compile as rc
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import Program
+from recache_compile.passes.base import with_values
 from recache_compile.passes.ops import aten, packet
 from recache_compile.runtimes.inductor import Inductor
 
@@ -96,6 +97,7 @@ def measure(model: str, dtype: str, threads: int, rounds: int) -> dict[str, Any]
     )
     program, kind = compiled.variants[0].programs["recompute"], getattr(torch, dtype)
     given = [torch.rand(value.shape).to(value.dtype) for value in program.inputs]  # type: ignore[arg-type]
+    program = with_values(program, given)  # which one from the cache does not have
     with tempfile.TemporaryDirectory() as folder:  # of all programs this one alone is lowered
         files = [Path(folder) / "recompute.pt2"]
         Inductor().lower(program, CPU, files)

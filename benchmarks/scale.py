@@ -28,7 +28,7 @@ from recache_compile.artifact.specs import FOLDER
 from recache_compile.bench.process import held
 from recache_compile.bench.subjects import folder_bytes, renew
 from recache_compile.bench.workload import BenchRequest, Workload, make_workload
-from recache_compile.compiler import build
+from recache_compile.compiler import captures
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.config import CompileConfig
@@ -101,15 +101,15 @@ def timed_stages(runtime: str) -> Iterator[dict[str, float]]:
         return call
 
     stages = {
-        "capture": "capture_examples",
-        "cache points": "annotate",
-        "split": "specialise",
-        "count": "count_macs",
+        "capture": (captures.Capturing, "_captured"),
+        "cache points": (captures, "annotate"),
+        "split": (captures, "specialise"),
+        "count": (captures, "count_macs"),
     }
     with contextlib.ExitStack() as stack:
-        for stage, function in stages.items():
-            replaced = timed(getattr(build, function), lambda *_, stage=stage: stage)
-            stack.enter_context(mock.patch.object(build, function, replaced))
+        for stage, (place, function) in stages.items():
+            replaced = timed(getattr(place, function), lambda *_, stage=stage: stage)
+            stack.enter_context(mock.patch.object(place, function, replaced))
         backend = type(known_runtime(runtime))
         replaced = timed(backend.lower, lambda _, program, *__: f"lower {program.name}")
         stack.enter_context(mock.patch.object(backend, "lower", replaced))

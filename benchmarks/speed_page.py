@@ -41,6 +41,7 @@ def write_page(folder: Path, docs: Path) -> None:
         "scale": "\n\n".join(scale_part(name, results[name]) for name in ("scale", "scale-eager")),
         "adapters": adapters_part({name: results[name] for name in ("adapters", "adapters-bfloat16")}),
         "batching": batching_part(results["batching"]),
+        "free-sizes": free_sizes_part(results["free-sizes"]),
         "first-result": first_part(results["first-result"]),
         "quality": quality_part(results["evaluate-shapes"]),
         "bench": "\n\n".join(bench_part(results[f"bench-{name}"]) for name in MODELS if f"bench-{name}" in results),
@@ -139,6 +140,21 @@ def adapters_part(by_name: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(by_name.values()))
     links = ", ".join(f"[{each['dtype']}](../benchmarks/results/{name}.json)" for name, each in by_name.items())
     return f"Measured on {first['date']}, {first['machine']} ({links}):\n\n{table(columns, rows)}"
+
+
+def free_sizes_part(result: Mapping[str, Any]) -> str:
+    """Engines for any size beside those for one, by model and runtime."""
+    rows = []
+    for model, runtimes in result["models"].items():
+        for runtime, each in runtimes.items():
+            recompute, prologue = (each["programs"][name] for name in ("recompute", "prologue"))
+            fixed, free = milliseconds(recompute["fixed"]), milliseconds(recompute["free"])
+            rows.append([model, runtime, fixed, free, f"{recompute['ratio']:.3f}", f"{prologue['ratio']:.3f}"])
+    columns = ("", "runtime", "recompute step, fixed", "free", "free / fixed", "prologue, free / fixed")
+    return (
+        f"Measured on {result['date']}, {result['machine']}, torch {result['torch']}, medians of {result['rounds']}"
+        f" rounds ([numbers](../benchmarks/results/free-sizes.json)):\n\n{table(columns, rows)}"
+    )
 
 
 def batching_part(result: Mapping[str, Any]) -> str:
