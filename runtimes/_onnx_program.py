@@ -13,6 +13,7 @@ import io
 import json
 import struct
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def require_onnx(who: str) -> None:
     with importing(who, "pip install 'recache-compile[onnx]'"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
+
+
+def exporter_facts() -> dict[str, str]:
+    """Versions of what decides about an exported model, beside torch."""
+    return {package: metadata.version(package) for package in ("onnx", "onnxscript", "onnx-ir")}
 
 
 def export_onnx(program: Program, device: torch.device, file: Path) -> None:

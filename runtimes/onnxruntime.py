@@ -12,7 +12,14 @@ from torch import Tensor
 
 from recache_compile.errors import RuntimeUnavailableError, check_memory, importing, reason_of
 from recache_compile.ir.program import Program
-from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
+from recache_compile.runtimes._onnx_program import (
+    export_onnx,
+    exporter_facts,
+    link_weights,
+    onnx_file,
+    require_onnx,
+    runnable,
+)
 from recache_compile.runtimes.base import Engine, Runtime, new_outputs
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -85,6 +92,14 @@ class OnnxRuntime(Runtime):
     def files(self, variant: int, program: str) -> tuple[str, ...]:
         """Beside the weights, as ONNX asks for of external data."""
         return (onnx_file(variant, program),)
+
+    def lowering_facts(self, device: torch.device) -> Mapping[str, str]:
+        """The exporter's versions: a model holds no weight, and is optimised when it is loaded."""
+        return exporter_facts()
+
+    def lowers_apart(self, device: torch.device) -> bool:
+        """On the CPU; another process would need memory of a GPU for itself."""
+        return device.type == "cpu"
 
     def require(self, building: bool) -> None:
         """Needs the extra `onnx`; running needs no exporter."""

@@ -22,7 +22,14 @@ from typing_extensions import override
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of
 from recache_compile.ir.gaps import steps_per_call
 from recache_compile.ir.program import MIN_ROWS, REQUESTS, Program
-from recache_compile.runtimes._onnx_program import export_onnx, link_weights, onnx_file, require_onnx, runnable
+from recache_compile.runtimes._onnx_program import (
+    export_onnx,
+    exporter_facts,
+    link_weights,
+    onnx_file,
+    require_onnx,
+    runnable,
+)
 from recache_compile.runtimes._tensorrt_engine import TensorRTEngine
 from recache_compile.runtimes.base import EXAMPLE_ROWS, Engine, Runtime, UnavailableEngine
 from recache_compile.support.devices import on_device
@@ -56,6 +63,10 @@ class TensorRTBase(Runtime, abc.ABC):
     def engine_device(self, device: torch.device) -> torch.device:
         """On a GPU, wherever the model was captured."""
         return device if device.type == "cuda" else torch.device("cuda")
+
+    def lowering_facts(self, device: torch.device) -> Mapping[str, str]:
+        """The library, the GPUs that are built for, and the exporter: an engine holds no weight."""
+        return {**self.build_requirements(device), **exporter_facts()}
 
     def machine_facts(self, device: torch.device) -> Mapping[str, str]:
         """The library's version and the device's compute capability."""

@@ -10,6 +10,7 @@ import recache_compile as rc
 from recache_compile.compiler import captures
 from recache_compile.compiler.program_cache import read_split
 from recache_compile.ir.serialize import program_to_json
+from recache_compile.runtimes.onnxruntime import OnnxRuntime
 from recache_compile.support.disk_cache import keep_entry
 from tests.compiler.writing import LOWERED, Written
 from tests.conftest import NUM_STEPS, compile_flux, flux_inputs, loop_inputs, tiny_flux
@@ -110,3 +111,20 @@ def test_a_runtime_says_whether_its_engines_can_be_kept(tmp_path: Path) -> None:
     compile_flux(tiny_flux())
     (entry,) = (tmp_path / "cache" / "programs").iterdir()  # what the model was split into
     assert entry.is_file()
+
+
+@pytest.mark.slow
+def test_models_for_onnx_runtime_are_kept_and_made_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_flux(tiny_flux(), runtime="onnxruntime")
+    monkeypatch.setattr(OnnxRuntime, "lower", None)
+    module = tiny_flux(seed=1)
+    again = compile_flux(module, runtime="onnxruntime", budgets=(2, NUM_STEPS))
+    ours, theirs = (
+        {file.name: file.read_bytes() for file in each.engines.folder.glob("*.onnx")} for each in (compiled, again)
+    )
+    assert len(ours) == len(ALL)
+    assert ours == theirs
+    inputs = loop_inputs(0, flux_inputs())
+    torch.testing.assert_close(
+        again.dispatcher(2)(step=0, **inputs)[0], module(**inputs, return_dict=False)[0], rtol=1e-4, atol=1e-5
+    )
