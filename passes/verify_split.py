@@ -34,7 +34,12 @@ def verify_split(annotated: Program, prologue: Program, steps: Mapping[str, Prog
             if value.kind not in (Kind.TABLE_ROW, Kind.FIXED):
                 continue
             match = made.get((table, value.name))
-            if match is None or (match.shape[-1], match.dtype) != (value.shape[-1], value.dtype):
+            own = len(value.shape)  # a table has its rows in front
+            if match is None or (match.shape[-own:], match.free[-own:], match.dtype) != (
+                value.shape,
+                value.free,
+                value.dtype,
+            ):
                 raise PassError(f"split of {program.name}: it reads {value}, the prologue makes {match}")
         left = independent_matmuls(program)
         if left:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from recache_compile.errors import MismatchError
-from recache_compile.ir.signature import Signature, call_kind, is_flat, named_leaves, number_as_shape
-from recache_compile.ir.value import Value
+from recache_compile.ir.signature import Signature, call_kind, is_flat, is_number, named_leaves, number_as_shape
+from recache_compile.ir.value import Kind, Value
 from recache_compile.runtimes.base import Variant
 
 
@@ -48,7 +48,7 @@ class KnownCalls:
     """The kinds of calls that engines were compiled for.
 
     Args:
-        variants: programs and engines, one for each set of input shapes.
+        variants: programs and engines, one for each kind of calls.
         signature: how the model is called.
     """
 
@@ -109,9 +109,7 @@ class KnownCalls:
         types = {name: tensor.dtype for name, tensor in tensors.items()}
         found = []
         for each in self._free:
-            numbers = {
-                name: (int(text),) for name, text in constants.items() if name in each.numbers and text.isdigit()
-            }
+            numbers = {name: (int(text),) for name, text in constants.items() if name in each.numbers and is_size(text)}
             others = {name: text for name, text in constants.items() if name not in numbers}
             expected = {value.name: value.dtype for value in each.inputs if value.name not in numbers}
             if others == dict(each.constants) and expected == types:
@@ -119,26 +117,53 @@ class KnownCalls:
         return found
 
     def _no_variant(self, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> str:
-        given = {**constants, **{name: _describe(leaf, {}) for name, leaf in tensors.items()}}
-        compiled = [
-            dict(each.constants)
-            | {
-                name: _describe(value, each.programs["recompute"].ranges)
-                for name, value in _tensor_inputs(each).items()
-            }
-            for (each, *_) in self._variants.values()
-        ]
+        compiled = [each for (each, *_) in self._variants.values()]
+        several = [_differences(each, tensors, constants) for each in compiled]
+        nearest = min(several, key=len)
+        reasons = [reason for _, reason in self._alike(tensors, constants) if reason]
+        if not nearest:  # each input is as compiled, but not together
+            nearest = [text for each in compiled for text in _free_inputs(each, tensors)]
+        wrong = [*nearest, *reasons[:1]]
+        return f"no engine for these inputs: {'; '.join(wrong)}; compile for them too"
 
-        def differences(facts: Mapping[str, str]) -> list[str]:
-            return [name for name in {**given, **facts} if facts.get(name) != given.get(name)]
 
-        nearest = min(compiled, key=lambda facts: len(differences(facts)))
-        wrong = [
-            f"{name} is {given.get(name, 'missing')}, compiled {nearest.get(name, 'without')}"
-            for name in differences(nearest)
-        ]
-        reasons = [f" ({reason})" for _, reason in self._alike(tensors, constants) if reason]
-        return f"no engine for these inputs: {'; '.join(wrong)}{''.join(reasons[:1])}; compile for them too"
+def _differences(variant: Variant, tensors: Mapping[str, Tensor], constants: Mapping[str, str]) -> list[str]:
+    """In what a call is not as compiled, for people."""
+    expected: dict[str, Tensor | Value | str] = {**dict(variant.constants), **_tensor_inputs(variant)}
+    given: dict[str, Tensor | str] = {**constants, **tensors}
+    ranges = variant.programs["recompute"].ranges
+    return [
+        f"{name} is {_describe(given.get(name, 'missing'), {})}, compiled"
+        f" {_describe(expected.get(name, 'without'), ranges)}"
+        for name in {**given, **expected}
+        if name not in given or name not in expected or not _fits(given[name], expected[name])
+    ]
+
+
+def _fits(given: Tensor | str, expected: Tensor | Value | str) -> bool:
+    """Whether an argument is as compiled, but for free sizes."""
+    if isinstance(given, str):
+        is_number = isinstance(expected, Value) and expected.kind is Kind.SHAPE
+        return is_size(given) if is_number else given == expected
+    if isinstance(expected, str) or (given.dtype, given.dim()) != (expected.dtype, len(expected.shape)):
+        return False
+    terms = (expected.free if isinstance(expected, Value) else ()) or ("",) * given.dim()
+    return all(term or one == other for term, one, other in zip(terms, given.shape, expected.shape, strict=True))
+
+
+def _free_inputs(variant: Variant, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The inputs with free sizes, as they are and as compiled."""
+    ranges = variant.programs["recompute"].ranges
+    return [
+        f"{value.name} is {_describe(tensors[value.name], {})}, compiled {_describe(value, ranges)}"
+        for value in variant.inputs
+        if value.free and value.name in tensors
+    ]
+
+
+def is_size(text: str) -> bool:
+    """Whether a constant is a number that may be a size."""
+    return text.isdigit() and is_number(int(text))
 
 
 def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
@@ -146,6 +171,10 @@ def _tensor_inputs(variant: Variant) -> dict[str, Tensor | Value]:
     return {**variant.fixed, **{value.name: value for value in variant.inputs}}
 
 
-def _describe(value: Tensor | Value, ranges: Mapping[str, tuple[int, int]]) -> str:
+def _describe(value: Tensor | Value | str, ranges: Mapping[str, tuple[int, int]]) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Value) and value.kind is Kind.SHAPE:
+        return value.shape_text(ranges).strip("[]")
     shape = value.shape_text(ranges) if isinstance(value, Value) else str(list(value.shape))
     return f"{str(value.dtype).removeprefix('torch.')}{shape}"

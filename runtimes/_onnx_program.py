@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from recache_compile.capture.export import export_module, quiet
 from recache_compile.errors import RuntimeUnavailableError, importing, reason_of, root_cause
 from recache_compile.ir.program import Program
-from recache_compile.runtimes.base import example_inputs, free_sizes
+from recache_compile.runtimes.base import check_free, dynamic_shapes, example_inputs
 
 
 def onnx_file(variant: int, program: str) -> str:
@@ -62,9 +62,10 @@ def export_onnx(program: Program, device: torch.device, file: Path) -> None:
         raise RuntimeUnavailableError(
             f"ONNX: {program.name}: an input and a weight are both named {twice[0]}; choose another runtime"
         )
-    sizes = [*free_sizes(program), *({} for _ in weights)]
+    sizes = [*dynamic_shapes(program), *({} for _ in weights)]
     inputs = (*example_inputs(program, device), *weights.values())
     exported = export_module(module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
+    check_free(program, exported)
     silence = contextlib.redirect_stdout(io.StringIO())
     with silence, quiet("torch.onnx", "onnxscript", "onnx_ir"):
         try:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recache_compile.errors import DispatchError
+from recache_compile.errors import DispatchError, RuntimeUnavailableError
 from recache_compile.ir.program import Program
-from recache_compile.ir.sizes import terms_in
+from recache_compile.ir.sizes import is_free, terms_in, within
 from recache_compile.ir.value import Kind, Value, unmet
 
 EXAMPLE_ROWS = 3
@@ -149,7 +149,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The programs and engines of one set of input shapes.
+    """The programs and engines of one kind of calls.
 
     Args:
         inputs: the model's tensor inputs, in call order; numbers that are free sizes are of kind SHAPE.
@@ -161,6 +161,7 @@ class Variant:
         timesteps: per timestep input, its value at every step (num_steps, *shape), where known.
         macs: multiply-accumulates of one call of the original.
         conditions: what must hold of free sizes, see `capture.free_sizes`.
+        bounds: what must, too, for the engines' sake.
     """
 
     inputs: tuple[Value, ...]
@@ -172,6 +173,7 @@ class Variant:
     timesteps: Mapping[str, Tensor]
     macs: int
     conditions: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
 
     @property
     def has_free_sizes(self) -> bool:
@@ -185,11 +187,16 @@ class Variant:
 
     def unmet(self, shapes: Mapping[str, Sequence[int | None]]) -> str | None:
         """Why calls with inputs of these shapes, by name, are not among them; None: they are."""
-        return unmet(self.inputs, self.conditions, shapes)
+        return unmet(self.inputs, (*self.conditions, *self.bounds), shapes)
 
     def names(self, role: Kind) -> tuple[str, ...]:
         """The tensor inputs of a role, in call order."""
         return tuple(value.name for value in self.inputs if value.kind is role)
+
+
+def bounds_of(program: Program, runtime: Runtime) -> tuple[str, ...]:
+    """What must hold of free sizes for the sake of a runtime's engines."""
+    return within(program.ranges) if runtime.sizes_are_bounded else ()
 
 
 def requirement_texts(key: Mapping[str, str]) -> list[str]:
@@ -231,13 +238,25 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def free_sizes(program: Program) -> list[dict[int, Any]]:
+def dynamic_shapes(program: Program) -> list[dict[int, Any]]:
     """For `torch.export`: the dimensions of every input whose size is free."""
     free = torch.export.Dim.AUTO
     return [
         {at: free for at, size in enumerate(value.shape) if size is None or (value.free and value.free[at])}
         for value in program.inputs
     ]
+
+
+def check_free(program: Program, exported: torch.export.ExportedProgram) -> None:
+    """Raise `RuntimeUnavailableError` where a program that was exported for lowering has lost a free size."""
+    nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    for value, sizes, name in zip(program.inputs, dynamic_shapes(program), names, strict=False):
+        if fixed := [at for at in sizes if not is_free(nodes[name].meta["val"].shape[at])]:
+            raise RuntimeUnavailableError(
+                f"{program.name}: size {fixed[0]} of {value.name} cannot stay free while it is lowered; compile with"
+                " --fixed-sizes (fixed_sizes=True), or choose another --runtime"
+            )
 
 
 def new_outputs(program: Program, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:

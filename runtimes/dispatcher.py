@@ -86,7 +86,7 @@ class Dispatcher:
 
     Args:
         plan: what each step runs.
-        variants: programs and engines, one for each set of input shapes.
+        variants: programs and engines, one for each kind of calls.
         signature: how the model is called.
         revision: counts the changes of the weights.
         observers: told of each step once it has succeeded, in this order.
@@ -261,6 +261,8 @@ class Dispatcher:
         number = self._matching(self._calls.variants(key), tensors, branch, key)
         place = branch, key, number
         state, start = self._states.get(place), self._begins(branch, step)
+        if state is not None and state.last_step is None and len(self._states) > MAX_SIZES:
+            self._states[place] = self._states.pop(place)  # used last
         if state is None or (state.last_step is None and state.start != start) or self._comes_back(state, step):
             state = self._new_state(place, start)
             self._make_room(place, state.variant)

@@ -21,7 +21,7 @@ from recache_compile.passes.base import Pass, run_passes, with_values
 from recache_compile.passes.lay_out_attention import LayOutAttention
 from recache_compile.passes.split_bias import SplitBias
 from recache_compile.passes.write_out_gelu import WriteOutGelu
-from recache_compile.runtimes.base import Engine, Runtime, example_inputs, free_sizes
+from recache_compile.runtimes.base import Engine, Runtime, check_free, dynamic_shapes, example_inputs
 from recache_compile.support.machine import compiled_instruction_sets, instruction_sets
 
 CPU_PASSES: tuple[Pass, ...] = (WriteOutGelu(), SplitBias(), LayOutAttention())
@@ -159,11 +159,12 @@ class Inductor(Runtime):
         if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
             configs["aot_inductor.enable_line_tables"] = False  # they are two thirds of a package
         inputs = example_inputs(program, device)
-        sizes = free_sizes(program)
+        sizes = dynamic_shapes(program)
         if device.type == "cpu":
             program = run_passes(with_values(program, inputs), CPU_PASSES)
         module = with_parameters(program)
         exported = export_module(module, inputs, {}, dynamic_shapes=tuple(sizes) if any(sizes) else None)
+        check_free(program, exported)
         try:
             with quiet("torch.utils.cpp_extension"):
                 torch._inductor.aoti_compile_and_package(

@@ -40,7 +40,7 @@ class StoredPlan(_Facts):
 
 
 class StoredVariant(_Facts):
-    """One set of input shapes; `conditions` must hold of free sizes."""
+    """One kind of calls; `conditions` must hold of free sizes."""
 
     inputs: tuple[dict[str, Any], ...]
     constants: tuple[tuple[str, str], ...]

@@ -17,9 +17,8 @@ from recache_compile.compiler.lowering import lower
 from recache_compile.compiler.side_by_side import Helpers, Job
 from recache_compile.errors import RuntimeUnavailableError
 from recache_compile.ir.program import Program
-from recache_compile.ir.sizes import within
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes.base import Engine, Runtime
+from recache_compile.runtimes.base import Engine, Runtime, bounds_of
 from recache_compile.runtimes.registry import get_runtime
 from recache_compile.support.devices import usable_device
 
@@ -66,13 +65,7 @@ def rebuild(
             graphs = False
     compiled = with_config(compiled, runtime=backend.name, cuda_graphs=graphs, device=str(place))
     requirements = backend.build_requirements(place)
-    bounds = [
-        within(each.programs["recompute"].ranges) if backend.sizes_are_bounded else () for each in compiled.variants
-    ]
-    variants = tuple(
-        replace(each, conditions=tuple(dict.fromkeys((*each.conditions, *own))))
-        for each, own in zip(compiled.variants, bounds, strict=True)
-    )
+    variants = tuple(replace(each, bounds=bounds_of(each.programs["recompute"], backend)) for each in compiled.variants)
     engines = replace(compiled.engines, variants=variants, folder=Path(keep.name), requirements=requirements, keep=keep)
     return replace(compiled, engines=engines)
 

@@ -21,7 +21,8 @@ from recache_compile.ir.program import Program
 from recache_compile.ir.schedule import Schedule
 from recache_compile.ir.serialize import program_from_json, read_value, weights_named
 from recache_compile.runtimes._offload import on_host
-from recache_compile.runtimes.base import Engine, Variant
+from recache_compile.runtimes.base import Engine, Variant, bounds_of
+from recache_compile.runtimes.registry import known_runtime
 
 MakeEngine = Callable[[int, Program, Mapping[str, Tensor], set[str]], Engine]
 
@@ -69,6 +70,7 @@ def restore(
                 timesteps=_under(f"timesteps/{number}/", tensors),
                 macs=facts.macs,
                 conditions=facts.conditions,
+                bounds=bounds_of(programs["recompute"], known_runtime(manifest.description.config.runtime)),
             )
         )
         if variants[-1].unmet({value.name: value.shape for value in variants[-1].inputs}):

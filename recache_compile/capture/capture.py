@@ -115,7 +115,7 @@ def capture(
         ),
         fixed={name: value.detach().clone() for name, value in trace.constants.items()},
         containers=tuple(name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)),
-        conditions=conditions_of(trace.exported) if free else (),
+        conditions=conditions_of(trace.exported),
     )
 
 

@@ -6,7 +6,7 @@ or because nobody else needs it (a runtime, the benchmark).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -107,6 +107,24 @@ def on_values(values: Any) -> Iterator[None]:
     """
     with detect_fake_mode(values) or torch.no_grad(), enable_python_dispatcher():
         yield
+
+
+@contextlib.contextmanager
+def leaving_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """While something is exported: marks of free sizes go from tensors again, and mapped functions are left.
+
+    A failure leaves both behind: the next export would obey the marks, and random numbers would be refused.
+    """
+    given = [(tensor, set(vars(tensor))) for tensor in tensors]
+    level = torch._C._functorch.maybe_current_level() or 0
+    try:
+        yield
+    finally:
+        for tensor, before in given:
+            for mark in [name for name in vars(tensor) if name.startswith("_dynamo_") and name not in before]:
+                delattr(tensor, mark)
+        while (torch._C._functorch.maybe_current_level() or 0) > level:
+            torch._C._functorch._vmap_decrement_nesting()
 
 
 @contextlib.contextmanager

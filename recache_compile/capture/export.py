@@ -12,7 +12,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from recache_compile.capture.compat import TraceableWrites, base_of, detect_fake_mode, is_mapped, writes
+from recache_compile.capture.compat import (
+    TraceableWrites,
+    base_of,
+    detect_fake_mode,
+    is_mapped,
+    leaving_nothing,
+    writes,
+)
 from recache_compile.capture.higher_order import inline_regions
 from recache_compile.errors import CaptureError
 from recache_compile.ir.meta import result_of, set_result
@@ -52,10 +59,11 @@ def export_module(
     silence = contextlib.redirect_stderr(io.StringIO())  # a failure prints the whole graph
     with torch.no_grad(), warnings.catch_warnings(), silence, quiet("torch.export", "torch.fx", "torch._export"):
         warnings.simplefilter("ignore")
-        with TraceableWrites():
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with leaving_nothing(tensors), TraceableWrites():
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        if decompose or not all(map(_is_plain, _all_nodes(exported.graph_module))):
-            exported = exported.run_decompositions({})
+            if decompose or not all(map(_is_plain, _all_nodes(exported.graph_module))):
+                exported = exported.run_decompositions({})
         return exported
 
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,21 +21,14 @@ from recache_compile.ir.sizes import is_free
 FreeSizes = Mapping[str, Collection[int]]
 """Dimensions of inputs whose size is free, by the input's dotted name; of whole numbers that are sizes, 0."""
 
-_LOGGER = "torch.fx.experimental.symbolic_shapes"
+LOGGER = "torch.fx.experimental.symbolic_shapes"
+"""What torch logs of free sizes."""
+
 _FIXED = re.compile(r"set_replacement \S+ = (\d+)\b")
 _TORCH, _PYTHON = Path(torch.__file__).parent, Path(contextlib.__file__).parent
 _UNKNOWN = "its code"
-_LAYOUT = {
-    ("__init__.py", "check_contiguous_sizes_strides"),
-    ("__init__.py", "is_contiguous"),
-    ("__init__.py", "ge"),
-    ("__init__.py", "_reshape_view_helper"),
-    ("__init__.py", "_reshape_view_helper_core_alg"),
-    ("__init__.py", "_broadcast_in_dim_meta"),
-    ("_ops.py", "__call__"),
-    ("functional_tensor.py", "__torch_dispatch__"),
-}
-"""Files and functions of torch that look at strides while a graph is made; a view is a reshape in ours."""
+_KEEPING = threading.RLock()
+"""Held by whom stand-ins are there for."""
 
 
 def dynamic(name: str, leaf: Any, free: FreeSizes) -> Any:
@@ -44,6 +38,13 @@ def dynamic(name: str, leaf: Any, free: FreeSizes) -> Any:
     return dict.fromkeys(free.get(name, ()), torch.export.Dim.AUTO)
 
 
+def all_free(exported: torch.export.ExportedProgram, free: FreeSizes) -> bool:
+    """Whether as many sizes of the inputs are free as were asked for."""
+    values = [node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values for size in (value.shape if isinstance(value, Tensor) else [value])]
+    return sum(map(is_free, sizes)) == sum(map(len, free.values()))
+
+
 def conditions_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     """What the model's code has assumed of the free sizes: the program is right where all of it holds."""
     traced = [node.meta["val"] for node in exported.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
@@ -51,23 +52,11 @@ def conditions_of(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     environment = None if mode is None else mode.shape_env
     if environment is None or not any(is_free(size) for tensor in traced for size in tensor.shape):
         return ()
-    found = [
-        str(_in_symbols_left(guard.expr, environment.replacements))
-        for guard in environment.guards
-        if not _is_of_layout(guard)
-    ]
+    found = [str(_in_symbols_left(guard.expr, environment.replacements)) for guard in environment.guards]
     for symbol, bounds in exported.range_constraints.items():
         found += [f"{symbol} >= {bounds.lower}"]
         found += [f"{symbol} <= {bounds.upper}"] if str(bounds.upper).isdigit() else []
     return tuple(condition for condition in dict.fromkeys(found) if condition != "True")
-
-
-def _is_of_layout(guard: Any) -> bool:
-    """Whether torch asked how a value lies in memory, which changes no graph; sizes of 1 are another matter."""
-    place = getattr(guard.sloc, "framework_loc", None)
-    where = (Path(place.filename).name, place.name) if place is not None else ("", "")
-    is_one = re.fullmatch(r"Ne\(.*, 1\)", str(guard.expr)) is not None
-    return where in _LAYOUT and not is_one
 
 
 def _in_symbols_left(term: Any, replacements: Mapping[Any, Any]) -> Any:
@@ -138,14 +127,15 @@ def keeping_sizes(module: nn.Module) -> Iterator[None]:
     """While a model is traced: in the files of its classes `int`, `max` and `min` do not decide about free sizes."""
     names = {type(part).__module__ for part in module.modules()}
     files = [vars(sys.modules[name]) for name in names if name in sys.modules and name.partition(".")[0] != "torch"]
-    changed = [(scope, name) for scope in files for name in _STAND_INS if name not in scope]
-    for scope, name in changed:
-        scope[name] = _STAND_INS[name]
-    try:
-        yield
-    finally:
+    with _KEEPING:
+        changed = [(scope, name) for scope in files for name in _STAND_INS if name not in scope]
         for scope, name in changed:
-            del scope[name]
+            scope[name] = _STAND_INS[name]
+        try:
+            yield
+        finally:
+            for scope, name in changed:
+                del scope[name]
 
 
 def take_as_shape(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -167,14 +157,12 @@ def take_as_shape(graph: fx.Graph, node: fx.Node) -> fx.Node:
 @contextlib.contextmanager
 def telling_lines() -> Iterator[Callable[[int], str]]:
     """While a model is exported: which line of it has fixed a free size to a number."""
-    logger, handler = logging.getLogger(_LOGGER), _Lines()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
+    logger, handler = logging.getLogger(LOGGER), _Lines()
+    before = logger.level, logger.propagate, logger.handlers
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     try:
         yield lambda size: handler.found.get(size, _UNKNOWN)
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        level, logger.propagate, logger.handlers = before
+        logger.setLevel(level)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from recache_compile.capture.compat import TorchDispatchMode, WeakTensorKeyDictionary, base_of
 from recache_compile.capture.export import export_module
-from recache_compile.capture.free_sizes import FreeSizes, dynamic, keeping_sizes
+from recache_compile.capture.free_sizes import FreeSizes, all_free, dynamic, keeping_sizes
 from recache_compile.capture.higher_order import ordinary_attention
 from recache_compile.capture.known_values import READS, TO_PYTHON, KnownValues, is_mask
 from recache_compile.errors import CaptureError, check_memory, first_line
@@ -74,14 +74,17 @@ def trace_module(
                 f"capture of {type(module).__name__}: it writes to an object among its arguments, which a program"
                 " cannot; compile the calls that only read it"
             )
+        if free:
+            try:
+                return Trace(_with_free_sizes(module, arguments, free), {})
+            except Exception as error:
+                check_memory(error)
+                raise CaptureError(_explain(module, error, read & set(variable))) from error
         try:
-            shapes = _replaced(arguments, lambda name, leaf: dynamic(name, leaf, free)) if free else None
-            with ordinary_attention(), keeping_sizes(module) if free else contextlib.nullcontext():
-                return Trace(_known_sizes(export_module(module, (), _copied(arguments), shapes)), {})
+            with ordinary_attention():
+                return Trace(_known_sizes(export_module(module, (), _copied(arguments))), {})
         except Exception as error:  # torch.export raises whatever the model's code provokes
             check_memory(error)
-            if free:
-                raise CaptureError(_explain(module, error, read & set(variable))) from error
             log.debug("%s: export with all inputs open failed", type(module).__name__, exc_info=True)
         constants = {name: tensors[name] for name in sorted(read - set(variable))}
         try:
@@ -90,6 +93,28 @@ def trace_module(
         except Exception as error:
             check_memory(error)
             raise CaptureError(_explain(module, error, read & set(variable))) from error
+
+
+def _with_free_sizes(module: nn.Module, arguments: Mapping[str, Any], free: FreeSizes) -> torch.export.ExportedProgram:
+    """An export with as many free sizes as there can be: once more with stand-ins where code makes numbers of them."""
+    shapes = _replaced(arguments, lambda name, leaf: dynamic(name, leaf, free))
+    failure: Exception | None = None
+    found: torch.export.ExportedProgram | None = None
+    for stand_ins in (contextlib.nullcontext(), keeping_sizes(module)):
+        try:
+            with ordinary_attention(), stand_ins:
+                exported = _known_sizes(export_module(module, (), _copied(arguments), shapes))
+        except Exception as error:  # noqa: BLE001  # whatever the model's code provokes; the first one is told
+            check_memory(error)
+            failure = failure or error
+            continue
+        if all_free(exported, free):
+            return exported
+        found = exported  # what the second time leaves free is at least what the first did
+    if found is None:
+        assert failure is not None
+        raise failure
+    return found
 
 
 def _explain(module: nn.Module, error: Exception, read: Collection[str]) -> str:

@@ -18,10 +18,9 @@ from recache_compile.compiler.refit import hash_of_weight, tied_weights
 from recache_compile.compiler.side_by_side import PROGRAMS, Helpers
 from recache_compile.config import CompileConfig
 from recache_compile.ir.program import dtype_name
-from recache_compile.ir.sizes import within
 from recache_compile.ir.value import Kind
 from recache_compile.runtimes._cuda_graphs import check_graphs
-from recache_compile.runtimes.base import Runtime, Variant
+from recache_compile.runtimes.base import Runtime, Variant, bounds_of
 from recache_compile.runtimes.registry import get_runtime
 
 
@@ -68,7 +67,6 @@ def build_variant(part: Part, config: CompileConfig, lowering: Lowering) -> Vari
     example, captured = part.example, part.captured
     timesteps = check_timesteps(example, captured.program, config.num_steps)
     split = part.split
-    bounds = within(captured.program.ranges) if lowering.runtime.sizes_are_bounded else ()
     fixed = {value.name for value in captured.program.inputs if not value.free}
     return Variant(
         inputs=captured.program.inputs,
@@ -79,7 +77,8 @@ def build_variant(part: Part, config: CompileConfig, lowering: Lowering) -> Vari
         engines=lowering.lower(split.programs, example.device),
         timesteps={name: column for name, column in timesteps.items() if name in fixed},
         macs=split.macs,
-        conditions=(*captured.conditions, *bounds),
+        conditions=captured.conditions,
+        bounds=bounds_of(captured.program, lowering.runtime),
     )
 
 

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.capture.check import check_program, check_stateless
-from recache_compile.capture.free_sizes import FreeSizes, telling_lines
+from recache_compile.capture.export import quiet
+from recache_compile.capture.free_sizes import LOGGER, FreeSizes, telling_lines
 from recache_compile.capture.processors import PROCESSORS, under_processors
 from recache_compile.capture.roles import usual_role
-from recache_compile.compiler.examples import Example, alike, free_sizes, shape_of
+from recache_compile.compiler.examples import Example, alike, differing_sizes, shape_of
 from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
 from recache_compile.config import CompileConfig
-from recache_compile.errors import CaptureError, RecacheError
+from recache_compile.errors import CaptureError, check_memory, first_line
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.serialize import program_to_json
 from recache_compile.ir.signature import is_number, named_leaves
-from recache_compile.ir.sizes import symbols_in
+from recache_compile.ir.sizes import symbols_in, terms_in
 from recache_compile.ir.value import Kind, unmet
 
 log = logging.getLogger(__name__)
@@ -73,14 +74,11 @@ class Capturing:
         is_free = self.config.free_sizes and not self.config.cuda_graphs  # which replay calls of one size
         for group in alike(examples) if is_free else [[each] for each in examples]:
             left = group
-            while left and (free := free_sizes(left)):
-                found = self._for_free_sizes(left, free, str(len(made)))
-                if found is None:
-                    break
-                made.append(found)
-                left = [each for each in left if not _serves(found.captured, each)]
-            for example in left:
-                made += self._for_values(example, str(len(made)))
+            while left:
+                first, free = left[0], differing_sizes(left)
+                found = self._for_free_sizes(left, free, str(len(made))) if free else None
+                made += self._for_values(first, str(len(made))) if found is None else [found]
+                left = [each for each in left[1:] if found is None or not _serves(found.captured, each)]
         _check_same_model(made)
         return made
 
@@ -88,27 +86,33 @@ class Capturing:
         """One for calls of several sizes: that of the first, and of others; None where none can stay free."""
         first, who = group[0], type(self.module).__name__
         try:
-            with telling_lines() as line_of:
-                captured = self._captured(first, first.inputs, label, free)
-            for value in captured.program.inputs:
-                for at in free.get(value.name, ()):
-                    size = value.shape[at]
-                    if size is not None and not (value.free and value.free[at]):
-                        log.info("%s: the size %s of %s stays fixed by %s", who, size, value.name, line_of(size))
-            served = [each for each in group if _serves(captured, each)]
-            for each in group:
-                if not any(each is other for other in served):
-                    log.info("%s: engines of their own for %s: %s", who, _shapes(each), _unmet(captured, each))
-            if len(served) < 2:
-                return None
-            captured = replace(captured, program=replace(captured.program, ranges=_ranges(captured, served)))
-            program_to_json(captured.program)  # what an artifact could not hold is found now
-            for each in served:
-                for inputs in (each.inputs, *each.others):
-                    check_program(self.module, inputs, captured, who)
-            return self._part(first, captured)
-        except RecacheError as error:
-            log.info("%s: its sizes stay fixed: %s", who, error)
+            with quiet(LOGGER):
+                with telling_lines() as line_of:
+                    captured = self._captured(first, first.inputs, label, free)
+                for value in captured.program.inputs:
+                    for at in free.get(value.name, ()):
+                        size = value.shape[at]
+                        if size is not None and not (value.free and value.free[at]):
+                            log.info("%s: the size %s of %s stays fixed by %s", who, size, value.name, line_of(size))
+                served = [each for each in group if _serves(captured, each)]
+                for each in group:
+                    if not any(each is other for other in served):
+                        log.info("%s: engines of their own for %s: %s", who, _shapes(each), _unmet(captured, each))
+                if len(served) < 2:
+                    return None
+                captured = replace(captured, program=replace(captured.program, ranges=_ranges(captured, served)))
+                program_to_json(captured.program)  # what an artifact could not hold is found now
+                for each in served:
+                    with under_processors(self.module, each.processors):
+                        for inputs in (each.inputs, *each.others):
+                            check_program(self.module, inputs, captured, who)
+                part = self._part(first, captured)
+                for each in served:
+                    _check_terms(part, _shapes(each))
+                return part
+        except Exception as error:  # noqa: BLE001  # of many kinds, where something cannot be done with terms
+            check_memory(error)
+            log.info("%s: its sizes stay fixed: %s", who, first_line(error))
             return None
 
     def _for_values(self, example: Example, label: str) -> list[Part]:
@@ -151,12 +155,27 @@ class Capturing:
 
 
 def _serves(captured: Captured, example: Example) -> bool:
-    """Whether a capture serves a call that is like its own but for sizes."""
+    """Whether a capture serves a call that is like its own but for sizes and numbers."""
     return _unmet(captured, example) is None
 
 
 def _unmet(captured: Captured, example: Example) -> str | None:
+    leaves = named_leaves(example.inputs)
+    given = captured.signature.constants(example.inputs, leaves)
+    for name, text in captured.constants:
+        if name in given and given[name] != text:
+            return f"{name} is {given[name]}, not {text}"
     return unmet(captured.program.inputs, captured.conditions, _shapes(example))
+
+
+def _check_terms(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `ArtifactError` where the shape of a result cannot be told from those of a program's inputs."""
+    inputs = part.captured.program.inputs
+    sizes = symbols_in([(value.shape, value.free, shapes[value.name]) for value in inputs])
+    for program in part.split.programs.values():
+        given = [(value.shape, value.free, value.shape_at(sizes)) for value in program.inputs]
+        for value in program.outputs:
+            value.shape_at(terms_in(given))
 
 
 def _ranges(captured: Captured, examples: Sequence[Example]) -> dict[str, tuple[int, int]]:

@@ -66,7 +66,7 @@ class Engines:
     Args:
         description: what was compiled.
         signature: how the model is called.
-        variants: programs and engines, one for each set of input shapes.
+        variants: programs and engines, one for each kind of calls.
         weights: every weight, once.
         folder: holds the engine files, where an artifact has them.
         requirements: library versions and hardware that the engines fit; empty: any.
@@ -290,7 +290,7 @@ class Compiled:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Programs and engines, one for each set of input shapes."""
+        """Programs and engines, one for each kind of calls."""
         return self.engines.variants
 
     @property

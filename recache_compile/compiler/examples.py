@@ -88,7 +88,7 @@ def alike(examples: Iterable[Example]) -> list[list[Example]]:
     return list(groups.values())
 
 
-def free_sizes(examples: Iterable[Example]) -> dict[str, tuple[int, ...]]:
+def differing_sizes(examples: Iterable[Example]) -> dict[str, tuple[int, ...]]:
     """Dimensions in which inputs of examples that are alike differ, by name."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for example in examples:

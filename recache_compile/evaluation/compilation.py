@@ -152,11 +152,11 @@ def prompts_to_build_for(
         made = record_examples(pipeline, config.num_steps, prompted(pipeline, caption, call), config.component)
         kinds.setdefault(frozenset(call_kind(named_leaves(example.inputs)) for example in made), caption)
     chosen = list(kinds.values())
-    if len(chosen) > 1 and not config.free_sizes:
+    if len(chosen) > 1 and (config.cuda_graphs or not config.free_sizes):
         raise ModelError(
             f"prompt {chosen[1]!r}: the transformer is called with other shapes than for {captions[0]!r}, and sizes are"
             " fixed: choose prompts of one length, have the pipeline pad them (max_sequence_length), or leave"
-            " --fixed-sizes out"
+            f" {'--cuda-graphs' if config.cuda_graphs else '--fixed-sizes'} out"
         )
     return chosen
 

@@ -49,9 +49,13 @@ class Signature:
         return filled
 
 
+MOST = 1 << 20
+"""The largest number that can be a size; seeds are larger."""
+
+
 def is_number(leaf: Any) -> bool:
-    """Whether a leaf is a whole number, which may be a size; 0 and 1 mean other things."""
-    return isinstance(leaf, int) and not isinstance(leaf, bool) and leaf > 1
+    """Whether a leaf is a whole number that may be a size; 0 and 1 mean other things."""
+    return isinstance(leaf, int) and not isinstance(leaf, bool) and 1 < leaf <= MOST
 
 
 def number_as_shape(number: int, device: torch.device | None = None) -> Tensor:

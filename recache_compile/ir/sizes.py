@@ -10,12 +10,16 @@ import torch
 
 from recache_compile.errors import ArtifactError
 
-_SIGNS: dict[type, Callable[[int, int], int]] = {
+MOST_SQUARED = 4
+"""The largest exponent that sizes have."""
+
+_SIGNS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: lambda base, exponent: base ** min(exponent, MOST_SQUARED),
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
     ast.Lt: operator.lt,
@@ -25,11 +29,18 @@ _SIGNS: dict[type, Callable[[int, int], int]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-_CALLS: dict[str, Callable[..., int]] = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "Max": max,
     "Min": min,
     "Mod": operator.mod,
     "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "IntTrueDiv": operator.truediv,
+    "PythonMod": operator.mod,
+    "ToFloat": float,
+    "TruncToInt": math.trunc,
+    "FloorToInt": math.floor,
+    "CeilToInt": math.ceil,
     "Eq": operator.eq,
     "Ne": operator.ne,
 }
@@ -80,13 +91,13 @@ def value_of_term(text: str, sizes: Mapping[str, int]) -> int:
         return sizes[text]
     try:
         return int(_value(ast.parse(text.strip(), mode="eval").body, sizes))
-    except (SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+    except (SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"size {text!r:.80}: is no term of {', '.join(sizes) or 'known sizes'}") from error
 
 
-def _value(tree: ast.AST, sizes: Mapping[str, int]) -> int:
+def _value(tree: ast.AST, sizes: Mapping[str, int]) -> Any:
     match tree:
-        case ast.Constant(value=int(number)):
+        case ast.Constant(value=int(number) | float(number)):
             return number
         case ast.Name(id=name):
             return sizes[name]

@@ -114,11 +114,14 @@ def unmet(inputs: Sequence[Value], conditions: Iterable[str], shapes: Mapping[st
     """
     sizes = sizes_in([(value.shape, value.free, shapes[value.name]) for value in inputs])
     if sizes is None:
-        return "other sizes than the free ones differ, or equal ones do"
+        return "sizes that are fixed differ, or some that must be equal"
     failed = next((each for each in conditions if not value_of_term(each, sizes)), None)
     if failed is None:
         return None
     names = {
-        term: f"{value.name}.shape[{at}]" for value in reversed(inputs) for at, term in enumerate(value.free) if term
+        term: value.name if value.kind is Kind.SHAPE else f"{value.name}.shape[{at}]"
+        for value in reversed(inputs)
+        for at, term in enumerate(value.free)
+        if term
     }
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found.group(), found.group()), failed) + " does not hold"

@@ -1,15 +1,19 @@
 """Engines for a pipeline's transformer."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recache_compile.compiler.build import build_engines
 from recache_compile.compiler.compiled import Engines
+from recache_compile.compiler.examples import alike, differing_sizes, distinct
 from recache_compile.config import CompileConfig
 from recache_compile.errors import ModelError
 from recache_compile.pipelines.record import check_scheduler, denoiser_of, record_examples
 from recache_compile.pipelines.varied import varied
 from recache_compile.runtimes.base import Runtime
+
+log = logging.getLogger(__name__)
 
 
 def engines_of_pipeline(
@@ -47,4 +51,6 @@ def engines_of_pipeline(
     examples = [
         example for one, call in several for example in record_examples(one, config.num_steps, call, config.component)
     ]
+    if free and not any(map(differing_sizes, alike(distinct(examples)))):
+        log.warning("free %s: the transformer is called with the same sizes, whatever it is", ", ".join(free))
     return build_engines(module, examples, config, runtime)

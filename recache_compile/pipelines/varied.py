@@ -62,6 +62,8 @@ def varied(pipeline: Any, call: Mapping[str, Any], free: Sequence[str]) -> list[
         raise ModelError(
             f"free batch: {type(pipeline).__name__} makes one picture a prompt; compile for lists of prompts"
         )
+    if name in call:
+        raise ModelError(f"free batch: the call has {name}; leave it out")
     return [{**each, name: number} for each, number in itertools.product([first, second], BATCHES)]
 
 
@@ -81,12 +83,10 @@ def _texts(pipeline: Any, call: Mapping[str, Any], accepted: Mapping[str, Any]) 
 def _size(pipeline: Any, call: Mapping[str, Any], accepted: Mapping[str, Any]) -> tuple[int, int]:
     if not {"height", "width"} <= set(accepted):
         raise ModelError(f"free size: {type(pipeline).__name__} takes no height and width")
-    if "height" in call and "width" in call:
-        return call["height"], call["width"]
-    usual = tuple(accepted[name].default for name in ("height", "width"))
-    if all(isinstance(each, int) for each in usual):
-        return usual  # type: ignore[return-value]
+    usual = {name: call.get(name, accepted[name].default) for name in ("height", "width")}
+    if all(isinstance(each, int) for each in usual.values()):
+        return usual["height"], usual["width"]
     latents, scale = getattr(pipeline, "default_sample_size", None), getattr(pipeline, "vae_scale_factor", None)
     if not (isinstance(latents, int) and isinstance(scale, int)):
         raise ModelError(f"free size: {type(pipeline).__name__} does not tell its usual size; name one (--size)")
-    return latents * scale, latents * scale
+    return call.get("height", latents * scale), call.get("width", latents * scale)

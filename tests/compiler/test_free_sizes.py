@@ -156,7 +156,7 @@ def test_sizes_that_do_not_go_together_are_refused_and_say_why() -> None:
 def test_what_the_model_s_code_allows_is_part_of_it() -> None:
     module = tiny_sd3()
     compiled = compile_free(module, [sd3_call(*each) for each in SEEN])
-    assert error_of(compiled, module, sd3_call(8, 8, 5)) <= 1e-5
+    assert error_of(compiled, module, sd3_call(7, 6, 5)) <= 1e-5
     with pytest.raises(MismatchError, match=r"hidden_states.shape.2.//2.* <= 8 does not hold"):
         compiled.dispatcher(STEPS)(step=0, **sd3_call(9, 4, 5))
 

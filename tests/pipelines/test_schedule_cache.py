@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 import recache_compile as rc
 from recache_compile import api
-from recache_compile.compiler import build
+from recache_compile.compiler import captures
 from recache_compile.errors import ModelError, RuntimeUnavailableError
 from recache_compile.ir.forecasters import Taylor
 from recache_compile.ir.program import Program
@@ -29,7 +29,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often a model is split, and how often a policy is asked, with a cache that is empty at first."""
     monkeypatch.setenv("RECACHE_CACHE", str(tmp_path / "cache"))
     seen: Counter[str] = Counter()
-    specialise, plan_pipeline = build.specialise, api.plan_pipeline
+    specialise, plan_pipeline = captures.specialise, api.plan_pipeline
 
     def splitting(*args: Any) -> dict[str, Program]:
         seen["split"] += 1
@@ -39,7 +39,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen["planned"] += 1
         return plan_pipeline(*args)
 
-    monkeypatch.setattr(build, "specialise", splitting)
+    monkeypatch.setattr(captures, "specialise", splitting)
     monkeypatch.setattr(api, "plan_pipeline", planning)
     return seen
 
