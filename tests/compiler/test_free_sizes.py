@@ -255,3 +255,105 @@ def test_an_artifact_tells_its_ranges_and_damaged_ones_are_refused(tmp_path: Pat
         file.write_text(signed(text))
         with pytest.raises(ArtifactError, match=r"compile again|no term"):
             rc.load(tmp_path / "artifact")
+
+
+class Small(Doubled):
+    """Two layers after something that sizes matter to."""
+
+    def before(self, hidden_states: Tensor, size: int) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, index: int = 0) -> Tensor:
+        hidden_states = self.before(hidden_states, hidden_states.shape[1])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states) * timestep
+        return hidden_states if index < 3 else -hidden_states
+
+
+class Reading(Small):
+    """Its code makes what export cannot follow with a free size, and decides by the size."""
+
+    def before(self, hidden_states: Tensor, size: int) -> Tensor:
+        hidden_states = hidden_states + torch.zeros(len([0] * size))[None, :, None]
+        return hidden_states * 2 if size < 7 else hidden_states
+
+
+class Pooling(Small):
+    """A size that follows from another one is 1 for some, and the code looks at that."""
+
+    def before(self, hidden_states: Tensor, size: int) -> Tensor:
+        pooled = nn.functional.avg_pool1d(hidden_states.transpose(1, 2), 4).transpose(1, 2).squeeze(1)
+        return hidden_states * (1.0 if pooled.dim() == 2 else 2.0)
+
+
+class Counting(Small):
+    """`int` is a type for it."""
+
+    def before(self, hidden_states: Tensor, size: int) -> Tensor:
+        return hidden_states + torch.zeros(int(size), dtype=int)[None, :, None]  # type: ignore[arg-type]
+
+
+class Plain(Small):
+    """Nothing."""
+
+    def before(self, hidden_states: Tensor, size: int) -> Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize("kind", [Reading, Pooling, Counting])
+def test_no_size_gets_the_result_of_another(kind: type[Small]) -> None:
+    module = kind()
+    compiled = compile_free(module, [tokens(5), tokens(7)])
+    compile_free(module, [tokens(5)], fixed_sizes=True)
+    for number in (5, 7, 8, 9, 13):
+        try:
+            error = error_of(compiled, module, tokens(number))
+        except MismatchError:
+            assert number not in (5, 7)
+        else:
+            assert error <= 1e-6
+
+
+def test_a_failed_export_leaves_no_mark_on_the_caller_s_tensors() -> None:
+    calls = [tokens(5), tokens(7)]
+    compile_free(Reading(), calls)
+    assert not [name for call in calls for leaf in call.values() for name in vars(leaf)]
+    assert not compile_free(Counting(), calls, fixed_sizes=True).variants[0].has_free_sizes
+
+
+def test_numbers_that_the_code_decides_by_tell_kinds_of_calls_apart() -> None:
+    module = Plain()
+    calls = [tokens(number) | {"index": index} for index in (2, 3) for number in (5, 7)]
+    compiled = compile_free(module, calls)
+    assert len(compiled.variants) == 2
+    for call in (*calls, tokens(9) | {"index": 3}):
+        assert error_of(compiled, module, call) <= 1e-6
+
+
+def test_the_order_of_examples_does_not_matter() -> None:
+    compiled = compile_free(Branching(), [tokens(6), tokens(4), tokens(5)])
+    assert [variant.has_free_sizes for variant in compiled.variants] == [False, True]
+
+
+def test_nothing_of_torch_s_log_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    compile_free(tiny_flux(), [flux_call(*each) for each in SEEN])
+    assert not capfd.readouterr().err
+
+
+class Masked(Doubled):
+    """Attention with a mask, which cannot be mapped over requests where its size is free."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            query = layer(hidden_states)[:, None] * timestep
+            hidden_states = nn.functional.scaled_dot_product_attention(query, query, query, mask[:, None, None])[:, 0]
+        return hidden_states
+
+
+def test_a_mapping_that_fails_leaves_torch_as_it_was() -> None:
+    calls = [tokens(number) | {"mask": torch.ones(1, number, dtype=torch.bool)} for number in (5, 7)]
+    module = Masked()
+    compiled = compile_free(module, calls, batching=True)
+    assert torch.randn(2).shape == (2,)
+    for call in calls:
+        assert error_of(compiled, module, call) <= 1e-6
