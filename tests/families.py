@@ -87,7 +87,7 @@ def family(name: str) -> Family:
         calls.append(tiny.call(0) | TALL)
     counters: dict[str, Counter[str]] = {component: Counter() for component in denoisers_of(tiny.make())}
     parts = {
-        component: counted(compile_tiny(tiny, calls, component=component), calls_made)
+        component: counted(compile_tiny(tiny, calls, component=component, fixed_sizes=True), calls_made)
         for component, calls_made in counters.items()
     }
     return Family(tiny, parts, counters)

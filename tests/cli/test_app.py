@@ -187,8 +187,8 @@ def test_a_truncated_artifact_is_refused(artifact: Path, tmp_path: Path) -> None
 def test_an_artifact_of_a_newer_format_is_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "new")
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
-    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 7}))
-    check_refused(run("inspect", tmp_path / "new"), "format 7, this version reads up to 6")
+    (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 8}))
+    check_refused(run("inspect", tmp_path / "new"), "format 8, this version reads up to 7")
 
 
 def test_unknown_budgets_and_programs_are_refused(artifact: Path, tmp_path: Path) -> None:

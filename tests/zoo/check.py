@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import recache_compile as rc
 from recache_compile.capture.capture import Captured, capture
-from recache_compile.compiler import build as compiler
+from recache_compile.compiler import captures as compiler
 from recache_compile.compiler.compiled import Compiled
 from recache_compile.ir.value import Kind
 from tests.reference import CachedReference, changed_latents
@@ -84,9 +84,9 @@ class Checker:
             baked=tuple(compiled.variants[0].fixed),
         )
 
-    def _capture(self, module: nn.Module, inputs: Mapping[str, Any], roles: Any, label: str) -> Captured:
+    def _capture(self, module: nn.Module, inputs: Mapping[str, Any], roles: Any, label: str, free: Any) -> Captured:
         if label not in self._captures:
-            self._captures[label] = capture(module, inputs, roles, label)
+            self._captures[label] = capture(module, inputs, roles, label, free)
         return self._captures[label]
 
 
