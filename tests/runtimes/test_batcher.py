@@ -20,6 +20,7 @@ from recache_compile.compiler.overlay import Change, Patch
 from recache_compile.errors import DispatchError
 from recache_compile.ir.program import REQUESTS
 from recache_compile.runtimes.base import Engine
+from recache_compile.runtimes.batcher import Lane
 from tests.compiler.test_build import relative_error
 from tests.conftest import compile_flux, flux_inputs, loop_inputs
 
@@ -53,6 +54,14 @@ def generate(compiled: rc.Compiled, request: Request) -> list[Tensor]:
             inputs["timestep"] = torch.tensor([1 - step / request.num_steps])
             results.append(run(step=step, **inputs)[0])
         return results
+
+
+def lane_of(batched: rc.Compiled, number: int = 0) -> Lane:
+    """Where the recompute calls of one kind wait."""
+    inputs = batched.variants[number].programs["recompute"].inputs
+    shapes = [[size for size in value.shape if size is not None] for value in inputs]
+    assert batched.shared is not None
+    return batched.shared._lanes[number].of([torch.empty(shape) for shape in shapes])
 
 
 def counting(compiled: rc.Compiled) -> tuple[rc.Compiled, Counter[int]]:
@@ -117,7 +126,7 @@ def test_requests_share_every_call_once_they_are_known(engines: rc.Compiled) -> 
 
     variants = (replace(variant, engines={**variant.engines, "recompute": held}),)
     batched = replace(counted, engines=replace(counted.engines, variants=variants)).batcher(max_wait_ms=60_000)
-    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    lane = lane_of(batched)
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(generate, batched, Request(0, 9, 3))]
         is_first.wait()
@@ -169,7 +178,7 @@ def test_an_error_reaches_all_whose_call_it_was_and_the_next_ones_run(engines: r
 
 def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_others_alone(engines: rc.Compiled) -> None:
     batched = engines.batcher(max_wait_ms=30)
-    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    lane = lane_of(batched)
     original, stopped = lane._time_left, threading.current_thread()
 
     def interrupted(call: Any) -> float | None:
@@ -208,7 +217,7 @@ def test_engines_for_one_request_are_refused(eager: rc.Compiled) -> None:
 
 def test_abandoned_and_interrupted_generations_are_forgotten(engines: rc.Compiled) -> None:
     batched = engines.batcher(max_wait_ms=1)
-    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    lane = lane_of(batched)
     for seed in range(3):
         generate(batched, Request(seed, 6, 6, until=3))
     gc.collect()
@@ -223,7 +232,7 @@ def test_abandoned_and_interrupted_generations_are_forgotten(engines: rc.Compile
 def test_branches_are_one_member(engines: rc.Compiled) -> None:
     """While the second branch of the last recompute step is to come, the generation is not over."""
     batched = engines.batcher(max_wait_ms=1)
-    (lane,) = batched.shared._lanes  # type: ignore[union-attr]
+    lane = lane_of(batched)
     run, coming = batched.dispatcher(2, num_steps=4), []
     for step in range(4):
         for branch in ("cond", "uncond"):
@@ -236,8 +245,9 @@ def test_branches_of_other_shapes_wait_in_other_lanes(flux: torch.nn.Module) -> 
     first, second = flux_inputs(), flux_inputs()
     second["encoder_hidden_states"], second["txt_ids"] = torch.randn(1, 4, 24), torch.zeros(4, 3)
     options = {"budgets": (2,), "num_steps": 4, "runtime": "eager", "policy": "uniform", "batching": True}
+    options |= {"fixed_sizes": True}
     batched = rc.compile(flux, [first, second], **options).batcher(max_wait_ms=1)
-    one, other = batched.shared._lanes  # type: ignore[union-attr]
+    one, other = lane_of(batched, 0), lane_of(batched, 1)
     run, coming = batched.dispatcher(2), []
     for step in range(4):
         for branch, inputs in (("cond", first), ("uncond", second)):

@@ -13,7 +13,7 @@ import recache_compile as rc
 from recache_compile.ir.value import Kind
 from recache_compile.pipelines.load import load_pipeline
 from recache_compile.pipelines.record import prompted, record_examples
-from recache_compile.runtimes.tensorrt import TensorRTForRTX
+from recache_compile.runtimes.tensorrt import TensorRTForRTX, profile_of
 from tests.conftest import PROMPT
 from tests.zoo.base import Draw
 from tests.zoo.check import distance, step_inputs
@@ -115,7 +115,7 @@ def test_every_program_is_built_with_tensorrt_rtx(onnx_bundle: Path) -> None:
             for value in (*program.inputs, *program.outputs)
         }
         assert set(facts) == {(key, shape, TYPES[dtype]) for key, (shape, dtype) in (weights | values).items()}
-        assert len(runtime.build(model, name)) > 10_000
+        assert len(runtime.build(model, name, profile_of(program))) > 10_000
 
 
 def test_weights_are_the_same_file_for_every_runtime(made: Made, onnx_bundle: Path) -> None:
