@@ -4,7 +4,7 @@
 
 Models of random weights; the free ones are built from two calls that differ in the length of the text and
 in the size of the picture.  Both are then called at the sizes of the first, in turn: the recompute engine, and the
-prologue's for 50 rows.  Results are compared.
+prologue's for a row of every step.
 """
 
 import statistics

@@ -18,7 +18,7 @@ from recache_compile.capture.compat import arguments_of, is_operator
 from recache_compile.errors import PassError
 from recache_compile.ir.meta import tensor_of
 from recache_compile.ir.program import MIN_ROWS
-from recache_compile.ir.sizes import is_free, terms_of
+from recache_compile.ir.sizes import terms_of
 from recache_compile.ir.value import Value
 from recache_compile.passes.ops import aten
 
@@ -224,9 +224,8 @@ def free_dimensions(value: Value) -> dict[int, Any]:
 
 def check_free(node: fx.Node, value: Value) -> None:
     """Raise `PassError` where an input of what was exported has a number in the place of a free size."""
-    for term, size in zip(value.free, tensor_of(node).shape, strict=False):
-        if term and not is_free(size):
-            raise PassError(f"{value.name}: its size {term} cannot stay free")
+    if fixed := value.fixed_in(tensor_of(node)):
+        raise PassError(f"{value.name}: its size {fixed[0]} cannot stay free")
 
 
 def use_free_row_rules(graph: fx.Graph) -> None:

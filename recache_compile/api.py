@@ -100,7 +100,7 @@ def compile(
         free: "text", "size", "batch": engines of a pipeline serve any length of prompt, any size, any number
             of pictures.  What differs between several calls or `example_inputs` is free in any case, as far as
             the model's code and the runtime allow it; the log tells what is not.
-        fixed_sizes: build engines for each size apart, which compiles longer and runs somewhat faster.
+        fixed_sizes: build engines for each size apart, which compiles longer; ONNX Runtime then computes no shapes.
 
     Raises:
         RecacheError: naming what cannot be done and the remedy.

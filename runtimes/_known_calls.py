@@ -78,7 +78,9 @@ class KnownCalls:
         """
         last = self._last.get(branch)
         if last is not None and last.resembles(arguments, self._device):
-            return {**{name: arguments[name] for name in last.tensors}, **last.numbers}, last.key
+            given = {name: arguments[name] for name in last.tensors}
+            given.update(last.numbers)
+            return given, last.key
         leaves = named_leaves(arguments)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         constants = self._signature.constants(arguments, leaves)
@@ -109,7 +111,9 @@ class KnownCalls:
         types = {name: tensor.dtype for name, tensor in tensors.items()}
         found = []
         for each in self._free:
-            numbers = {name: (int(text),) for name, text in constants.items() if name in each.numbers and is_size(text)}
+            numbers = {
+                name: (int(text),) for name, text in constants.items() if name in each.numbers and _is_size(text)
+            }
             others = {name: text for name, text in constants.items() if name not in numbers}
             expected = {value.name: value.dtype for value in each.inputs if value.name not in numbers}
             if others == dict(each.constants) and expected == types:
@@ -144,10 +148,10 @@ def _fits(given: Tensor | str, expected: Tensor | Value | str) -> bool:
     """Whether an argument is as compiled, but for free sizes."""
     if isinstance(given, str):
         is_number = isinstance(expected, Value) and expected.kind is Kind.SHAPE
-        return is_size(given) if is_number else given == expected
+        return _is_size(given) if is_number else given == expected
     if isinstance(expected, str) or (given.dtype, given.dim()) != (expected.dtype, len(expected.shape)):
         return False
-    terms = (expected.free if isinstance(expected, Value) else ()) or ("",) * given.dim()
+    terms = expected.terms if isinstance(expected, Value) else ("",) * given.dim()
     return all(term or one == other for term, one, other in zip(terms, given.shape, expected.shape, strict=True))
 
 
@@ -161,7 +165,7 @@ def _free_inputs(variant: Variant, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def is_size(text: str) -> bool:
+def _is_size(text: str) -> bool:
     """Whether a constant is a number that may be a size."""
     return text.isdigit() and is_number(int(text))
 

@@ -87,7 +87,7 @@ class TensorRTEngine(Engine):
                 context = self._contexts[stream.cuda_stream] = self._engine.create_execution_context(self._config)
             self._bind(context, self._weights)
         for value, tensor in zip(self._program.inputs, inputs, strict=True):
-            if None in value.shape or value.free:
+            if value.free_at:
                 self._expect(context.set_input_shape(value.name, tuple(tensor.shape)), f"shape of {value.name}")
         self._bind(context, {value.name: tensor for value, tensor in zip(self._program.inputs, inputs, strict=True)})
         self._bind(context, {value.name: tensor for value, tensor in zip(self._program.outputs, outputs, strict=True)})

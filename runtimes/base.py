@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recache_compile.errors import DispatchError, RuntimeUnavailableError
 from recache_compile.ir.program import Program
-from recache_compile.ir.sizes import is_free, terms_in, within
+from recache_compile.ir.sizes import terms_in, within
 from recache_compile.ir.value import Kind, Value, unmet
 
 EXAMPLE_ROWS = 3
@@ -240,19 +240,15 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def dynamic_shapes(program: Program) -> list[dict[int, Any]]:
     """For `torch.export`: the dimensions of every input whose size is free."""
-    free = torch.export.Dim.AUTO
-    return [
-        {at: free for at, size in enumerate(value.shape) if size is None or (value.free and value.free[at])}
-        for value in program.inputs
-    ]
+    return [dict.fromkeys(value.free_at, torch.export.Dim.AUTO) for value in program.inputs]
 
 
 def check_free(program: Program, exported: torch.export.ExportedProgram) -> None:
     """Raise `RuntimeUnavailableError` where a program that was exported for lowering has lost a free size."""
     nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
     names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
-    for value, sizes, name in zip(program.inputs, dynamic_shapes(program), names, strict=False):
-        if fixed := [at for at in sizes if not is_free(nodes[name].meta["val"].shape[at])]:
+    for value, name in zip(program.inputs, names, strict=False):
+        if value.free_at and (fixed := value.fixed_in(nodes[name].meta["val"])):
             raise RuntimeUnavailableError(
                 f"{program.name}: size {fixed[0]} of {value.name} cannot stay free while it is lowered; compile with"
                 " --fixed-sizes (fixed_sizes=True), or choose another --runtime"

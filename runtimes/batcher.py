@@ -116,7 +116,7 @@ class Lane:
     """
 
     def __init__(self, one: Engine, many: Engine, max_batch: int, patience: float, own: Sequence[bool]) -> None:
-        self.one, self._many, self._max_batch, self._patience, self._own = one, many, max_batch, patience, own
+        self._one, self._many, self._max_batch, self._patience, self._own = one, many, max_batch, patience, own
         self._changed = threading.Condition()
         self._waiting: list[Call] = []
         self._coming: WeakSet[Member] = WeakSet()
@@ -175,7 +175,7 @@ class Lane:
     def _execute(self, together: Sequence[Call]) -> None:
         try:
             if len(together) == 1:
-                results = self.one(together[0].inputs)
+                results = self._one(together[0].inputs)
             else:
                 columns = zip(self._own, zip(*(call.inputs for call in together), strict=True), strict=True)
                 results = self._many([torch.stack(column) if is_own else column[0] for is_own, column in columns])

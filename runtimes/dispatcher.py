@@ -271,11 +271,13 @@ class Dispatcher:
 
     def _make_room(self, place: Place, variant: Variant) -> None:
         """Forget the oldest states of other sizes whose generations are over: there may be any number of sizes."""
+        if not variant.has_free_sizes:
+            return
         branch, key, _ = place
         others = [
             other
             for other, state in self._states.items()
-            if variant.has_free_sizes and state.variant is variant and other[0] == branch and other[1] != key
+            if state.variant is variant and other[0] == branch and other[1] != key
         ]
         for other in others[: max(0, len(others) - MAX_SIZES + 1)]:
             if self._states[other].is_idle:

@@ -225,7 +225,7 @@ def profile_of(program: Program) -> Profile:
             value.shape_at(largest, most),
         ]
         for value in program.inputs
-        if None in value.shape or value.free
+        if value.free_at
     }
 
 

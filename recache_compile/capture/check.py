@@ -93,7 +93,7 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
     """
     leaves = named_leaves(inputs)
     values = captured.program.inputs
-    given = {name: tensor_like(leaves[name]) for name in (value.name for value in values)}
+    given = {name: _as_tensor(leaves[name]) for name in (value.name for value in values)}
     if any(tensor.is_meta for tensor in given.values()) or _is_random(captured):
         return
     changed = _changed(leaves, [value.name for value in values if value.kind is Kind.LATENTS])
@@ -114,7 +114,7 @@ def check_program(module: nn.Module, inputs: Mapping[str, Any], captured: Captur
         )
 
 
-def tensor_like(leaf: Any) -> Tensor:
+def _as_tensor(leaf: Any) -> Tensor:
     """What a program takes for an argument."""
     return leaf if isinstance(leaf, Tensor) else number_as_shape(leaf)
 

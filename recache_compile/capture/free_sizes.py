@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from recache_compile.capture.compat import detect_fake_mode
 from recache_compile.ir.meta import set_result
+from recache_compile.ir.signature import number_as_shape
 from recache_compile.ir.sizes import is_free
 
 FreeSizes = Mapping[str, Collection[int]]
@@ -144,7 +145,7 @@ def take_as_shape(graph: fx.Graph, node: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         given = graph.placeholder(f"{node.name}_as_shape")
     with detect_fake_mode([each.meta.get("val") for each in graph.nodes]) or contextlib.nullcontext():
-        set_result(given, torch.empty((size,), dtype=torch.uint8))
+        set_result(given, number_as_shape(size))
     first = next(each for each in graph.nodes if each.op != "placeholder")
     with graph.inserting_before(first):
         read = graph.call_function(torch.ops.aten.sym_size.int, (given, 0))

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 @click.option(
     "--free", type=Words(), default="", help="What engines leave free beside what differs: text, size, batch."
 )
-@click.option("--fixed-sizes", is_flag=True, help="Engines for every size apart, which run somewhat faster.")
+@click.option("--fixed-sizes", is_flag=True, help="Engines for every size apart, and for these alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @cache_size_option
 @tensorrt_options

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recache_compile.capture.capture import Captured, capture
 from recache_compile.capture.check import check_program, check_stateless
@@ -15,7 +15,7 @@ from recache_compile.capture.export import quiet
 from recache_compile.capture.free_sizes import LOGGER, FreeSizes, telling_lines
 from recache_compile.capture.processors import PROCESSORS, under_processors
 from recache_compile.capture.roles import usual_role
-from recache_compile.compiler.examples import Example, alike, differing_sizes, shape_of
+from recache_compile.compiler.examples import Example, alike, differing_sizes
 from recache_compile.compiler.program_cache import Split, keep_split, read_split, split_key
 from recache_compile.compiler.side_by_side import Helpers
 from recache_compile.compiler.split import annotate, cache_points, describe_sites, specialise
@@ -23,7 +23,7 @@ from recache_compile.config import CompileConfig
 from recache_compile.errors import CaptureError, check_memory, first_line
 from recache_compile.ir.cost import count_macs
 from recache_compile.ir.serialize import program_to_json
-from recache_compile.ir.signature import is_number, named_leaves
+from recache_compile.ir.signature import named_leaves
 from recache_compile.ir.sizes import symbols_in, terms_in
 from recache_compile.ir.value import Kind, unmet
 
@@ -78,7 +78,7 @@ class Capturing:
                 first, free = left[0], differing_sizes(left)
                 found = self._for_free_sizes(left, free, str(len(made))) if free else None
                 made += self._for_values(first, str(len(made))) if found is None else [found]
-                left = [each for each in left[1:] if found is None or not _serves(found.captured, each)]
+                left = [each for each in left[1:] if found is None or _unmet(found.captured, each) is not None]
         _check_same_model(made)
         return made
 
@@ -91,13 +91,15 @@ class Capturing:
                     captured = self._captured(first, first.inputs, label, free)
                 for value in captured.program.inputs:
                     for at in free.get(value.name, ()):
-                        size = value.shape[at]
-                        if size is not None and not (value.free and value.free[at]):
+                        if at not in value.free_at:
+                            size = value.shape[at]
+                            assert size is not None, "a call has no rows"
                             log.info("%s: the size %s of %s stays fixed by %s", who, size, value.name, line_of(size))
-                served = [each for each in group if _serves(captured, each)]
-                for each in group:
-                    if not any(each is other for other in served):
-                        log.info("%s: engines of their own for %s: %s", who, _shapes(each), _unmet(captured, each))
+                reasons = [(each, _unmet(captured, each)) for each in group]
+                served = [each for each, reason in reasons if reason is None]
+                for each, reason in reasons:
+                    if reason is not None:
+                        log.info("%s: engines of their own for %s: %s", who, each.shapes, reason)
                 if len(served) < 2:
                     return None
                 captured = replace(captured, program=replace(captured.program, ranges=_ranges(captured, served)))
@@ -105,10 +107,11 @@ class Capturing:
                 for each in served:
                     with under_processors(self.module, each.processors):
                         for inputs in (each.inputs, *each.others):
-                            check_program(self.module, inputs, captured, who)
+                            if inputs is not first.inputs:  # which it was checked with already
+                                check_program(self.module, inputs, captured, who)
                 part = self._part(first, captured)
                 for each in served:
-                    _check_terms(part, _shapes(each))
+                    _check_terms(part, each)
                 return part
         except Exception as error:  # noqa: BLE001  # of many kinds, where something cannot be done with terms
             check_memory(error)
@@ -154,24 +157,25 @@ class Capturing:
         return Part(example, captured, len(cache_points(annotated)), split)
 
 
-def _serves(captured: Captured, example: Example) -> bool:
-    """Whether a capture serves a call that is like its own but for sizes and numbers."""
-    return _unmet(captured, example) is None
-
-
 def _unmet(captured: Captured, example: Example) -> str | None:
+    """Why a capture does not serve a call that is like its own but for sizes and numbers; None: it does."""
     leaves = named_leaves(example.inputs)
     given = captured.signature.constants(example.inputs, leaves)
     for name, text in captured.constants:
         if name in given and given[name] != text:
             return f"{name} is {given[name]}, not {text}"
-    return unmet(captured.program.inputs, captured.conditions, _shapes(example))
+    return unmet(captured.program.inputs, captured.conditions, example.shapes)
 
 
-def _check_terms(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _sizes(captured: Captured, example: Example) -> dict[str, int]:
+    """The free sizes of a call, by symbol."""
+    shapes = example.shapes
+    return symbols_in([(value.shape, value.free, shapes[value.name]) for value in captured.program.inputs])
+
+
+def _check_terms(part: Part, example: Example) -> None:
     """Raise `ArtifactError` where the shape of a result cannot be told from those of a program's inputs."""
-    inputs = part.captured.program.inputs
-    sizes = symbols_in([(value.shape, value.free, shapes[value.name]) for value in inputs])
+    sizes = _sizes(part.captured, example)
     for program in part.split.programs.values():
         given = [(value.shape, value.free, value.shape_at(sizes)) for value in program.inputs]
         for value in program.outputs:
@@ -180,17 +184,8 @@ def _check_terms(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def _ranges(captured: Captured, examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
     """Smallest and largest of each free size."""
-    inputs = captured.program.inputs
-    found = [
-        symbols_in([(value.shape, value.free, shapes[value.name]) for value in inputs])
-        for shapes in map(_shapes, examples)
-    ]
+    found = [_sizes(captured, each) for each in examples]
     return {symbol: (min(each), max(each)) for symbol in found[0] if (each := [sizes[symbol] for sizes in found])}
-
-
-def _shapes(example: Example) -> dict[str, tuple[int, ...]]:
-    leaves = named_leaves(example.inputs)
-    return {name: shape_of(leaf) for name, leaf in leaves.items() if isinstance(leaf, Tensor) or is_number(leaf)}
 
 
 def _check_same_model(parts: Sequence[Part]) -> None:

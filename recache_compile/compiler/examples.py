@@ -41,6 +41,15 @@ class Example:
         """Where the inputs are."""
         return next(leaf.device for leaf in named_leaves(self.inputs).values() if isinstance(leaf, Tensor))
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, and (number,) for what may be a size, see `number_as_shape`; by dotted name."""
+        return {
+            name: tuple(leaf.shape) if isinstance(leaf, Tensor) else (leaf,)
+            for name, leaf in named_leaves(self.inputs).items()
+            if isinstance(leaf, Tensor) or is_number(leaf)
+        }
+
 
 def given_examples(
     who: str, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]], timesteps: Mapping[str, Tensor]
@@ -92,19 +101,13 @@ def differing_sizes(examples: Iterable[Example]) -> dict[str, tuple[int, ...]]:
     """Dimensions in which inputs of examples that are alike differ, by name."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for example in examples:
-        for name, leaf in named_leaves(example.inputs).items():
-            if isinstance(leaf, Tensor) or is_number(leaf):
-                shapes.setdefault(name, []).append(shape_of(leaf))
+        for name, shape in example.shapes.items():
+            shapes.setdefault(name, []).append(shape)
     found = {
         name: tuple(at for at, sizes in enumerate(zip(*each, strict=True)) if len(set(sizes)) > 1)
         for name, each in shapes.items()
     }
     return {name: dimensions for name, dimensions in found.items() if dimensions}
-
-
-def shape_of(leaf: Any) -> tuple[int, ...]:
-    """Of a tensor, or of what stands for a number; see `number_as_shape`."""
-    return tuple(leaf.shape) if isinstance(leaf, Tensor) else (leaf,)
 
 
 def check_timesteps(example: Example, captured: Program, num_steps: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from recache_compile.ir.program import PassRecord, Program
 from recache_compile.ir.value import Kind, Value
 
 _OPERATORS = ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "le", "lt", "ge", "gt")
-_OF_TORCH = ("sym_max", "sym_min")
+_OF_TORCH = {"sym_max": torch.sym_max, "sym_min": torch.sym_min}
 _TORCH_TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
@@ -116,7 +116,7 @@ def _node(node: fx.Node) -> dict[str, Any]:
     if node.op == "get_attr":
         return {"weight": str(node.target), **described}
     target = node.target
-    place = "torch" if target in (torch.sym_max, torch.sym_min) else "operator"
+    place = "torch" if target in _OF_TORCH.values() else "operator"
     call = target.name() if isinstance(target, torch._ops.OpOverload) else f"{place}::{getattr(target, '__name__', '')}"
     _target(call)
     return {"call": call, **described, "args": _encode(node.args), "kwargs": _encode(node.kwargs)}
@@ -141,7 +141,7 @@ def _target(name: str) -> Any:
     if namespace == "operator" and rest in _OPERATORS:
         return getattr(operator, rest)
     if namespace == "torch" and rest in _OF_TORCH:
-        return getattr(torch, rest)
+        return _OF_TORCH[rest]
     if namespace == "aten":
         packet, _, overload = rest.partition(".")
         target = getattr(getattr(torch.ops.aten, packet), overload or "default")

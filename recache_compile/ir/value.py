@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recache_compile.ir.sizes import number_of, sizes_in, texts_of, value_of_term
+from recache_compile.ir.sizes import is_free, number_of, sizes_in, texts_of, value_of_term
 
 
 class Kind(StrEnum):
@@ -77,12 +77,27 @@ class Value:
         """The same for any number of rows."""
         return replace(self, shape=(None, *self.shape), free=("", *self.free) if self.free else ())
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """For every dimension the size as a term of free sizes, "" where it is fixed."""
+        return self.free or ("",) * len(self.shape)
+
+    @property
+    def free_at(self) -> tuple[int, ...]:
+        """Dimensions whose size is free at run time, rows among them."""
+        return tuple(
+            at for at, (size, term) in enumerate(zip(self.shape, self.terms, strict=True)) if size is None or term
+        )
+
+    def fixed_in(self, traced: Tensor) -> tuple[int, ...]:
+        """Dimensions whose size is free, and a number in a tensor that stands for this value in a trace."""
+        return tuple(at for at in self.free_at if not is_free(traced.shape[at]))
+
     def shape_at(self, sizes: Mapping[str, int], rows: int = 0) -> list[int]:
         """Its shape for free sizes, by symbol, and a number of rows."""
-        terms = self.free or ("",) * len(self.shape)
         return [
             value_of_term(term, sizes) if term else rows if size is None else size
-            for size, term in zip(self.shape, terms, strict=True)
+            for size, term in zip(self.shape, self.terms, strict=True)
         ]
 
     def shape_text(self, ranges: Mapping[str, tuple[int, int]]) -> str:
@@ -91,7 +106,7 @@ class Value:
             self.shape_at({symbol: each[at] for symbol, each in ranges.items()}) if ranges else self.shape
             for at in (0, 1)
         ]
-        pairs = zip(self.free or ("",) * len(self.shape), self.shape, *bounds, strict=True)
+        pairs = zip(self.terms, self.shape, *bounds, strict=True)
         sizes = [f"{min(low, high)}..{max(low, high)}" if term else str(size) for term, size, low, high in pairs]
         return f"[{', '.join(sizes)}]"
 
